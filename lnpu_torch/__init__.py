@@ -1,0 +1,40 @@
+"""Emulates LNPU, a chip that trains with fine-grained FP8-FP16 precision and skips zeros, and prices the training."""
+
+from pathlib import Path as _Path
+
+_SOURCE = _Path(__file__).parent.parent
+if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a checkout: they lie beside the package
+    __path__.append(str(_SOURCE))
+
+from lnpu_torch import functional, nn  # noqa: E402
+from lnpu_torch.chip import Chip, chip  # noqa: E402
+from lnpu_torch.config import ConfigError  # noqa: E402
+from lnpu_torch.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
+from lnpu_torch.cost import CostCounter, price  # noqa: E402
+from lnpu_torch.counts import Counts  # noqa: E402
+from lnpu_torch.functional import quantize  # noqa: E402
+from lnpu_torch.precision import Precision, Rule  # noqa: E402
+from lnpu_torch.report import Report  # noqa: E402
+from lnpu_torch.rows import Row  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "Chip",
+    "ConfigError",
+    "CostCounter",
+    "Counts",
+    "Precision",
+    "Report",
+    "Row",
+    "Rule",
+    "chip",
+    "convert",
+    "coverage",
+    "functional",
+    "load_thresholds",
+    "nn",
+    "price",
+    "quantize",
+    "revert",
+    "thresholds",
+]

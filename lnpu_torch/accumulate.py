@@ -1,0 +1,89 @@
+"""Convolutions and matrix products whose accumulator is rounded every few products. Slow, in plain torch.
+
+All steps become one matrix product over a reduction axis; `reduce` walks it in chunks: a chunk's partial sum in
+float32 is added to the accumulator, and the accumulator rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lnpu_torch.formats import Format
+from lnpu_torch.geometry import Geometry, part
+from lnpu_torch.reference import round_to
+
+
+def reduce(a: Tensor, b: Tensor, form: Format, chunk: int) -> Tensor:
+    """a @ b with an accumulator of the given format: [..., M, K] by [..., K, N] -> [..., M, N]."""
+    total = a.new_zeros(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    for start in range(0, a.shape[-1], chunk):
+        total = round_to(total + a[..., start : start + chunk] @ b[..., start : start + chunk, :], form)
+    return total
+
+
+def small_from_big(big: Tensor, weight: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
+    """A convolution's forward (a transposed one's grad_input): reduces over big channel, then kernel offset."""
+    columns = _columns(big, geometry)  # [g, N * positions, C/g * offsets]
+    kernels = weight.reshape(geometry.groups, -1, columns.shape[-1])
+    return _to_grid(reduce(columns, kernels.mT, form, chunk), geometry.batch, geometry.small)
+
+
+def big_from_small(small: Tensor, weight: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
+    """A convolution's grad_input (a transposed one's forward): reduces over small channel, then kernel offset.
+
+    The small grid is spread out by the stride, which turns the step into a convolution by the mirrored kernel.
+    """
+    mirrored = _mirrored(geometry)
+    spread = small.new_zeros(*small.shape[:2], *mirrored.big)
+    part(spread, [slice(None, None, stride) for stride in geometry.stride]).copy_(small)
+    kernels = weight.flip(tuple(range(2, weight.dim()))).unflatten(0, (geometry.groups, -1)).transpose(1, 2)
+    return small_from_big(spread, kernels.flatten(0, 1), mirrored, form, chunk)
+
+
+def weight_from_both(big: Tensor, small: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
+    """The grad_weight of either: reduces over batch, then position."""
+    columns = _columns(big, geometry)
+    errors = small.unflatten(1, (geometry.groups, -1)).movedim(0, 2).flatten(2)  # [g, K/g, N * positions]
+    product = reduce(errors, columns, form, chunk)
+    return product.reshape(geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel)
+
+
+def _columns(big: Tensor, geometry: Geometry) -> Tensor:
+    """im2col for any number of dimensions: [N, C, *big] -> [g, N * positions, C/g * offsets]."""
+    dims = len(geometry.kernel)
+    for dim in range(dims):
+        size, stride, dilation = geometry.small[dim], geometry.stride[dim], geometry.dilation[dim]
+        kernel, before = geometry.kernel[dim], geometry.padding[dim]
+        after = (size - 1) * stride + (kernel - 1) * dilation + 1 - before - geometry.big[dim]
+        axis = 2 + 2 * dim
+        pads = [0, 0] * (big.dim() - axis - 1) + [before, after]
+        index = torch.arange(size)[:, None] * stride + torch.arange(kernel) * dilation
+        big = F.pad(big, pads).index_select(axis, index.flatten().to(big.device)).unflatten(axis, (size, kernel))
+    big = big.unflatten(1, (geometry.groups, -1))  # [N, g, C/g, P, R, Q, S, ...]
+    positions, offsets = [3 + 2 * dim for dim in range(dims)], [4 + 2 * dim for dim in range(dims)]
+    return big.permute(1, 0, *positions, 2, *offsets).flatten(1 + dims + 1).flatten(1, 1 + dims)
+
+
+def _to_grid(rows: Tensor, batch: int, grid: tuple[int, ...]) -> Tensor:
+    """[g, N * positions, K/g] -> [N, K, *grid]."""
+    image: Tensor = rows.unflatten(1, (batch, *grid)).movedim(0, 1).movedim(-1, 2)
+    return image.flatten(1, 2)
+
+
+def _mirrored(geometry: Geometry) -> Geometry:
+    """The convolution that computes the big grid from the small one spread out by the stride."""
+    dims = range(len(geometry.kernel))
+    return Geometry(
+        batch=geometry.batch,
+        big_channels=geometry.small_channels,
+        small_channels=geometry.big_channels,
+        groups=geometry.groups,
+        big=tuple((size - 1) * stride + 1 for size, stride in zip(geometry.small, geometry.stride, strict=True)),
+        small=geometry.big,
+        kernel=geometry.kernel,
+        stride=(1,) * len(geometry.kernel),
+        padding=tuple((geometry.kernel[d] - 1) * geometry.dilation[d] - geometry.padding[d] for d in dims),
+        dilation=geometry.dilation,
+    )

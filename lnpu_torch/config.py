@@ -1,0 +1,168 @@
+"""Reads YAML and JSON into frozen, validated models, and writes files whole. It knows nothing of what they mean."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+CONFIGS = next(
+    folder
+    for folder in (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+    if folder.is_dir()
+)
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user wrote; the message names the place and what would be right."""
+
+
+class Frozen(BaseModel):
+    """Base of everything read from a file: immutable, strictly typed, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (PyYAML alone reads 2.0e8 as text), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"key {sorted(twice)[0]!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse one YAML document.
+
+    Raises:
+        ConfigError: the text is not YAML, or a key stands twice in one mapping.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """The text of a UTF-8 file; a ConfigError that says why if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed.
+
+    Raises:
+        ConfigError: the folder is missing, read-only or full; an earlier file stays as it was.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse one JSON document. Raises ConfigError if it is damaged or truncated."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+
+
+def validate(model: type[Model], data: Any, where: str) -> Model:
+    """Build `model` from plain data; a ConfigError names every wrong key, and the known ones.
+
+    Args:
+        model: the class to build.
+        data: mappings, lists, numbers and strings, as YAML or JSON gives them.
+        where: what to call the source in messages, such as the file's path.
+    """
+    try:
+        return model.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, where)) from None
+
+
+def read_yaml(model: type[Model], path: Path, what: str = "file") -> Model:
+    """Read one YAML file into `model`. Raises ConfigError."""
+    return validate(model, parse_yaml(read_text(path, what), str(path)), str(path))
+
+
+def find(folder: str, name_or_path: str | Path, what: str) -> Path:
+    """The YAML file that a built-in name (`configs/<folder>/<name>.yaml`) or a path means.
+
+    Raises:
+        ConfigError: neither exists; the message lists the built-in names.
+    """
+    path = Path(name_or_path)
+    builtin = CONFIGS / folder / f"{name_or_path}.yaml"
+    if path.is_file():
+        return path
+    if len(path.parts) == 1 and builtin.is_file():
+        return builtin
+    known = builtin_names(folder)
+    raise ConfigError(f"unknown {what} {str(name_or_path)!r}: no such file, and the built-in ones are {listed(known)}")
+
+
+def builtin_names(folder: str) -> list[str]:
+    """Names of the YAML files that ship in `configs/<folder>`."""
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a message: ` (nearest: a, b)`, or nothing where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f" (nearest: {listed(close)})" if close else ""
+
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(model, problem["loc"][:-1])
+            near = nearest(str(problem["loc"][-1]), known)
+            lines.append(f"{where}: unknown key {key!r}{near}; known: {listed(known)}")
+        else:
+            got = "" if problem["type"] == "missing" else f", got {repr(problem['input'])[:80]}"
+            lines.append(f"{where}: {key}: {problem['msg']}{got}")
+    return "\n".join(lines)
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The fields of the model that a pydantic error location points into."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # itself, or a member of `X | None`
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return list(model.model_fields)

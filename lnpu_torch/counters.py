@@ -1,0 +1,81 @@
+"""From the counters on the device to `Counts`: snapshots, and what lies between two of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lnpu_torch.config import ConfigError
+from lnpu_torch.counts import OPERANDS, STEPS, Counts, Operand, Step, StepCounts
+from lnpu_torch.nn import Emulated, emulated_layers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's counters at one moment, and what is needed to name them."""
+
+    kind: str
+    wide: dict[tuple[str, str], str]
+    counters: Tensor
+
+
+Snapshot = dict[str, Layer]
+
+
+def snapshot(model: nn.Module) -> Snapshot:
+    """The counters of a model's emulated layers, copied on their devices; the host waits for nothing.
+
+    Raises:
+        ConfigError: no layer of the model is emulated.
+    """
+    layers = emulated_layers(model)
+    if not layers:
+        raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
+    return {
+        name: Layer(layer.torch_class.__name__, _wide(layer), layer.emulation.counters.clone())
+        for name, layer in layers.items()
+    }
+
+
+def difference(before: Snapshot, after: Snapshot) -> Counts:
+    """What was done between two snapshots. A layer that is not in the first began at zero."""
+    entries = []
+    for name, layer in after.items():
+        counters = layer.counters.cpu()
+        if name in before:
+            counters = counters - before[name].counters.cpu()
+        for step, values in zip(STEPS, counters.tolist(), strict=True):
+            if any(values):
+                entries.append(_entry(name, layer, step, values))
+    return Counts(steps=tuple(entries))
+
+
+def _entry(name: str, layer: Layer, step: Step, values: list[int]) -> StepCounts:
+    calls, slots, padding, not_run = values[:4]
+    table, first, second = values[4:13], values[13:16], values[16:19]
+    wide = [layer.wide[step, operand] for operand in OPERANDS[step]]
+    return StepCounts.model_validate(
+        {
+            "layer": name or "(model)",
+            "kind": layer.kind,
+            "step": step,
+            "calls": calls,
+            "slots": slots,
+            "padding": padding,
+            "not_run": not_run,
+            "pairs": tuple(tuple(table[i : i + 3]) for i in (0, 3, 6)),
+            "first": Operand(wide=wide[0], elements=tuple(first)),  # type: ignore[arg-type]
+            "second": Operand(wide=wide[1], elements=tuple(second)),  # type: ignore[arg-type]
+        }
+    )
+
+
+def _wide(layer: Emulated) -> dict[tuple[str, str], str]:
+    """What each step's elements above FP8 are: FP16, or float32 where the operand is not rounded."""
+    rule = layer.emulation.precision.rule
+    return {
+        (step, operand): "fp32" if rule(step, operand) is None else "fp16"
+        for step in STEPS
+        for operand in OPERANDS[step]
+    }

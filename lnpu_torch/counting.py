@@ -1,0 +1,118 @@
+"""Exact counts of the multiplications in each step, from the groups of the operands' elements, in plain torch.
+
+No mask is ever convolved. The masks are summed over one axis first, so that the rest is small; see `pair_table`.
+Groups are 0 (zero), 8 (FP8) and 16 (FP16, or left in float), as `reference.quantize` gives them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lnpu_torch.geometry import Geometry, part
+
+WIDTH = 19
+"""Integers that describe one step: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
+
+
+def masks(groups: Tensor) -> Tensor:
+    """FP8 and FP16 masks [2, ...] of a tensor of groups [...]."""
+    return torch.stack((groups == 8, groups == 16))
+
+
+def per_position(groups: Tensor) -> Tensor:
+    """Elements of each group over the batch: [N, C, *grid] -> int32 [2, C, *grid]."""
+    return masks(groups).sum(1, dtype=torch.int32)
+
+
+def per_sample(groups: Tensor, channel_groups: int) -> Tensor:
+    """Elements of each group over the channels of a channel group: [N, C, *grid] -> int32 [2, N, g, *grid]."""
+    return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=torch.int32)
+
+
+def per_weight(groups: Tensor, channel_groups: int, over: str) -> Tensor:
+    """Elements of each group of a weight [small, big / g, *kernel] over its small or its big channels.
+
+    Returns:
+        int32 [2, big, *kernel] over the small channels of a channel group, [2, small, *kernel] over the big ones.
+    """
+    if over == "big":
+        return masks(groups).sum(2, dtype=torch.int32)
+    return masks(groups.unflatten(0, (channel_groups, -1))).sum(2, dtype=torch.int32).flatten(1, 2)
+
+
+def grid_by_weight(position: Tensor, weight: Tensor, geometry: Geometry, side: str) -> Tensor:
+    """Pair table of a step that multiplies one grid by the weight (forward, grad_input).
+
+    Args:
+        position: `per_position` of the grid.
+        weight: `per_weight` over the channels of the other side.
+        side: which grid it is, "big" or "small".
+
+    Returns:
+        int64 [3, 3], by the grid's group and the weight's.
+    """
+    reached = _reached(position, geometry, side)
+    others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
+    weights = weight.reshape(*weight.shape[:2], -1).to(torch.int64)
+    both = (reached[:, None] * weights[None]).sum((2, 3))
+    grid_only = reached.sum((1, 2)) * others
+    weight_only = (weights * (_meetings(geometry, weight.device) * geometry.batch)).sum((1, 2))
+    return pair_table(both, grid_only, weight_only, geometry.inside)
+
+
+def grid_by_grid(
+    big_sample: Tensor, small_sample: Tensor, big_position: Tensor, small_position: Tensor, geometry: Geometry
+) -> Tensor:
+    """Pair table of a step that multiplies the two grids (grad_weight): int64 [3, 3], by the big one's group first.
+
+    Args:
+        big_sample, small_sample: `per_sample` of the grids.
+        big_position, small_position: `per_position` of the grids.
+    """
+    both = torch.zeros(2, 2, dtype=torch.int64, device=big_sample.device)
+    for _, small, big in geometry.windows():
+        a = part(big_sample, big).flatten(1).to(torch.float64)
+        b = part(small_sample, small).flatten(1).to(torch.float64)
+        both += (a @ b.T).to(torch.int64)  # exact: every partial sum is below 2^53
+    big_only = _reached(big_position, geometry, "big").sum((1, 2)) * (geometry.small_channels // geometry.groups)
+    small_only = _reached(small_position, geometry, "small").sum((1, 2)) * (geometry.big_channels // geometry.groups)
+    return pair_table(both, big_only, small_only, geometry.inside)
+
+
+def pair_table(both: Tensor, first: Tensor, second: Tensor, inside: int) -> Tensor:
+    """Complete the table [3, 3] over (zero, FP8, FP16) from what is known of the non-zeros.
+
+    Args:
+        both: [2, 2], pairs of two non-zeros.
+        first, second: [2], pairs in which the first, or the second, is a non-zero.
+        inside: all pairs inside the grids.
+    """
+    table = torch.empty(3, 3, dtype=torch.int64, device=both.device)
+    table[1:, 1:] = both
+    table[1:, 0] = first - both.sum(1)
+    table[0, 1:] = second - both.sum(0)
+    table[0, 0] = inside - first.sum() - table[0, 1:].sum()
+    return table
+
+
+def elements(position: Tensor, count: int) -> Tensor:
+    """Elements of a tensor in each group (zero, FP8, FP16): int64 [3], from any of its partial sums."""
+    groups = position.flatten(1).sum(1, dtype=torch.int64)
+    return torch.cat((count - groups.sum(0, keepdim=True), groups))
+
+
+def _reached(position: Tensor, geometry: Geometry, side: str) -> Tensor:
+    """How many elements of each group every kernel offset meets, by channel: int64 [2, channels, offsets]."""
+    sums = torch.zeros(*position.shape[:2], *geometry.kernel, dtype=torch.int64, device=position.device)
+    for offset, small, big in geometry.windows():
+        window = part(position, big if side == "big" else small)
+        part(sums, offset).copy_(window.reshape(*window.shape[:2], -1).sum(2, dtype=torch.int64))
+    return sums.reshape(*sums.shape[:2], -1)
+
+
+@lru_cache(maxsize=512)
+def _meetings(geometry: Geometry, device: torch.device) -> Tensor:
+    return torch.tensor(geometry.meetings(), dtype=torch.int64, device=device)

@@ -1,0 +1,139 @@
+"""Counts: what a run did, exactly, and independent of any chip. It knows no energies and no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate, write_text
+
+VERSION = 1
+"""Version of the file format; a file of another version is refused."""
+
+Step = Literal["forward", "grad_input", "grad_weight"]
+STEPS: tuple[Step, ...] = ("forward", "grad_input", "grad_weight")
+OPERANDS: dict[Step, tuple[str, str]] = {
+    "forward": ("input", "weight"),
+    "grad_input": ("grad_output", "weight"),
+    "grad_weight": ("input", "grad_output"),
+}
+"""The two operands that each step multiplies, the customarily streamed one first."""
+
+Count = Annotated[int, Field(ge=0)]
+Triple = tuple[Count, Count, Count]  # zero, fp8, wide
+
+
+class Operand(Frozen):
+    """How the elements of one operand fell into groups, summed over all calls.
+
+    `wide` says what the elements above FP8 are: "fp16", or "fp32" for an operand left in float.
+    """
+
+    wide: Literal["fp16", "fp32"]
+    elements: Triple
+
+
+class StepCounts(Frozen):
+    """One step of one layer, summed over all its calls.
+
+    `pairs[i][j]` is the number of multiplications, inside the image, of a first operand of group i with a
+    second operand of group j; groups are (zero, fp8, wide). Every skip policy is a sum over this table.
+    """
+
+    layer: str
+    kind: str
+    step: Step
+    calls: Count
+    slots: Count
+    padding: Count
+    not_run: Count
+    pairs: tuple[Triple, Triple, Triple]
+    first: Operand
+    second: Operand
+
+    @model_validator(mode="after")
+    def _closes(self) -> Self:
+        inside = sum(map(sum, self.pairs))
+        if self.slots != inside + self.padding + self.not_run:
+            raise ValueError(f"{self.layer} {self.step}: slots {self.slots} are not pairs + padding + not_run")
+        return self
+
+    def __add__(self, other: StepCounts) -> StepCounts:
+        for name in ("kind", "first.wide", "second.wide"):
+            mine, theirs = _get(self, name), _get(other, name)
+            if mine != theirs:
+                raise ConfigError(f"{self.layer} {self.step}: {name} differs, {mine!r} and {theirs!r}: not one model")
+        return self.model_copy(
+            update={
+                **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "slots", "padding", "not_run")},
+                "pairs": tuple(map(_add, self.pairs, other.pairs)),
+                "first": self.first.model_copy(update={"elements": _add(self.first.elements, other.first.elements)}),
+                "second": self.second.model_copy(
+                    update={"elements": _add(self.second.elements, other.second.elements)}
+                ),
+            }
+        )
+
+
+class Counts(Frozen):
+    """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
+
+    Sum two of the same model with `+` (epochs, ranks); price one with `lnpu_torch.price`.
+    """
+
+    version: Literal[1] = 1
+    steps: tuple[StepCounts, ...]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        if len({(entry.layer, entry.step) for entry in self.steps}) != len(self.steps):
+            raise ValueError("a layer's step stands twice")
+        return self
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts.merge([self, other])
+
+    @classmethod
+    def merge(cls, parts: Iterable[Counts]) -> Counts:
+        """The sum of counts of one model, as from several epochs or ranks.
+
+        Raises:
+            ConfigError: a layer's kind or number format differs between the parts.
+        """
+        merged: dict[tuple[str, Step], StepCounts] = {}
+        for entry in (entry for part in parts for entry in part.steps):
+            key = (entry.layer, entry.step)
+            merged[key] = merged[key] + entry if key in merged else entry
+        return cls(steps=tuple(merged.values()))
+
+    def save(self, path: str | Path) -> None:
+        """Write versioned JSON, whole or not at all. Raises ConfigError."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Counts:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: the file is missing, truncated, of another version, or does not add up.
+        """
+        data = parse_json(read_text(Path(path), "counts file"), str(path))
+        if not isinstance(data, dict) or "version" not in data or "steps" not in data:
+            raise ConfigError(f"{path}: not a counts file (no 'version' and 'steps')")
+        if data["version"] != VERSION:
+            raise ConfigError(f"{path}: counts of version {data['version']!r}; this lnpu_torch reads version {VERSION}")
+        return validate(cls, data, str(path))
+
+
+def _add(a: Triple, b: Triple) -> Triple:
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+
+
+def _get(entry: StepCounts, dotted: str) -> object:
+    value: object = entry
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value

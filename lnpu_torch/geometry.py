@@ -1,0 +1,99 @@
+"""Which elements of a convolution's two grids its kernel brings together. Integers only, no values.
+
+A convolution joins a *big* grid (its input; a transposed convolution's output), a *small* grid (its output; a
+transposed convolution's input) and a weight [small channels, big channels / groups, *kernel]. Along each dimension,
+kernel offset r joins small position p with big position h = p * stride - padding + r * dilation.
+A linear layer is the case without dimensions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+
+def part(x: Tensor, index: Sequence[slice | int]) -> Tensor:
+    """The part of a tensor that an index of its last dimensions selects."""
+    whole: tuple[Any, ...] = (..., *index)
+    return x[whole]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one convolution. `padding` is what lies before the big grid's first element in each dimension."""
+
+    batch: int
+    big_channels: int
+    small_channels: int
+    groups: int
+    big: tuple[int, ...]
+    small: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def per_offset(self) -> int:
+        """Multiplications for each kernel offset and small position."""
+        return self.batch * self.small_channels * (self.big_channels // self.groups)
+
+    @property
+    def slots(self) -> int:
+        """Multiplications of a dense convolution, padding included: torch's own flop count / 2."""
+        return self.per_offset * prod(self.kernel) * prod(self.small)
+
+    @property
+    def inside(self) -> int:
+        """Slots whose big position lies inside the big grid."""
+        return self.per_offset * sum(self.meetings())
+
+    def elements(self, tensor: str) -> int:
+        """Elements of the "big" grid, the "small" grid or the "weight"."""
+        if tensor == "weight":
+            return self.small_channels * (self.big_channels // self.groups) * prod(self.kernel)
+        channels, grid = (self.big_channels, self.big) if tensor == "big" else (self.small_channels, self.small)
+        return self.batch * channels * prod(grid)
+
+    def pack(self) -> list[int]:
+        """The sizes as one list, for the signature of an op; `unpack` is its inverse."""
+        grids = (self.big, self.small, self.kernel, self.stride, self.padding, self.dilation)
+        return [self.batch, self.big_channels, self.small_channels, self.groups, *itertools.chain(*grids)]
+
+    @classmethod
+    def unpack(cls, sizes: Sequence[int]) -> Geometry:
+        dims = (len(sizes) - 4) // 6
+        batch, big, small, groups, *rest = sizes
+        return cls(batch, big, small, groups, *(tuple(rest[i * dims : (i + 1) * dims]) for i in range(6)))
+
+    def windows(self) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
+        """For each kernel offset that meets the big grid at all: offset, slices of the small grid, of the big one."""
+        per_dimension = [
+            [(offset, *self._meet(dim, offset)) for offset in range(self.kernel[dim])]
+            for dim in range(len(self.kernel))
+        ]
+        for combination in itertools.product(*per_dimension):
+            small = tuple(entry[1] for entry in combination)
+            if all(window.stop > window.start for window in small):
+                yield tuple(entry[0] for entry in combination), small, tuple(entry[2] for entry in combination)
+
+    def meetings(self) -> list[int]:
+        """For each kernel offset, row-major: how many small positions it joins with one inside the big grid."""
+        per_dimension = []
+        for dim in range(len(self.kernel)):
+            smalls = (self._meet(dim, offset)[0] for offset in range(self.kernel[dim]))
+            per_dimension.append([max(0, window.stop - window.start) for window in smalls])
+        return [prod(combination) for combination in itertools.product(*per_dimension)]
+
+    def _meet(self, dim: int, offset: int) -> tuple[slice, slice]:
+        stride = self.stride[dim]
+        start = offset * self.dilation[dim] - self.padding[dim]  # big position of small position 0
+        first = max(0, -(start // stride))
+        last = min(self.small[dim] - 1, (self.big[dim] - 1 - start) // stride)
+        big_first = start + first * stride
+        return slice(first, last + 1), slice(big_first, start + last * stride + 1, stride)

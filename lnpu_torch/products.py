@@ -1,0 +1,162 @@
+"""The three products of a linear layer and of a convolution, and what each joins. No rounding of operands here.
+
+Where the accumulator is float32 they are torch's own products, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lnpu_torch import accumulate
+from lnpu_torch.formats import FORMATS
+from lnpu_torch.geometry import Geometry, part
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Format of the accumulator, rounded every `chunk` products; "fp32" is torch's own."""
+
+    form: str = "fp32"
+    chunk: int = 64
+
+    def __call__(self, product: Callable[..., Tensor], *operands: Tensor, geometry: Geometry) -> Tensor:
+        return product(*operands, geometry, FORMATS[self.form], self.chunk)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """input [*, in], weight [out, in] -> output [*, out]. In `Geometry`'s terms the input is the big grid."""
+
+    input_side: str = "big"
+    output_side: str = "small"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
+        if by.form == "fp32":
+            return F.linear(x, weight, bias)
+        flat = by(accumulate.small_from_big, self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
+        out = flat.reshape(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
+        if by.form == "fp32":
+            return error @ weight
+        geometry = self.geometry(shape, weight.shape)
+        return by(accumulate.big_from_small, self.grid(error), weight, geometry=geometry).reshape(shape)
+
+    def grad_weight(
+        self, error: Tensor, x: Tensor, shape: torch.Size, wanted: tuple[bool, bool], by: Accumulator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias, as far as `wanted`."""
+        flat, weight_grad = self.grid(error), None
+        if wanted[0] and by.form == "fp32":
+            weight_grad = flat.T @ self.grid(x)
+        elif wanted[0]:
+            geometry = self.geometry(x.shape, shape)
+            weight_grad = by(accumulate.weight_from_both, self.grid(x), flat, geometry=geometry)
+        return weight_grad, flat.sum(0) if wanted[1] else None
+
+    def grid(self, x: Tensor, margin: bool = False) -> Tensor:
+        """The tensor as `Geometry` sees it: [batch, channels]."""
+        return x.reshape(-1, x.shape[-1])
+
+    def geometry(self, shape: torch.Size, weight: torch.Size) -> Geometry:
+        rows = shape[:-1].numel()
+        return Geometry(rows, weight[1], weight[0], 1, (), (), (), (), (), ())
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """input [N, C, *grid], weight as torch's; any number of dimensions, plain or transposed.
+
+    `margin` is how many elements at the end of each dimension of the input are padding put there beforehand.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    output_padding: tuple[int, ...]
+    margin: tuple[int, ...]
+
+    @property
+    def input_side(self) -> str:
+        return "small" if self.transposed else "big"
+
+    @property
+    def output_side(self) -> str:
+        return "big" if self.transposed else "small"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
+        if by.form == "fp32":
+            out: Tensor = torch.ops.aten.convolution(x, weight, bias, *self._arguments)
+            return out
+        product = accumulate.big_from_small if self.transposed else accumulate.small_from_big
+        out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
+        return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
+
+    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
+        if by.form == "fp32":
+            return self._backward(error, error.new_empty(1).expand(shape), weight, [True, False, False])[0]
+        product = accumulate.small_from_big if self.transposed else accumulate.big_from_small
+        return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
+
+    def grad_weight(
+        self, error: Tensor, x: Tensor, shape: torch.Size, wanted: tuple[bool, bool], by: Accumulator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias, as far as `wanted`."""
+        if by.form == "fp32":
+            grads = self._backward(error, x, x.new_empty(1).expand(shape), [False, *wanted])
+            return grads[1], grads[2]
+        weight_grad = None
+        if wanted[0]:
+            big, small = (error, x) if self.transposed else (x, error)
+            geometry = self.geometry(x.shape, shape, margin=False)
+            weight_grad = by(accumulate.weight_from_both, big, small, geometry=geometry)
+        return weight_grad, error.sum((0, *range(2, error.dim()))) if wanted[1] else None
+
+    def grid(self, x: Tensor, margin: bool = False) -> Tensor:
+        """The tensor as `Geometry` sees it: [batch, channels, *grid], the margin cut off if it has one."""
+        return part(x, [slice(0, -cut or None) for cut in self.margin]) if margin else x
+
+    def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> Geometry:
+        """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""
+        sizes = [self._output(shape[2 + d], weight[2 + d], d) for d in range(len(self.stride))]
+        small_channels, big_channels = weight[0], weight[1] * self.groups
+        cut = self.margin if margin else (0,) * len(self.stride)
+        inner = tuple(size - c for size, c in zip(shape[2:], cut, strict=True))
+        big, small = (tuple(sizes), inner) if self.transposed else (inner, tuple(sizes))
+        kernel = tuple(weight[2:])
+        return Geometry(
+            shape[0],
+            big_channels,
+            small_channels,
+            self.groups,
+            big,
+            small,
+            kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+
+    def _output(self, size: int, kernel: int, d: int) -> int:
+        reach = self.dilation[d] * (kernel - 1)
+        if self.transposed:
+            return (size - 1) * self.stride[d] - 2 * self.padding[d] + reach + self.output_padding[d] + 1
+        return (size + 2 * self.padding[d] - reach - 1) // self.stride[d] + 1
+
+    @property
+    def _arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        lists = (list(self.stride), list(self.padding), list(self.dilation))
+        return *lists, self.transposed, list(self.output_padding), self.groups
+
+    def _backward(self, error: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+        bias = [error.shape[1]] if mask[2] else None
+        grads: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(error, x, weight, bias, *self._arguments, mask)
+        return grads

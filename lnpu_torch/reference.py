@@ -1,0 +1,217 @@
+"""The numerics in plain torch, slow and exact: rounding, thresholds, random bits. The specification in code.
+
+Faster implementations are held against this module bit by bit; it calls none of them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from lnpu_torch.formats import FORMATS, Format
+from lnpu_torch.precision import Rule
+
+UNSET = -(2**31)
+"""The threshold of a tensor that has not been seen yet."""
+SAMPLE = 2**16
+"""At most this many elements of a tensor are looked at to choose its threshold."""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is rounded: float64 as it is, everything narrower in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def round_to(x: Tensor, form: Format, random: Tensor | None = None) -> Tensor:
+    """Round to a format: nearest, ties to even (or stochastically, by `random`); overflow gives infinity.
+
+    Args:
+        x: float32 or float64, any shape.
+        form: IEEE-like, or wide enough never to overflow.
+        random: 24 random bits per element, as from `random_bits`.
+    """
+    q = _round(x.abs(), form.mantissa, form.min_exponent, random)
+    q = torch.where(q > form.max, torch.inf, q)
+    return torch.where(x.isfinite(), q.copysign(x), x)
+
+
+def quantize(x: Tensor, rule: Rule, threshold: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round every element by its rule (docs: FGMP). NaN and infinities pass unchanged, -0 stays -0.
+
+    Args:
+        x: any shape and floating dtype.
+        threshold: T, one int32 element (no meaning where the rule has no `low`).
+        random: 24 random bits per element for stochastic rounding.
+
+    Returns:
+        The rounded tensor (`compute_dtype(x)`) and each element's group (uint8: 0 zero, 8, 16).
+    """
+    x = x.to(compute_dtype(x))
+    magnitude, wide = x.abs(), rule.wide
+    small = torch.zeros_like(x, dtype=torch.bool)
+    if rule.low:
+        low, window = FORMATS[rule.low], window_exponent(rule, threshold) - FORMATS[rule.low].max_exponent
+        small = (magnitude < tau(threshold, x.dtype)) if rule.high else torch.ones_like(small)
+        mantissa = torch.where(small, low.mantissa, wide.mantissa)
+        least = torch.where(small, low.min_exponent + window, wide.min_exponent)
+        q = _round(magnitude, mantissa, least, random)
+    else:
+        q = _round(magnitude, wide.mantissa, wide.min_exponent, random)
+    if rule.high:
+        q = torch.where(q > wide.max, torch.inf, q)
+    else:
+        q = torch.minimum(q, FORMATS[rule.low or "e4m3"].max * _power(window, x.dtype))
+    q = torch.where(x.isfinite(), q.copysign(x), x)
+    group = torch.where(small, 8, 16)
+    return q, torch.where(q == 0, 0, group).to(torch.uint8)
+
+
+def float_groups(x: Tensor) -> Tensor:
+    """Groups of an operand left in float: 0 for zeros, 16 for the rest."""
+    return (x != 0).to(torch.uint8) * 16
+
+
+def tau(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The threshold itself: 2^e (1 + k/4) for T = 4e + k."""
+    return _power(threshold >> 2, dtype) * (1 + (threshold & 3) / 4)
+
+
+def window_exponent(rule: Rule, threshold: Tensor) -> Tensor:
+    """Exponent of the FP8 window's top binade: T's own, but never so low that a code leaves the wide format."""
+    low = FORMATS[rule.low or "e4m3"]
+    return (threshold >> 2).clamp(min=rule.wide.ulp_exponent - low.ulp_exponent + low.max_exponent)
+
+
+def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+    """The T that suits x by the rule (numerics: rules A, B, C); `fallback` where x has no finite non-zero element.
+
+    Returns:
+        One int32 element on x's device; nothing is read back by the host.
+    """
+    smallest, largest = rule.threshold_range
+    if rule.low is None or rule.threshold is not None:
+        return torch.full_like(fallback, smallest if rule.threshold is None else rule.threshold)
+    if rule.high is None:
+        finite = torch.where(x.isfinite(), x.abs(), 0).to(compute_dtype(x))
+        amax = finite.max() if finite.numel() else finite.sum()
+        return torch.where(amax > 0, (_quarter_binade(amax) + 1).clamp(smallest, largest), fallback).to(torch.int32)
+    return _choose(histogram(x, rule), rule, fallback)
+
+
+def histogram(x: Tensor, rule: Rule) -> Tensor:
+    """How many elements of x's sample lie in each quarter-binade [tau(T), tau(T+1)), zeros and non-finite left out.
+
+    Returns:
+        float64 [bins], for T from one below the rule's smallest to its largest; the ends take what lies beyond.
+    """
+    smallest, largest = rule.threshold_range
+    values = strided_sample(x).to(compute_dtype(x)).abs()
+    bins = _quarter_binade(values).clamp(smallest - 1, largest) - (smallest - 1)
+    seen = (values.isfinite() & (values > 0)).to(torch.float64)
+    return seen.new_zeros(largest - smallest + 2).index_add_(0, bins.to(torch.int64), seen)
+
+
+def strided_sample(x: Tensor) -> Tensor:
+    """At most SAMPLE elements of x, evenly spread in logical order, whatever x's strides.
+
+    The step has no divisor in common with the size, so that no row or column of an image is favoured.
+    """
+    count = x.numel()
+    step = max(1, -(-count // SAMPLE))
+    while count > SAMPLE and gcd(step, count) != 1:
+        step += 1
+    if x.is_contiguous():
+        return x.reshape(-1)[::step]
+    return x[torch.unravel_index(torch.arange(0, count, step, device=x.device), x.shape)]
+
+
+def random_bits(shape: torch.Size, seed: Tensor, stream: int) -> Tensor:
+    """24 random bits per element: Philox4x32-10 (Salmon et al., SC 2011), keyed by seed, counting elements.
+
+    Args:
+        seed: one int64 element; the same seed and stream give the same bits on every device.
+        stream: which of a layer's tensors this is, so that they do not share bits.
+    """
+    count = torch.arange(shape.numel(), device=seed.device, dtype=torch.int64)
+    zero = torch.zeros_like(count)
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    word = philox((count & 0xFFFFFFFF, count >> 32, zero + stream, zero), key)[0]
+    return (word >> 8).reshape(shape)
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32 on uint32 words held in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps; the 64-bit pattern is right
+        c0, c2 = ((b >> 32) & 0xFFFFFFFF) ^ c1 ^ k0, ((a >> 32) & 0xFFFFFFFF) ^ c3 ^ k1
+        c1, c3 = b & 0xFFFFFFFF, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _round(magnitude: Tensor, mantissa: Tensor | int, least: Tensor | int, random: Tensor | None) -> Tensor:
+    """Round magnitudes to `mantissa` bits, in a binade not below `least`."""
+    ulp = torch.maximum(_exponent(magnitude), torch.as_tensor(least, device=magnitude.device)) - mantissa
+    scaled = magnitude * _power(-ulp, magnitude.dtype)
+    if random is None:
+        return scaled.round() * _power(ulp, magnitude.dtype)
+    below = scaled.floor()
+    return (below + (random.to(scaled.dtype) * 2.0**-24 < scaled - below)) * _power(ulp, magnitude.dtype)
+
+
+def _exponent(magnitude: Tensor) -> Tensor:
+    """floor(log2), from the bits; subnormals of the dtype count as its smallest binade."""
+    if magnitude.dtype == torch.float64:
+        return (magnitude.view(torch.int64) >> 52) - 1023
+    return (magnitude.view(torch.int32) >> 23) - 127
+
+
+def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent, exactly, for normal numbers of the dtype."""
+    if dtype == torch.float64:
+        return ((exponent.to(torch.int64) + 1023) << 52).view(dtype)
+    return ((exponent.to(torch.int32) + 127) << 23).view(dtype)
+
+
+def _quarter_binade(magnitude: Tensor) -> Tensor:
+    """T of the largest threshold not above each magnitude."""
+    if magnitude.dtype == torch.float64:
+        return (magnitude.view(torch.int64) >> 50) - 4 * 1023
+    return (magnitude.view(torch.int32) >> 21) - 4 * 127
+
+
+def _choose(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+    total = counts.sum()
+    above = counts.flip(0).cumsum(0).flip(0)[1:]  # elements in FP16, for each T
+    if rule.fp16_share is not None:
+        best = (above <= rule.fp16_share * total).to(torch.int32).argmax()
+        best = torch.where(above[-1] <= rule.fp16_share * total, best, len(above) - 1)
+    else:
+        error, signal = _error_table(rule.low or "", rule.high or "", counts.device)
+        fits = (error @ counts) <= (rule.max_error or 0.0) ** 2 * (signal @ counts)
+        order = torch.arange(len(above), device=counts.device)
+        furthest = torch.where(fits, order, 0).max()
+        best = (above == above[furthest]).to(torch.int32).argmax()  # same groups, tightest window
+    return torch.where(total > 0, best + rule.threshold_range[0], fallback).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _error_table(low: str, high: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Expected squared error of an element of each bin under each T [T, bin], and its mean square [bin]."""
+    rule = Rule.model_validate({"low": low, "high": high})
+    smallest, largest = rule.threshold_range
+    bins = torch.arange(smallest - 1, largest + 1, device=device)
+    t = torch.arange(smallest, largest + 1, device=device)[:, None]
+    lower, width = tau(bins, torch.float64), _power(bins >> 2, torch.float64) / 4
+    square = lower**2 + lower * width + width**2 / 3
+    small, wide = FORMATS[low], FORMATS[high]
+    window = window_exponent(rule, t) - small.max_exponent
+    low_ulp = torch.maximum(bins >> 2, window + small.min_exponent) - small.mantissa
+    high_ulp = (bins >> 2).clamp(min=wide.min_exponent) - wide.mantissa
+    ulp = torch.where(bins < t, low_ulp, high_ulp)
+    return torch.minimum(_power(2 * ulp, torch.float64) / 12, square), square

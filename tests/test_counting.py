@@ -1,0 +1,110 @@
+"""Counts against brute force: every slot of every step, walked one by one, for all kinds of geometry."""
+
+import itertools
+
+import pytest
+import torch
+
+from lnpu_torch import counting
+from lnpu_torch.geometry import Geometry
+
+
+def make(batch, big_channels, small_channels, groups, big, kernel, stride, padding, dilation):
+    small = tuple(
+        (h + 2 * p - d * (r - 1) - 1) // s + 1
+        for h, r, s, p, d in zip(big, kernel, stride, padding, dilation, strict=True)
+    )
+    return Geometry(batch, big_channels, small_channels, groups, big, small, kernel, stride, padding, dilation)
+
+
+GEOMETRIES = {
+    "1x1": make(3, 4, 5, 1, (4, 3), (1, 1), (1, 1), (0, 0), (1, 1)),
+    "3x3": make(2, 3, 4, 1, (5, 6), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "stride 2": make(2, 3, 4, 1, (7, 6), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "stride 3, rows and columns unlike": make(2, 2, 3, 1, (9, 8), (3, 2), (3, 2), (2, 0), (1, 1)),
+    "1x1 stride 2": make(2, 4, 2, 1, (5, 5), (1, 1), (2, 2), (0, 0), (1, 1)),
+    "dilation": make(2, 2, 3, 1, (8, 7), (3, 3), (1, 2), (2, 3), (2, 3)),
+    "groups": make(2, 6, 4, 2, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "depthwise": make(2, 4, 8, 4, (5, 5), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "7x7": make(1, 2, 2, 1, (9, 9), (7, 7), (2, 2), (3, 3), (1, 1)),
+    "kernel larger than the image": make(1, 2, 2, 1, (2, 2), (5, 5), (1, 1), (3, 3), (1, 1)),
+    "padding beyond the kernel": make(1, 1, 2, 1, (3, 3), (1, 1), (1, 1), (2, 2), (1, 1)),
+    "1d": make(3, 4, 6, 2, (11,), (3,), (2,), (1,), (2,)),
+    "3d": make(1, 2, 3, 1, (3, 4, 3), (2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 1)),
+    "linear": make(6, 7, 5, 1, (), (), (), (), ()),
+}
+
+
+@pytest.fixture(params=GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def geometry(request):
+    return request.param
+
+
+def random_groups(generator, *shape):
+    return torch.tensor([0, 8, 16], dtype=torch.uint8)[torch.randint(0, 3, shape, generator=generator)]
+
+
+def operands(g):
+    generator = torch.Generator().manual_seed(len(g.kernel) + g.slots)
+    big = random_groups(generator, g.batch, g.big_channels, *g.big)
+    small = random_groups(generator, g.batch, g.small_channels, *g.small)
+    weight = random_groups(generator, g.small_channels, g.big_channels // g.groups, *g.kernel)
+    return big, small, weight
+
+
+def brute_force(g, big, small, weight):
+    """Walk all slots; tables big by weight, small by weight, big by small, and the number outside the big grid."""
+    tables, outside = torch.zeros(3, 3, 3, dtype=torch.int64), 0
+    index = {0: 0, 8: 1, 16: 2}
+    ranges = [range(g.batch), range(g.small_channels), range(g.big_channels // g.groups)]
+    for n, k, c in itertools.product(*ranges):
+        channel = k // (g.small_channels // g.groups) * (g.big_channels // g.groups) + c
+        for p in itertools.product(*map(range, g.small)):
+            for r in itertools.product(*map(range, g.kernel)):
+                h = tuple(p[d] * g.stride[d] - g.padding[d] + r[d] * g.dilation[d] for d in range(len(p)))
+                if any(not 0 <= h[d] < g.big[d] for d in range(len(p))):
+                    outside += 1
+                    continue
+                x, d, w = (
+                    index[int(big[(n, channel, *h)])],
+                    index[int(small[(n, k, *p)])],
+                    index[int(weight[(k, c, *r)])],
+                )
+                tables[0, x, w] += 1
+                tables[1, d, w] += 1
+                tables[2, x, d] += 1
+    return tables, outside
+
+
+def test_pair_tables(geometry):
+    big, small, weight = operands(geometry)
+    expected, outside = brute_force(geometry, big, small, weight)
+    groups = geometry.groups
+    big_position, small_position = counting.per_position(big), counting.per_position(small)
+    forward = counting.grid_by_weight(big_position, counting.per_weight(weight, groups, "small"), geometry, "big")
+    grad_input = counting.grid_by_weight(small_position, counting.per_weight(weight, groups, "big"), geometry, "small")
+    grad_weight = counting.grid_by_grid(
+        counting.per_sample(big, groups), counting.per_sample(small, groups), big_position, small_position, geometry
+    )
+    assert torch.equal(torch.stack((forward, grad_input, grad_weight)), expected)
+    assert geometry.slots == expected[0].sum() + outside
+
+
+def test_elements(geometry):
+    big, _, weight = operands(geometry)
+    for groups, partial in (
+        (big, counting.per_position(big)),
+        (big, counting.per_sample(big, geometry.groups)),
+        (weight, counting.per_weight(weight, geometry.groups, "small")),
+        (weight, counting.per_weight(weight, geometry.groups, "big")),
+    ):
+        expected = [int((groups == value).sum()) for value in (0, 8, 16)]
+        assert counting.elements(partial, groups.numel()).tolist() == expected
+
+
+def test_counts_beyond_int32():
+    g = make(2**12, 2**11, 2**11, 1, (), (), (), (), ())
+    ones = torch.full((1, 1), 16, dtype=torch.uint8)
+    big, weight = ones.expand(g.batch, g.big_channels), ones.expand(g.small_channels, g.big_channels)
+    table = counting.grid_by_weight(counting.per_position(big), counting.per_weight(weight, 1, "small"), g, "big")
+    assert table[2, 2] == g.slots == 2**34
