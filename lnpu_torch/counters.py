@@ -57,7 +57,7 @@ def _entry(name: str, layer: Layer, step: Step, values: list[int]) -> StepCounts
     wide = [layer.wide[step, operand] for operand in OPERANDS[step]]
     return StepCounts.model_validate(
         {
-            "layer": name or "(model)",
+            "layer": name,
             "kind": layer.kind,
             "step": step,
             "calls": calls,

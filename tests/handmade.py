@@ -1,0 +1,65 @@
+"""Counts and chips made by hand, small enough to price on paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lnpu_torch.chip import Chip, chip
+from lnpu_torch.config import validate
+from lnpu_torch.counts import Counts, StepCounts
+
+PAIRS = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+"""Multiplications by group (zero, fp8, wide) of the first operand, and of the second."""
+
+
+def step(
+    step: str = "forward",
+    layer: str = "conv1",
+    pairs: Any = PAIRS,
+    padding: int = 10,
+    not_run: int = 0,
+    first: tuple[int, int, int] = (5, 3, 2),
+    second: tuple[int, int, int] = (0, 6, 2),
+    wide: tuple[str, str] = ("fp16", "fp16"),
+) -> StepCounts:
+    data = {
+        "layer": layer,
+        "kind": "Conv2d",
+        "step": step,
+        "calls": 1,
+        "slots": sum(map(sum, pairs)) + padding + not_run,
+        "padding": padding,
+        "not_run": not_run,
+        "pairs": pairs,
+        "first": {"wide": wide[0], "elements": first},
+        "second": {"wide": wide[1], "elements": second},
+    }
+    return validate(StepCounts, data, "handmade")
+
+
+def counts(*steps: StepCounts) -> Counts:
+    return Counts(steps=steps)
+
+
+def network() -> Counts:
+    """Two layers: the first one's grad_input was not run, the second one's weight is in float."""
+    return counts(
+        step(),
+        step("grad_input", pairs=((0, 0, 0),) * 3, padding=0, not_run=55, first=(0, 0, 0), second=(0, 0, 0)),
+        step("grad_weight", pairs=((9, 8, 7), (6, 5, 4), (3, 2, 1))),
+        step(layer="fc", padding=0, wide=("fp16", "fp32")),
+        step("grad_input", layer="fc", padding=0, pairs=((90, 0, 3), (0, 1, 0), (1, 1, 0)), wide=("fp16", "fp32")),
+        step("grad_weight", layer="fc", padding=0),
+    )
+
+
+def variant(**values: object) -> Chip:
+    """LNPU with other values, by dotted key with `__` for the dot."""
+    data = chip("lnpu").model_dump()
+    for key, value in values.items():
+        *path, last = key.split("__")
+        place = data
+        for part in path:
+            place = place[part]
+        place[last] = value if value is None else {**place[last], "value": value}
+    return validate(Chip, data, "variant")

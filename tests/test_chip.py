@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from handmade import variant
+from pydantic import ValidationError
+
+from lnpu_torch.chip import chip, chip_table, chips, chips_table
+from lnpu_torch.config import CONFIGS, ConfigError, builtin_names
+from lnpu_torch.tables import plain
+
+
+@pytest.mark.parametrize("name", builtin_names("chips"))
+def test_every_chip_loads_and_says_what_each_value_rests_on(name: str) -> None:
+    loaded = chip(name)
+    assert loaded.name == name
+    assert len(loaded.values()) == sum(loaded.tags().values()) >= 10
+    assert all(len(entry.source) > 10 or entry.source == "as in forward" for entry in loaded.values().values())
+
+
+def test_the_built_in_chips() -> None:
+    assert [each.name for each in chips()] == ["dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"]
+    policies = {
+        each.name: (each.skip.forward.value, each.skip.grad_input.value, each.skip.grad_weight.value)
+        for each in chips()
+    }
+    assert policies == {
+        "dense-fp16": ("none", "none", "none"),
+        "lnpu": ("input", "grad_output", "input"),
+        "lnpu-fp16": ("input", "grad_output", "input"),
+        "sparse-inference": ("input", "none", "none"),
+    }
+    assert {each.name for each in chips() if each.macs_per_cycle.fp8} == {"lnpu"}
+
+
+def test_energy_line_and_rates() -> None:
+    lnpu = chip("lnpu")
+    assert lnpu.energy_pj(1, 0, 0) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
+    assert lnpu.energy_pj(1, 0, 9) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # per slot at 90 % zeros
+    assert lnpu.energy_pj(0, 1, 0) == 2 * lnpu.energy_pj(1, 0, 0)
+    assert lnpu.energy_pj(0, 1, 0, fp16_to_fp8=4.0) == 4 * lnpu.energy_pj(1, 0, 0)
+    assert lnpu.cycles(1536, 0) == lnpu.cycles(0, 768) == 1
+    assert chip("lnpu-fp16").cycles(0, 1536) == 2
+
+
+@pytest.mark.parametrize(
+    ("when", "fp8"),
+    [
+        ("streamed", {"zero*zero", "zero*fp8", "zero*fp16", "fp8*zero", "fp8*fp8", "fp8*fp16"}),
+        ("both", {"zero*zero", "zero*fp8", "fp8*zero", "fp8*fp8"}),
+    ],
+)
+def test_which_pairs_run_as_fp8(when: str, fp8: set[str]) -> None:
+    tried = [(a, b) for a in ("zero", "fp8", "fp16", "fp32") for b in ("zero", "fp8", "fp16")]
+    assert {f"{a}*{b}" for a, b in tried if variant(fp8_pairs=when).runs_fp8(a, b)} == fp8
+    assert not any(chip("lnpu-fp16").runs_fp8(a, b) for a, b in tried)
+
+
+def test_a_chip_is_frozen_and_stands_for_itself() -> None:
+    lnpu = chip("lnpu")
+    assert chip(lnpu) is lnpu
+    with pytest.raises(ValidationError):
+        lnpu.energy.fp8_mac_pj.value = 0.1
+
+
+def _edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    data = yaml.safe_load((CONFIGS / "chips" / "lnpu.yaml").read_text())
+    data["operating_point"]["clock_hz"]["value"] = 5.0e7  # PyYAML alone reads 50.0e6 as text
+    edit(data)
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def _at(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """An edit that sets a dotted key; `...` deletes it."""
+
+    def edit(data: dict[str, Any]) -> None:
+        *path, last = key.split(".")
+        for part in path:
+            data = data[part]
+        if value is ...:
+            del data[last]
+        else:
+            data[last] = value
+
+    return edit
+
+
+BAD = [
+    ("energy.fp8_mac_pj", ..., ["energy.fp8_mac_pj", "required"]),
+    ("energy.fp8_mac_pj", 0.575, ["energy.fp8_mac_pj"]),
+    ("energy.fp8_mac_pj.value", -0.575, ["energy.fp8_mac_pj.value", "-0.575"]),
+    ("energy.fp8_mac_pj.value", float("nan"), ["energy.fp8_mac_pj.value"]),
+    ("energy.skipped_slot_pj.value", -1, ["energy.skipped_slot_pj.value"]),
+    ("energy.fp8_mac_pj.unit", "nJ", ["energy.fp8_mac_pj.unit", "known: value, tag, source"]),
+    ("energy.fp8_mac_pj.range", [0.5, 0.6], ["energy.fp8_mac_pj.range", "unknown key"]),
+    ("energy.fp16_to_fp8.range", [3.0, 4.0], ["energy.fp16_to_fp8", "outside its range"]),
+    ("energy.fp16_to_fp8.value", 0.0, ["energy.fp16_to_fp8.value"]),
+    ("operating_point.clock_hz.value", "50 MHz", ["operating_point.clock_hz.value", "'50 MHz'"]),
+    ("operating_point.clock_hz.value", 0.0, ["operating_point.clock_hz.value"]),
+    ("operating_point.voltage_v.value", True, ["operating_point.voltage_v.value"]),
+    ("operating_point.clock_mhz", 50, ["clock_mhz", "nearest: clock_hz"]),
+    ("operating_point", 50, ["operating_point"]),
+    ("macs_per_cycle.fp16.value", 768.5, ["macs_per_cycle.fp16.value"]),
+    ("macs_per_cycle.fp8.value", 0, ["macs_per_cycle.fp8.value"]),
+    ("macs_per_cycle.fp8.rate", 1, ["macs_per_cycle.fp8.rate", "known: value, tag, source"]),
+    ("macs_per_cycle.fp8", None, ["macs_per_cycle.fp8", "fp8_pairs"]),
+    ("fp8_pairs.value", "never", ["macs_per_cycle.fp8", "fp8_pairs"]),
+    ("fp8_pairs.value", "always", ["fp8_pairs.value", "'always'"]),
+    ("skip.forward.value", "grad_output", ["skip.forward.value", "'grad_output'"]),
+    ("skip.grad_input.value", "input", ["skip.grad_input.value"]),
+    ("skip.grad_weight.value", "weight", ["skip.grad_weight.value"]),
+    ("skip.grad_weight", ..., ["skip.grad_weight", "required"]),
+    ("padding.value", "sometimes", ["padding.value"]),
+    ("padding.source", ..., ["padding.source", "required"]),
+    ("padding.source", "", ["padding.source"]),
+    ("padding.tag", ..., ["padding.tag", "required"]),
+    ("padding.tag", "guessed", ["padding.tag", "'guessed'"]),
+    ("description", ..., ["description", "required"]),
+    ("sram", 1, ["unknown key 'sram'"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), BAD)
+def test_bad_values_are_named(key: str, value: object, said: list[str], tmp_path: Path) -> None:
+    path = _edited(tmp_path / "bad.yaml", _at(key, value))
+    with pytest.raises(ConfigError) as error:
+        chip(path)
+    assert all(words in str(error.value) for words in ["bad.yaml", *said])
+
+
+def test_unknown_chip_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown chip 'tpu'.*dense-fp16, lnpu, lnpu-fp16, sparse-inference"):
+        chip("tpu")
+
+
+def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match=r"list\.yaml: not a chip"):
+        chip(tmp_path / "list.yaml")
+
+
+MINE = """
+like: lnpu
+description: mine
+energy:
+  fp8_mac_pj: {value: 0.5, tag: assumed, source: a hunch}
+"""
+
+
+def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE)
+    (tmp_path / "yours.yaml").write_text("like: mine.yaml\nname: your chip\ndescription: yours\n")
+    mine, yours, lnpu = chip(tmp_path / "mine.yaml"), chip(tmp_path / "yours.yaml"), chip("lnpu")
+    assert mine.name == "mine"
+    assert mine.energy.fp8_mac_pj.value == 0.5
+    assert mine.energy.skipped_slot_pj == lnpu.energy.skipped_slot_pj
+    assert (yours.name, yours.description, yours.energy) == ("your chip", "yours", mine.energy)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("like: lnpu\n", "description.*required"),
+        ("like: nothing\ndescription: x\n", "unknown chip in .*: like: 'nothing'"),
+        ("like: 3\ndescription: x\n", "like: a chip's name or path is expected, got 3"),
+        ("like: self.yaml\ndescription: x\n", "comes back to itself"),
+        ("like: lnpu\ndescription: x\npadding: {value: free}\n", "padding.tag.*required"),
+        ("like: lnpu\ndescription: x\npadding: {source: elsewhere}\n", "padding.value.*required"),
+    ],
+)
+def test_bad_like_files(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "self.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"(?s)self.yaml.*{said}|{said}"):
+        chip(tmp_path / "self.yaml")
+
+
+def test_tables_show_every_chip_and_every_value() -> None:
+    listing = plain(chips_table(chips()))
+    assert all(each.name in listing and each.description in listing for each in chips())
+    lnpu_line = next(line for line in listing.splitlines() if line.startswith("  lnpu "))
+    assert lnpu_line.split()[-9:] == ["input", "grad_output", "input", "50", "1536", "768", "0.575", "1.15", "0.024"]
+    dense_line = next(line for line in listing.splitlines() if line.startswith("  dense-fp16 "))
+    assert dense_line.split()[-6:] == ["50", "-", "768", "-", "1.15", "0.024"]
+    shown = plain(chip_table(chip("lnpu")))
+    for key, entry in chip("lnpu").values().items():
+        line = next(line for line in shown.splitlines() if f" {key} " in line)
+        assert entry.tag in line
+        assert entry.source in line
+    assert "50000000" in shown
+    assert "2 (2 ... 4)" in shown

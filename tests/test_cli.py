@@ -1,0 +1,292 @@
+"""The command: what it prints, and one clear message with exit code 2 for whatever a user can get wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import network
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import lnpu_torch as lnpu
+from lnpu_torch import cli
+from lnpu_torch.config import ConfigError
+from lnpu_torch.recipes import train as recipe
+
+SMALL = ["epochs=1", "limit=2", "batch_size=32", "model.width=2", "data.size=8"]
+
+
+def lnpu_command(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def refused(*arguments: str) -> str:
+    """The message of a command that must fail with it alone: exit code 2, on stderr, no traceback."""
+    result = lnpu_command(*arguments)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return result.stderr
+
+
+@pytest.fixture
+def counts(tmp_path: Path) -> str:
+    network().save(tmp_path / "counts.json")
+    return str(tmp_path / "counts.json")
+
+
+def test_help_and_version() -> None:
+    help_text = lnpu_command("--help").stdout
+    assert all(command in help_text for command in ("train", "price", "chips", "profile"))
+    assert lnpu_command("--version").stdout == f"lnpu {lnpu.__version__}\n"
+
+
+def test_train_prints_each_epoch_and_keeps_the_run(tmp_path: Path) -> None:
+    result = lnpu_command("train", "digits_resnet18", *SMALL, "chips=[lnpu, sparse-inference]", f"out={tmp_path}/run")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "21 of 41 layers",
+        "epoch 1/1: loss",
+        "grad_weight",
+        "sparse-inference",
+        "Energy by layer",
+        "layer4.1.conv2",
+    ):
+        assert words in result.stdout
+    counts_file = f"{tmp_path}/run/counts/epoch1.json"
+    priced = lnpu_command("price", counts_file, "--by", "step", "--format", "json")
+    row = next(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert json.loads(priced.stdout)["total"]["energy_pj"] == float(row["lnpu_energy_pj"])
+    again = lnpu_command("train", f"{tmp_path}/run/config.yaml", f"resume={tmp_path}/run")
+    assert again.exit_code == 0, again.output
+
+
+def test_train_in_float32_says_that_nothing_is_counted(tmp_path: Path) -> None:
+    result = lnpu_command("train", "digits_resnet18", *SMALL, "precision=float32", f"out={tmp_path}/run")
+    assert result.exit_code == 0, result.output
+    assert "nothing was counted" in result.stdout
+
+
+BAD_SETTINGS = {
+    "unknown key 'lrr' (nearest: lr); known: model, data,": ["lrr=1"],
+    "unknown key 'data.sice' (nearest: size); known: kind, path": ["data.sice=1"],
+    "lr: Input should be a valid number, got 'fast'": ["lr=fast"],
+    "seed: Input should be a valid integer, got 1.5": ["seed=1.5"],
+    "epochs: Input should be greater than or equal to 1, got 0": ["epochs=0"],
+    "'epochs': settings are written KEY=VALUE": ["epochs"],
+    "'=3': settings are written KEY=VALUE": ["=3"],
+    "chips: not valid YAML": ["chips=[lnpu"],
+    "lr.max: 'max' is inside 0.1, which has no keys": ["lr.max=1"],
+    "unknown model 'resnet81'": ["model.name=resnet81"],
+    "unknown chip 'lnpo'": ["chips=[lnpo]"],
+    "unknown precision 'fp9'": ["precision=fp9"],
+    "override 'fcc' matches no layer that can be emulated (nearest: fc)": ["overrides.fcc=fp8"],
+    "nowhere.npz: no such data file": ["data.kind=npz", "data.path=nowhere.npz"],
+    "device: torch cannot use 'tpu9' here": ["device=tpu9"],
+    "nowhere/config.yaml: no such run to resume": ["resume=nowhere"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_a_wrong_setting_is_refused(message: str, tmp_path: Path) -> None:
+    assert message in refused("train", "digits_resnet18", *SMALL, f"out={tmp_path}/run", *BAD_SETTINGS[message])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_recipe_is_refused(tmp_path: Path) -> None:
+    assert "unknown recipe 'digits'" in refused("train", "digits")
+    assert "digits_resnet18" in refused("train", "digits")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    assert "not a recipe" in refused("train", f"{tmp_path}/list.yaml")
+    (tmp_path / "twice.yaml").write_text("lr: 1\nlr: 2")
+    assert "key 'lr' stands twice" in refused("train", f"{tmp_path}/twice.yaml")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = refused("train", "digits_resnet18", *SMALL, f"out={tmp_path}/file/run")
+    assert f"{tmp_path}/file/run: cannot be made: Not a directory" in message
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install 'lnpu-torch[recipes]'" in refused("train", "digits_resnet18", f"out={tmp_path}/run")
+
+
+@pytest.mark.parametrize("code", [2, 130])
+def test_a_run_that_stops_ends_with_its_message_and_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise recipe.Stopped("The loss is nan [in] epoch 3", code)
+
+    monkeypatch.setattr(recipe, "train", stop)
+    result = lnpu_command("train", "digits_resnet18")
+    assert (result.exit_code, result.stderr.strip()) == (code, "The loss is nan [in] epoch 3")
+
+
+def test_ctrl_c_before_training_has_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train", interrupt)
+    result = lnpu_command("train", "digits_resnet18")
+    assert (result.exit_code, result.stderr.strip()) == (130, "Stopped.")
+
+
+def test_settings_are_yaml_under_dotted_keys() -> None:
+    start: dict[str, Any] = {"lr": 1, "data": {"kind": "npz", "size": 8}}
+    settings = ["lr=2e-3", "data.size=null", "data.flip=true", "chips=[a, b]", "overrides.fc=null", "out=a=b"]
+    assert cli.with_settings(start, settings) == {
+        "lr": 2e-3,
+        "data": {"kind": "npz", "size": None, "flip": True},
+        "chips": ["a", "b"],
+        "overrides": {"fc": None},
+        "out": "a=b",
+    }
+    assert start == {"lr": 1, "data": {"kind": "npz", "size": 8}}
+
+
+def test_price_prints_a_table_for_one_chip_and_a_comparison_for_several(counts: str) -> None:
+    loaded = lnpu.Counts.load(counts)
+    assert lnpu_command("price", counts).stdout == f"{lnpu.price(loaded, 'lnpu')}\n"
+    assert lnpu_command("price", counts, "--by", "layer").stdout == f"{lnpu.price(loaded, 'lnpu').by('layer')}\n"
+    several = lnpu_command("price", counts, "--chip", "lnpu", "--chip", "dense-fp16").stdout
+    assert "lnpu" in several
+    assert "dense-fp16" in several
+
+
+def test_price_prints_json_and_csv(counts: str) -> None:
+    one = json.loads(lnpu_command("price", counts, "--format", "json").stdout)
+    assert one["total"]["energy_pj"] == lnpu.price(lnpu.Counts.load(counts), "lnpu").total.energy_pj
+    chips = ("--chip", "lnpu", "--chip", "dense-fp16")
+    both = json.loads(lnpu_command("price", counts, *chips, "--format", "json").stdout)
+    assert [each["chip"] for each in both] == ["lnpu", "dense-fp16"]
+    rows = list(csv.DictReader(io.StringIO(lnpu_command("price", counts, *chips, "--format", "csv").stdout)))
+    assert {row["chip"] for row in rows} == {"lnpu", "dense-fp16"}
+
+
+def test_a_wrong_counts_file_or_option_is_refused(counts: str, tmp_path: Path) -> None:
+    assert "no such counts file" in refused("price", f"{tmp_path}/nowhere.json")
+    assert "unknown chip 'lnpo'" in refused("price", counts, "--chip", "lnpo")
+    text = Path(counts).read_text()
+    for damaged, message in (
+        (text[:100], "not valid JSON"),
+        ("{}", "not a counts file"),
+        ('{"version": 9, "steps": []}', "9"),
+    ):
+        Path(counts).write_text(damaged)
+        assert message in refused("price", counts)
+    assert "colour" in refused("price", counts, "--by", "colour")
+    assert "xml" in refused("price", counts, "--format", "xml")
+
+
+def test_chips_lists_them_and_shows_one_with_its_sources() -> None:
+    listed = lnpu_command("chips").stdout
+    assert all(name in listed for name in ("dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"))
+    shown = lnpu_command("chips", "lnpu").stdout
+    assert "energy.fp8_mac_pj" in shown
+    assert "derived" in shown
+    assert "unknown chip 'lnpo'" in refused("chips", "lnpo")
+
+
+class Classifier(nn.Module):
+    """Returns what models return: tensors in mappings, sequences, and things that are no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        features = self.conv(x)
+        return {"logits": self.fc(features.mean((2, 3))), "more": [features, None, "text", torch.ones(1)]}
+
+
+instance = Classifier()
+
+
+class NoParameters(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def broken() -> nn.Module:
+    raise LookupError("weights are missing")
+
+
+@pytest.mark.parametrize("attribute", ["Classifier", "instance"])
+def test_profile_prices_one_training_step(attribute: str) -> None:
+    result = lnpu_command(
+        *("profile", f"test_cli:{attribute}", "--input-shape", "2,3,6,6", "--format", "json", "--chip", "dense-fp16")
+    )
+    assert result.exit_code == 0, result.output
+    rows = {(row["layer"], row["step"]): row for row in json.loads(result.stdout)["rows"]}
+    assert rows["conv", "forward"]["slots"] == 2 * 4 * 4 * 4 * 3 * 9
+    assert rows["conv", "grad_weight"]["executed"] == 2 * 4 * 4 * 4 * 3 * 9
+    assert rows["conv", "grad_input"]["not_run"] == 2 * 4 * 4 * 4 * 3 * 9
+    assert rows["fc", "grad_input"]["executed"] == 2 * 4 * 2
+
+
+def test_profile_shows_what_stayed_in_float() -> None:
+    result = lnpu_command("profile", "torchvision.models:resnet18", "--input-shape", "2,3,32,32", "--by", "step")
+    assert result.exit_code == 0, result.output
+    assert "21 of 41 layers emulated" in result.stdout
+    assert "Energy on chip lnpu" in result.stdout
+
+
+BAD_PROFILES = {
+    "a model is written MODULE:ATTR": ["torchvision.models", "1,3,8,8"],
+    "no_such_module:x: cannot be imported: ModuleNotFoundError": ["no_such_module:x", "1,3,8,8"],
+    "test_cli:nothing: cannot be imported: AttributeError": ["test_cli:nothing", "1,3,8,8"],
+    "test_cli:broken: cannot be called without arguments: LookupError: weights are missing": ["test_cli:broken", "1,3"],
+    "torch.nn:Linear: cannot be called without arguments: TypeError": ["torch.nn:Linear", "1,3"],
+    "an nn.Module is expected, or a function that returns one; got int": ["test_cli:int", "1,3"],
+    "--input-shape: '1,x' is not a shape": ["test_cli:Classifier", "1,x"],
+    "--input-shape: '1,0,3' is not a shape": ["test_cli:Classifier", "1,0,3"],
+    "the model cannot take an input of shape (1, 2, 6, 6)": ["test_cli:Classifier", "1,2,6,6"],
+}
+int = int  # something to import that is no model
+
+
+@pytest.mark.parametrize("message", BAD_PROFILES)
+def test_a_model_that_cannot_be_profiled_is_refused(message: str) -> None:
+    model, shape = BAD_PROFILES[message]
+    assert message in refused("profile", model, "--input-shape", shape)
+
+
+def test_profile_refuses_a_model_without_emulated_layers_and_an_unknown_precision() -> None:
+    assert "nothing to price. 0 of 0 layers" in refused("profile", "test_cli:NoParameters", "--input-shape", "1,3")
+    arguments = ("profile", "test_cli:Classifier", "--input-shape", "1,3,6,6")
+    assert "unknown precision 'fp9'" in refused(*arguments, "--precision", "fp9")
+    assert "unknown chip 'lnpo'" in refused(*arguments, "--chip", "lnpo")
+
+
+def test_models_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_model_in_this_folder.py").write_text("import torch\nmodel = torch.nn.Linear(3, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert isinstance(cli.import_model("my_model_in_this_folder:model"), nn.Linear)
+
+
+def test_outputs_that_do_not_depend_on_parameters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to train"):
+        cli._training_step(NoParameters(), torch.zeros(1))
+
+
+def test_the_installed_entry_point_ends_with_the_exit_code() -> None:
+    code = "import sys; sys.argv = ['lnpu', 'chips', 'lnpo']; from lnpu_torch.cli import main; main()"
+    root = str(Path(cli.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("unknown chip 'lnpo'")

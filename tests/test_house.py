@@ -1,0 +1,120 @@
+"""The house rules that a reader relies on: who imports whom, what an import needs, and where the parts are found."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lnpu_torch"
+
+# A module imports only what stands before it in its row, and what ACROSS gives it.
+NUMERICS = ["config", "formats", "precision", "reference", "geometry", "accumulate", "products", "counting"]
+NUMERICS += ["ops", "emulation", "functional", "nn", "convert"]
+COST = ["config", "counts", "tables", "chip", "rows", "report", "counters", "cost", "cli"]
+ACROSS = {"ops": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
+EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
+PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Dotted names of the modules that a source file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{file.name}: imports are absolute"
+            assert node.level == 0, f"{file.name}: imports are absolute"
+            modules = [name.name for name in node.names if (PACKAGE / f"{name.name}.py").exists()]
+            is_package = node.module == "lnpu_torch" and modules
+            yield from (f"lnpu_torch.{name}" for name in modules) if is_package else (node.module,)
+
+
+def own(file: Path) -> set[str]:
+    return {name for name in imports(file) if name.split(".")[0] == "lnpu_torch"}
+
+
+def run(code: str, *options: str, cwd: Path | None = None, path: str = str(ROOT)) -> str:
+    """The output of a Python process of its own; it fails the test if the process fails."""
+    command = [sys.executable, "-W", "error", *options, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    modules = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == {*NUMERICS, *COST}
+
+
+@pytest.mark.parametrize(("row", "place"), [(row, place) for row in (NUMERICS, COST) for place in range(len(row))])
+def test_imports_point_down_only(row: list[str], place: int) -> None:
+    below = {f"lnpu_torch.{name}" for name in row[:place]}
+    across = ACROSS.get(row[place], "nothing")
+    upward = {name for name in own(PACKAGE / f"{row[place]}.py") - below if not f"{name}.".startswith(f"{across}.")}
+    assert not upward, f"{row[place]} imports {sorted(upward)}"
+
+
+def test_kernels_import_triton_torch_and_formats_only() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        foreign = {name for name in imports(file) if name.split(".")[0] not in {*EXTERNAL_TO_KERNELS, "lnpu_torch"}}
+        above = {name for name in own(file) if not name.startswith(("lnpu_torch.formats", "lnpu_torch.kernels"))}
+        assert not foreign | above, f"{file.name} imports {sorted(foreign | above)}"
+
+
+def test_recipes_use_the_public_interface_only() -> None:
+    for file in (ROOT / "recipes").glob("*.py"):
+        inner = {name for name in own(file) - PUBLIC if not name.startswith("lnpu_torch.recipes")}
+        assert not inner, f"{file.name} imports {sorted(inner)}"
+
+
+def test_files_stay_short() -> None:
+    files = [file for folder in ("lnpu_torch", "recipes", "tests") for file in (ROOT / folder).glob("*.py")]
+    long = {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) >= 300}
+    assert not long
+
+
+BLOCK = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "torchvision", "sklearn", "accelerate", "tensorboard"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_import_needs_neither_triton_nor_the_recipes_extra() -> None:
+    run(BLOCK + "import lnpu_torch, lnpu_torch.cli, lnpu_torch.recipes.train")
+
+
+def test_import_changes_nothing_but_its_own_namespace(tmp_path: Path) -> None:
+    state = (
+        "(torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().tolist(), "
+        "torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), "
+        "torch.nn.Linear.forward, torch.nn.functional.conv2d, warnings.filters[:], dict(os.environ), os.getcwd(), "
+        "signal.getsignal(signal.SIGINT), threading.active_count(), os.listdir())"
+    )
+    modules = "import os, signal, threading, warnings, torch, numpy, pydantic, yaml, rich.console, rich.table"
+    code = f"{modules}\nbefore = {state}\nimport lnpu_torch\nassert {state} == before"
+    assert run(code, cwd=tmp_path) == ""
+
+
+def test_a_checkout_on_the_path_finds_its_parts(tmp_path: Path) -> None:
+    # -S leaves out site-packages' .pth files, and with them an editable install; the libraries are named by hand.
+    path = os.pathsep.join([str(ROOT), sysconfig.get_paths()["purelib"]])
+    code = (
+        "import lnpu_torch.kernels, lnpu_torch.recipes.train, lnpu_torch.config as c\n"
+        "print(lnpu_torch.__file__, *c.builtin_names('chips'), *c.builtin_names('recipes'))"
+    )
+    found = run(code, "-S", cwd=tmp_path, path=path)
+    assert str(PACKAGE) in found
+    assert "lnpu-fp16" in found
+    assert "digits_resnet18" in found

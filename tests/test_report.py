@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from handmade import counts, network, step
+from rich.console import Console
+
+from lnpu_torch.config import ConfigError
+from lnpu_torch.cost import price
+from lnpu_torch.report import Comparison, csv_text, json_text
+from lnpu_torch.rows import FIELDS, NOT_MODELLED, Row
+from lnpu_torch.tables import si
+
+FIELDS_EXPECTED = [
+    "layer",
+    "kind",
+    "step",
+    "slots",
+    "executed",
+    "skipped",
+    "padding",
+    "not_run",
+    "pairs",
+    "zero_share",
+    "fp8_share",
+    "cycles",
+    "utilisation",
+    "energy_pj",
+    "sram_bits",
+    "dram_bits",
+    "dram_energy_pj",
+]
+
+
+def test_a_row_has_these_fields() -> None:
+    assert FIELDS_EXPECTED == FIELDS == [field.name for field in dataclasses.fields(Row)]
+    (row, *_) = price(network(), "lnpu").rows
+    assert [name for name in FIELDS if getattr(row, name) is None] == list(NOT_MODELLED)
+
+
+def test_a_row_that_does_not_add_up_is_refused() -> None:
+    row = price(network(), "lnpu").rows[0]
+    with pytest.raises(ValueError, match="conv1 forward: slots are not"):
+        dataclasses.replace(row, slots=row.slots + 1)
+    with pytest.raises(ValueError, match="conv1 forward: pairs do not"):
+        dataclasses.replace(row, pairs={})
+
+
+def test_groups_and_total_take_shares_from_sums() -> None:
+    first = step(first=(9, 1, 0), padding=0)
+    second = step(layer="conv2", first=(0, 10, 80), padding=0)
+    report = price(counts(first, second), "lnpu")
+    assert [row.zero_share for row in report.rows] == [0.9, 0.0]
+    assert report.total.zero_share == 9 / 100
+    assert report.total.fp8_share == 11 / 91
+    assert (report.total.layer, report.total.kind, report.total.step) == ("total", "all", "all")
+    (by_step,) = report.by("step").rows
+    assert (by_step.layer, by_step.kind, by_step.step) == ("all", "all", "forward")
+    assert by_step.zero_share == 9 / 100
+
+
+def test_groups_keep_the_models_order() -> None:
+    report = price(network(), "lnpu")
+    assert [(row.layer, row.kind, row.step) for row in report.by("layer").rows] == [
+        ("conv1", "Conv2d", "all"),
+        ("fc", "Conv2d", "all"),
+    ]
+    assert [row.step for row in report.by("step").rows] == ["forward", "grad_input", "grad_weight"]
+    with pytest.raises(ValueError, match="'layer' or 'step', not 'kind'"):
+        report.by("kind")  # type: ignore[arg-type]
+
+
+def test_time_and_efficiency() -> None:
+    report = price(network(), "lnpu")
+    assert report.time_s == report.total.cycles / 50e6
+    asked = report.total.slots - report.total.not_run
+    assert report.total.not_run == 55
+    assert report.tflops_per_watt == pytest.approx(2 * asked / report.total.energy_pj)
+
+
+def test_json_and_csv_hold_the_rows_exactly(tmp_path: Path) -> None:
+    report = price(network(), "lnpu")
+    report.to_json(tmp_path / "report.json")
+    report.to_csv(tmp_path / "report.csv")
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data == json.loads(json.dumps(report.to_dict()))
+    assert [Row(**row) for row in data["rows"]] == list(report.rows)
+    assert Row(**data["total"]) == report.total
+    assert (data["chip"], data["time_s"], data["notes"]) == ("lnpu", report.time_s, list(report.notes))
+    assert data["energy_range_pj"] == list(report.energy_range_pj)
+    with (tmp_path / "report.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == FIELDS
+    for line, row in zip(lines, report.rows, strict=True):
+        assert json.loads(line.pop("pairs")) == row.pairs
+        for name, cell in line.items():
+            value = getattr(row, name)
+            assert cell == ("" if value is None else str(value))
+
+
+def test_several_reports_as_json_and_csv() -> None:
+    reports = [price(network(), "lnpu"), price(network(), "dense-fp16")]
+    assert json.loads(json_text(reports)) == [json.loads(json_text(report)) for report in reports]
+    lines = list(csv.DictReader(io.StringIO(csv_text(reports))))
+    assert [line["chip"] for line in lines] == ["lnpu"] * 6 + ["dense-fp16"] * 6
+    assert float(lines[6]["energy_pj"]) == reports[1].rows[0].energy_pj
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        price(network(), "lnpu").to_json(tmp_path / "missing" / "report.json")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        price(network(), "lnpu").to_csv(tmp_path / "missing" / "report.csv")
+
+
+def test_the_table() -> None:
+    text = str(price(network(), "lnpu"))
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[4][:11] == ["conv1", "Conv2d", "forward", "(FF)", "55", "39", "6", "10", "0", "50.0%", "60.0%"]
+    assert lines[5] == ["conv1", "Conv2d", "grad_input", "(EP)", "55", "0", "0", "0", "55", "-", "-", "0", "0", "J"]
+    assert lines[4][-2:] == ["36.61", "pJ"]
+    assert any(line[:3] == ["total", "all", "all"] for line in lines)
+    assert f"not modelled yet, and not in these figures: {', '.join(NOT_MODELLED)}" in text
+    assert "energy band: " in text
+    assert "2 ... 4 times" in text
+    assert "fp8*fp8 " in text
+    assert "0 published, 2 derived, 10 assumed" in text.replace("\n", " ")
+
+
+def test_the_table_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = "a.very." + "long.name." * 20 + "[bold]conv"
+    wide = str(price(counts(step(layer=layer)), "lnpu"))
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(price(counts(step(layer=layer)), "lnpu")) == wide
+    assert layer in wide
+    assert wide.isascii()
+    assert "\x1b" not in wide
+
+
+def test_a_console_prints_reports_too() -> None:
+    report = price(network(), "lnpu")
+    for shown in (report, Comparison([report, report])):
+        console = Console(file=io.StringIO(), width=200)
+        console.print(shown)
+        table = console.file.getvalue()  # type: ignore[attr-defined]
+        assert [line.strip() for line in str(shown).splitlines()[:8]] == [
+            line.strip() for line in table.splitlines()[:8]
+        ]
+
+
+def test_a_model_that_is_one_layer_has_a_name() -> None:
+    assert "(model)" in str(price(counts(step(layer="")), "lnpu"))
+
+
+def test_nothing_counted() -> None:
+    report = price(counts(), "lnpu")
+    assert (report.rows, report.total.slots, report.total.energy_pj, report.tflops_per_watt) == ((), 0, 0, None)
+    assert "streamed operand first: none" in str(report)
+    assert "- TFLOPS/W" in str(report)
+
+
+def test_chips_side_by_side() -> None:
+    lnpu, dense = price(network(), "lnpu"), price(network(), "dense-fp16")
+    text = str(Comparison([dense, lnpu]))
+    first = next(line for line in text.splitlines() if "conv1" in line)
+    assert first.split()[-4:] == ["63.25", "pJ", "36.61", "pJ"]
+    ratio = lnpu.total.energy_pj / dense.total.energy_pj
+    assert any(line.split()[:1] == ["lnpu"] and line.endswith(f"{ratio:.3f}") for line in text.splitlines())
+    assert text.count("not memory traffic") == 1
+    assert "\ncycles assume" in text  # it holds for both, so no chip is named
+    assert "dense-fp16: this chip has no FP8" in text
+    assert f"not modelled yet, and not in these figures: {', '.join(NOT_MODELLED)}" in text
+
+
+def test_only_reports_of_one_run_stand_side_by_side() -> None:
+    lnpu = price(network(), "lnpu")
+    for others in ([], [lnpu, lnpu.by("step")], [lnpu, price(counts(step()), "lnpu")]):
+        with pytest.raises(ValueError, match="differ"):
+            Comparison(others)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0, "", "0"),
+        (0.0, "pJ", "0 J"),
+        (None, "pJ", "-"),
+        (7, "", "7"),
+        (999, "", "999"),
+        (1000, "", "1 k"),
+        (12346, "", "12.35 k"),
+        (999999, "", "1 M"),
+        (1.234e9, "pJ", "1.234 mJ"),
+        (36.609, "pJ", "36.61 pJ"),
+        (0.025, "pJ", "25 fJ"),
+        (2.5e13, "pJ", "25 J"),
+        (0.4078, "s", "407.8 ms"),
+        (50e6, "Hz", "50 MHz"),
+        (1e21, "", "1000 E"),
+    ],
+)
+def test_numbers_with_units(value: float | None, unit: str, text: str) -> None:
+    assert si(value, unit) == text

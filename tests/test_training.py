@@ -1,0 +1,192 @@
+"""Emulated layers inside other people's training: compiled, autocast, frozen, nested counters, odd inputs."""
+
+import pytest
+import torch
+from torch import nn
+
+import lnpu_torch as lnpu
+from lnpu_torch import ConfigError, Precision, Rule
+from lnpu_torch.nn import emulated_layers
+
+PRECISIONS = {
+    "fgmp": "fgmp",
+    "fp8": "fp8",
+    "fp16": "fp16",
+    "stochastic": Precision(input=Rule(rounding="stochastic"), grad_output="fgmp"),
+}
+
+
+def model(precision="fgmp"):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.ReLU()]
+    return lnpu.convert(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 9, 4)), precision)
+
+
+def batch(seed=0, **kwargs):
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def steps(cost):
+    return {(entry.layer, entry.step): entry for entry in cost.counts.steps}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_is_eager(precision):
+    torch.compiler.reset()
+    eager, compiled = model(precision), model(precision)
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    with lnpu.CostCounter(eager) as a, lnpu.CostCounter(call) as b:
+        for run in (eager, call):
+            torch.manual_seed(1)
+            for seed in range(3):
+                run(batch(seed)).square().sum().backward()
+    assert a.counts == b.counts
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    for p, q in zip(emulated_layers(eager).values(), emulated_layers(compiled).values(), strict=True):
+        assert torch.equal(p.emulation.thresholds, q.emulation.thresholds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_returns_its_dtype_and_rounds_the_float32_weights(dtype):
+    layer = lnpu.nn.Linear(8, 8, precision=Precision(weight=Rule(threshold=-100)))
+    layer.weight.data.fill_(1 + 2.0**-10)  # a binary16, no bfloat16
+    x = torch.ones(1, 8)
+    with torch.autocast("cpu", dtype):
+        output = layer(x)
+    assert output.dtype == dtype
+    exact = 8 * (1 + 2.0**-10) + layer.bias
+    assert torch.equal(output, exact.half().to(dtype)[None])
+    output.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def test_half_precision_model():
+    layer = lnpu.nn.Conv2d(3, 4, 3).half()
+    x = batch().half().requires_grad_()
+    layer(x).sum().backward()
+    assert (x.grad.dtype, layer.weight.grad.dtype, layer.bias.grad.dtype) == (torch.float16,) * 3
+
+
+def test_overflow_gives_infinity_for_the_grad_scaler():
+    layer = lnpu.nn.Linear(1, 1, bias=False)
+    layer(torch.full((1, 1), 100.0)).backward(torch.full((1, 1), 60000.0))
+    assert layer.weight.grad.isinf().all()
+
+
+def test_channels_last_counts_and_computes_alike():
+    a, b = model(), model().to(memory_format=torch.channels_last)
+    with lnpu.CostCounter(a) as x, lnpu.CostCounter(b) as y:
+        outputs = a(batch()), b(batch().to(memory_format=torch.channels_last))
+        for output in outputs:
+            output.sum().backward()
+    # sums in another order, then rounded to binary16, on values of order one
+    torch.testing.assert_close(*outputs, rtol=2**-9, atol=2**-9)
+    assert all(steps(x)[key].first == entry.first for key, entry in steps(y).items() if key[0] == "0")
+
+
+def test_double_backward_says_so():
+    layer = lnpu.nn.Linear(4, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="double backward through an emulated layer is not supported"):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        grad.sum().backward()
+
+
+def test_what_nobody_asked_for_is_not_run():
+    net = model()
+    net[2].weight.requires_grad_(False)
+    with lnpu.CostCounter(net) as cost:
+        net(batch()).sum().backward()
+    rows = steps(cost)
+    for key in (("0", "grad_input"), ("2", "grad_weight")):
+        assert rows[key].not_run == rows[key].slots > 0
+    assert net[2].weight.grad is None and net[2].bias.grad is not None
+    assert rows["0", "grad_weight"].not_run == 0
+
+
+def test_without_gradients_only_forward_is_counted():
+    net = model().eval()
+    with lnpu.CostCounter(net) as cost, torch.no_grad():
+        net(batch())
+    assert {step for _, step in steps(cost)} == {"forward"}
+
+
+def test_counters_nest_and_add_up():
+    net = model()
+    with lnpu.CostCounter(net) as outer:
+        net(batch()).sum().backward()
+        with lnpu.CostCounter(net) as inner:
+            net(batch(1)).sum().backward()
+        with lnpu.CostCounter(net) as other:
+            net(batch(2)).sum()
+    with lnpu.CostCounter(net) as first:
+        pass
+    assert first.counts.steps == ()
+    assert {entry.calls for entry in steps(outer).values()} == {2, 3}
+    rest = lnpu.Counts.merge([inner.counts, other.counts])
+    assert steps(outer)["0", "forward"].slots == 3 * steps(inner)["0", "forward"].slots
+    assert len(rest.steps) == len(outer.counts.steps)
+
+
+def test_empty_batch():
+    for layer, shape in ((lnpu.nn.Linear(4, 2), (0, 4)), (lnpu.nn.Conv2d(3, 4, 3), (0, 3, 8, 8))):
+        x = torch.empty(shape, requires_grad=True)
+        with lnpu.CostCounter(layer) as cost:
+            layer(x).sum().backward()
+        assert layer.weight.grad.abs().sum() == 0 and x.grad.shape == x.shape
+        assert all(entry.slots == 0 for entry in cost.counts.steps)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_non_contiguous_input(stride):
+    layer = lnpu.nn.Conv2d(3, 4, 3, stride=stride).eval()
+    x = batch().transpose(2, 3)
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_wrong_inputs_are_named():
+    layer = lnpu.nn.Linear(4, 4)
+    with pytest.raises(TypeError, match=r"input is torch\.float16 and weight torch\.float32"):
+        layer(torch.ones(1, 4, dtype=torch.float16))
+    with pytest.raises(TypeError, match=r"its input is torch\.int64"):
+        layer(torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected 3D"):
+        lnpu.nn.Conv2d(3, 4, 3)(torch.ones(3, 3))
+
+
+def test_counting_a_float_model_says_what_to_do():
+    with pytest.raises(ConfigError, match=r"lnpu_torch\.convert"), lnpu.CostCounter(nn.Linear(1, 1)):
+        pass
+
+
+def test_fp8_zeros_made_by_rounding_are_skipped():
+    """Zeros that no ReLU made: below half the smallest FP8 code of the window."""
+    layer = lnpu.nn.Linear(4, 4, precision=Precision(input=Rule(threshold=40)))
+    with lnpu.CostCounter(layer) as cost:
+        layer(torch.tensor([[2.0**-12, 300.0, 1.0, -(2.0**-12)]]))
+    row = cost.report("lnpu").rows[0]
+    assert (row.executed, row.skipped) == (8, 8)
+
+
+def test_precision_from_yaml(tmp_path):
+    path = tmp_path / "precision.yaml"
+    path.write_text("input: fgmp\nweight: {low: e5m2, fp16_share: 0.1}\ngrad_weight: {input: null}\nchunk: 32\n")
+    layer = lnpu.convert(nn.Linear(2, 2), path)
+    chosen = layer.emulation.precision
+    assert chosen.rule("forward", "weight") == Rule(low="e5m2", fp16_share=0.1)
+    assert chosen.rule("grad_weight", "input") is None and chosen.rule("forward", "input") == Rule()
+    for text, message in {
+        "inputs: fgmp": "unknown key 'inputs'.*nearest: input",
+        "chunk: 0": "chunk: .*greater than or equal to 1, got 0",
+        "input: {max_error: much}": "input.max_error: .*valid number",
+        "input: fgpm": "unknown rule 'fgpm'",
+        "input: {max_error: 0.1, threshold: 3}": "give one of",
+        "weight: {low: null, high: null}": "needs low, high or both",
+        "input: fp8\ninput: fp8": "'input' stands twice",
+        "input: [": "not valid YAML",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            lnpu.convert(nn.Linear(2, 2), path)
