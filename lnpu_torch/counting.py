@@ -72,11 +72,8 @@ def grid_by_grid(
         big_sample, small_sample: `per_sample` of the grids.
         big_position, small_position: `per_position` of the grids.
     """
-    both = torch.zeros(2, 2, dtype=torch.int64, device=big_sample.device)
-    for _, small, big in geometry.windows():
-        a = part(big_sample, big).flatten(1).to(torch.float64)
-        b = part(small_sample, small).flatten(1).to(torch.float64)
-        both += (a @ b.T).to(torch.int64)  # exact: every partial sum is below 2^53
+    seen = _seen(big_sample, geometry).flatten(1).to(torch.float64)
+    both = (seen @ small_sample.flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53
     big_only = _reached(big_position, geometry, "big").sum((1, 2)) * (geometry.small_channels // geometry.groups)
     small_only = _reached(small_position, geometry, "small").sum((1, 2)) * (geometry.big_channels // geometry.groups)
     return pair_table(both, big_only, small_only, geometry.inside)
@@ -104,13 +101,29 @@ def elements(position: Tensor, count: int) -> Tensor:
     return torch.cat((count - groups.sum(0, keepdim=True), groups))
 
 
+def _seen(big_sample: Tensor, geometry: Geometry) -> Tensor:
+    """What each small position's window holds of the big grid: int32 [2, N, g, *small]. One dimension at a time."""
+    for dim in range(len(geometry.kernel)):
+        axis = 3 + dim
+        shape = (*big_sample.shape[:axis], geometry.small[dim], *big_sample.shape[axis + 1 :])
+        sums = big_sample.new_zeros(shape)
+        for small, big in geometry.meets(dim):
+            _along(sums, axis, small).add_(_along(big_sample, axis, big))
+        big_sample = sums
+    return big_sample
+
+
 def _reached(position: Tensor, geometry: Geometry, side: str) -> Tensor:
     """How many elements of each group every kernel offset meets, by channel: int64 [2, channels, offsets]."""
-    sums = torch.zeros(*position.shape[:2], *geometry.kernel, dtype=torch.int64, device=position.device)
-    for offset, small, big in geometry.windows():
-        window = part(position, big if side == "big" else small)
-        part(sums, offset).copy_(window.reshape(*window.shape[:2], -1).sum(2, dtype=torch.int64))
+    sums = position.to(torch.int64)
+    for dim in range(len(geometry.kernel)):
+        windows = (big if side == "big" else small for small, big in geometry.meets(dim))
+        sums = torch.stack([_along(sums, 2 + dim, window).sum(2 + dim) for window in windows], 2 + dim)
     return sums.reshape(*sums.shape[:2], -1)
+
+
+def _along(x: Tensor, axis: int, window: slice) -> Tensor:
+    return part(x, [window, *(slice(None) for _ in range(x.dim() - axis - 1))])
 
 
 @lru_cache(maxsize=512)

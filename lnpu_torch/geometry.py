@@ -9,7 +9,7 @@ A linear layer is the case without dimensions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -71,29 +71,22 @@ class Geometry:
         batch, big, small, groups, *rest = sizes
         return cls(batch, big, small, groups, *(tuple(rest[i * dims : (i + 1) * dims]) for i in range(6)))
 
-    def windows(self) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
-        """For each kernel offset that meets the big grid at all: offset, slices of the small grid, of the big one."""
-        per_dimension = [
-            [(offset, *self._meet(dim, offset)) for offset in range(self.kernel[dim])]
-            for dim in range(len(self.kernel))
-        ]
-        for combination in itertools.product(*per_dimension):
-            small = tuple(entry[1] for entry in combination)
-            if all(window.stop > window.start for window in small):
-                yield tuple(entry[0] for entry in combination), small, tuple(entry[2] for entry in combination)
+    def meets(self, dim: int) -> list[tuple[slice, slice]]:
+        """For each kernel offset along a dimension: the small positions it joins with big ones, and those big ones."""
+        return [self._meet(dim, offset) for offset in range(self.kernel[dim])]
 
     def meetings(self) -> list[int]:
         """For each kernel offset, row-major: how many small positions it joins with one inside the big grid."""
-        per_dimension = []
-        for dim in range(len(self.kernel)):
-            smalls = (self._meet(dim, offset)[0] for offset in range(self.kernel[dim]))
-            per_dimension.append([max(0, window.stop - window.start) for window in smalls])
+        dims = range(len(self.kernel))
+        per_dimension = [[small.stop - small.start for small, _ in self.meets(dim)] for dim in dims]
         return [prod(combination) for combination in itertools.product(*per_dimension)]
 
     def _meet(self, dim: int, offset: int) -> tuple[slice, slice]:
         stride = self.stride[dim]
         start = offset * self.dilation[dim] - self.padding[dim]  # big position of small position 0
         first = max(0, -(start // stride))
-        last = min(self.small[dim] - 1, (self.big[dim] - 1 - start) // stride)
-        big_first = start + first * stride
-        return slice(first, last + 1), slice(big_first, start + last * stride + 1, stride)
+        count = min(self.small[dim], (self.big[dim] - 1 - start) // stride + 1) - first
+        if count <= 0:
+            return slice(0, 0), slice(0, 0)
+        begin = start + first * stride
+        return slice(first, first + count), slice(begin, begin + (count - 1) * stride + 1, stride)
