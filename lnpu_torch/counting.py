@@ -22,33 +22,24 @@ def masks(groups: Tensor) -> Tensor:
     return torch.stack((groups == 8, groups == 16))
 
 
-def per_position(groups: Tensor) -> Tensor:
-    """Elements of each group over the batch: [N, C, *grid] -> int32 [2, C, *grid]."""
-    return masks(groups).sum(1, dtype=torch.int32)
+def per_position(groups: Tensor, share: int) -> Tensor:
+    """Elements of each group over every `share` samples: [N, C, *grid] -> int32 [2, N / share, C, *grid]."""
+    return (
+        masks(groups.unflatten(0, (-1, share) if groups.numel() else (1, share))).sum(2, dtype=torch.int32).contiguous()
+    )
 
 
 def per_sample(groups: Tensor, channel_groups: int) -> Tensor:
     """Elements of each group over the channels of a channel group: [N, C, *grid] -> int32 [2, N, g, *grid]."""
-    return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=torch.int32)
-
-
-def per_weight(groups: Tensor, channel_groups: int, over: str) -> Tensor:
-    """Elements of each group of a weight [small, big / g, *kernel] over its small or its big channels.
-
-    Returns:
-        int32 [2, big, *kernel] over the small channels of a channel group, [2, small, *kernel] over the big ones.
-    """
-    if over == "big":
-        return masks(groups).sum(2, dtype=torch.int32)
-    return masks(groups.unflatten(0, (channel_groups, -1))).sum(2, dtype=torch.int32).flatten(1, 2)
+    return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=torch.int32).contiguous()
 
 
 def grid_by_weight(position: Tensor, weight: Tensor, geometry: Geometry, side: str) -> Tensor:
     """Pair table of a step that multiplies one grid by the weight (forward, grad_input).
 
     Args:
-        position: `per_position` of the grid.
-        weight: `per_weight` over the channels of the other side.
+        position: int32 [2, channels, *grid], the grid's elements of each group over the batch.
+        weight: int32 [2, channels, *kernel], the weight's over the other side's channels.
         side: which grid it is, "big" or "small".
 
     Returns:
@@ -69,8 +60,8 @@ def grid_by_grid(
     """Pair table of a step that multiplies the two grids (grad_weight): int64 [3, 3], by the big one's group first.
 
     Args:
-        big_sample, small_sample: `per_sample` of the grids.
-        big_position, small_position: `per_position` of the grids.
+        big_sample, small_sample: int32 [2, N, g, *grid], elements of each group over a channel group.
+        big_position, small_position: int32 [2, channels, *grid], elements of each group over the batch.
     """
     seen = _seen(big_sample, geometry).flatten(1).to(torch.float64)
     both = (seen @ small_sample.flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53

@@ -25,6 +25,10 @@ READS = (
 """Which step reads which operand; a place in this list is also a row of a layer's thresholds."""
 
 
+Layout = tuple[int, int]
+"""How many samples in a row share one count by position, and the number of channel groups."""
+
+
 def new_thresholds() -> Tensor:
     """T's of a layer that has seen nothing: int32 [len(READS), 2], in use and to come."""
     return torch.full((len(READS), 2), UNSET, dtype=torch.int32)
@@ -35,22 +39,29 @@ def new_counters() -> Tensor:
     return torch.zeros(len(STEPS), counting.WIDTH, dtype=torch.int64)
 
 
-class Quantized(NamedTuple):
-    """An operand as a step reads it: its values, and each element's group."""
+class Operand(NamedTuple):
+    """An operand as the steps read it: its values now, what is kept of them for later, and its counts.
+
+    `position` and `sample` are the elements of each group over samples and over channels, as `counting` needs them.
+    """
 
     values: Tensor
-    groups: Tensor
+    kept: Tensor
+    position: Tensor
+    sample: Tensor
 
 
 class Read(NamedTuple):
     """How a step reads an operand: by which rule (its JSON; None leaves it in float), and with which row's T.
 
     The row is that of the first read of the same operand under the same rule, so that equal reads share one T.
+    `half` says that all its values are exact in binary16.
     """
 
     rule: str | None
     row: int
     stochastic: bool
+    half: bool
 
 
 class Emulation:
@@ -79,33 +90,46 @@ class Emulation:
         return ops.draw_seed(x) if any(read.stochastic for read in self.reads.values()) else None
 
     def quantize(
-        self, tensors: dict[str, Tensor], steps: Sequence[str], seed: Tensor | None
-    ) -> dict[tuple[str, str], Quantized]:
-        """Each operand as each of the steps reads it, rounded once for each rule."""
-        rounded: dict[int, Quantized] = {}
-        results = {}
-        for (step, operand), read in self.reads.items():
-            if step in steps and operand in tensors:
-                if read.row not in rounded:
-                    rounded[read.row] = self._quantize(tensors[operand], read, seed)
-                results[step, operand] = rounded[read.row]
-        return results
+        self, operand: str, x: Tensor, now: Sequence[str], later: Sequence[str], layout: Layout, seed: Tensor | None
+    ) -> dict[str, Operand]:
+        """An operand as each of the steps reads it, rounded once for each rule.
+
+        Args:
+            x: [N, C, *grid].
+            now, later: steps that read it at once, and steps that read what is kept of it.
+            layout: see `ops.round_and_count`.
+        """
+        reads = {step: read for (step, name), read in self.reads.items() if name == operand and step in (*now, *later)}
+        rounded = {}
+        for row in dict.fromkeys(read.row for read in reads.values()):
+            steps = [step for step, read in reads.items() if read.row == row]
+            uses = (any(step in now for step in steps), any(step in later for step in steps))
+            sample = operand == "weight" or "grad_weight" in steps
+            rounded[row] = self._quantize(x, reads[steps[0]], uses, layout, sample, seed)
+        return {step: rounded[read.row] for step, read in reads.items()}
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A step's result as it leaves the chip, in the dtype that torch would return."""
+        """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
         if self.emulates(step) and self.result_format != "fp32":
-            x = ops.round_result(x, self.result_format)
+            ops.round_result_(x, self.result_format)
         return x.to(dtype)
 
-    def _quantize(self, x: Tensor, read: Read, seed: Tensor | None) -> Quantized:
+    def _quantize(
+        self, x: Tensor, read: Read, uses: tuple[bool, bool], layout: Layout, sample: bool, seed: Tensor | None
+    ) -> Operand:
         if read.rule is None:
-            return Quantized(x, ops.float_groups(x))
+            return Operand(x, x, *ops.count_float(x, layout, sample))
         threshold = ops.next_threshold(x, self.thresholds, read.row, read.rule, self.training)
-        values, groups = ops.quantize(x, threshold, seed if read.stochastic else None, read.rule, read.row)
-        return Quantized(values, groups)
+        halves = uses[1] and read.half and x.dtype != torch.float64
+        wanted = (uses[0] or not halves, halves, sample)
+        random = seed if read.stochastic else None
+        values, half, *counts = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted)
+        return Operand(values, half if halves else values, *counts)
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:
     rule, operand = rules[index], READS[index][1]
     row = next(i for i, read in enumerate(READS) if read[1] == operand and rules[i] == rule)
-    return Read(rule.model_dump_json() if rule else None, row, rule is not None and rule.rounding == "stochastic")
+    if rule is None:
+        return Read(None, row, stochastic=False, half=False)
+    return Read(rule.model_dump_json(), row, rule.rounding == "stochastic", rule.wide.name == "fp16")

@@ -19,7 +19,7 @@ from torch.nn.modules.utils import _ntuple
 
 from lnpu_torch import ops
 from lnpu_torch.config import ConfigError, listed, nearest
-from lnpu_torch.emulation import STEPS, Emulation, Quantized
+from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.precision import PRESETS, Precision, Rule
 from lnpu_torch.products import Convolution, Linear
 
@@ -38,28 +38,24 @@ class _Emulated(torch.autograd.Function):
         wants: tuple[bool, bool, bool],
         dtype: torch.dtype,
     ) -> Tensor:
-        steps = [step for step, wanted in zip(STEPS, (True, wants[0], wants[1]), strict=True) if wanted]
-        seed = emulation.seed(input)
-        reads = emulation.quantize({"input": input, "weight": weight}, steps, seed)
-        geometry = product.geometry(input.shape, weight.shape)
+        geometry, seed = product.geometry(input.shape, weight.shape), emulation.seed(input)
+        later = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1])) if wanted]
+        grid, over = product.grid(input), (geometry.small_channels // geometry.groups, 1)
+        xs = emulation.quantize("input", grid, ["forward"], later, (len(grid), geometry.groups), seed)
+        ws = emulation.quantize("weight", weight, ["forward"], later, over, seed)
 
-        x, w = reads["forward", "input"], reads["forward", "weight"]
-        operands = _alike(x.values, w.values)
-        added = None if bias is None else bias.to(operands[0].dtype)
-        output = product.forward(*operands, added, emulation.accumulator)
-        position, _ = _input_sums(x, product, geometry.groups, sample=False)
-        weight_sums = ops.weight_sums(w.groups, geometry.groups)
-        side = product.input_side
-        counted = weight_sums[0 if side == "big" else 1]
-        ops.count_grid_by_weight(emulation.counters[0], position, counted, geometry.pack(), side)
+        values, weights = _alike(xs["forward"].values.reshape(input.shape), ws["forward"].values)
+        output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
+        side, cut = product.input_side, product.cut
+        counts = cut(xs["forward"].position.squeeze(1)), _over(ws["forward"], side)
+        ops.count_grid_by_weight(emulation.counters[0], *counts, geometry.pack(), side)
 
         saved: list[Tensor | None] = [None] * 5
         if wants[0]:
-            w = reads["grad_input", "weight"]
-            saved[:2] = w.values, ops.weight_sums(w.groups, geometry.groups)[0 if side == "small" else 1]
+            saved[:2] = ws["grad_input"].kept, _over(ws["grad_input"], product.output_side)
         if wants[1]:
-            x = reads["grad_weight", "input"]
-            saved[2:] = x.values, *_input_sums(x, product, geometry.groups, sample=True)
+            x = xs["grad_weight"]
+            saved[2:] = x.kept, cut(x.position.squeeze(1)), cut(x.sample)
         ctx.save_for_backward(*saved, seed)
         ctx.layer = product, emulation, geometry, wants
         ctx.shapes = input.shape, weight.shape, input.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -69,31 +65,34 @@ class _Emulated(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and grad_output.requires_grad:
             raise RuntimeError("double backward through an emulated layer is not supported: revert it to torch's own")
-        w, weight_sums, x, position, sample, seed = ctx.saved_tensors
+        w, weight_counts, x, position, sample, seed = ctx.saved_tensors
         product, emulation, geometry, wants = ctx.layer
         input_shape, weight_shape, *dtypes = ctx.shapes
-        steps = [step for step, wanted in zip(STEPS[1:], (wants[0], wants[1] or wants[2]), strict=True) if wanted]
-        reads = emulation.quantize({"grad_output": grad_output}, steps, seed)
-        by, sizes, grads = emulation.accumulator, geometry.pack(), [None, None, None]
+        by, sizes = emulation.accumulator, geometry.pack()
+        now = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted]
+        grid = product.grid(grad_output)
+        errors = emulation.quantize("grad_output", grid, now, [], (len(grid), geometry.groups), seed)
+        grads: list[Tensor | None] = [None, None, None]
 
         if wants[0]:
-            error = reads["grad_input", "grad_output"]
-            values = product.grad_input(*_alike(error.values, w), input_shape, by)
-            grads[0] = emulation.result("grad_input", values, dtypes[0])
-            sums = ops.grid_sums(product.grid(error.groups), geometry.groups, False)
-            ops.count_grid_by_weight(emulation.counters[1], sums[0], weight_sums, sizes, product.output_side)
+            error = errors["grad_input"]
+            operands = _alike(error.values.reshape(grad_output.shape), w)
+            grads[0] = emulation.result("grad_input", product.grad_input(*operands, input_shape, by), dtypes[0])
+            counts = error.position.squeeze(1), weight_counts
+            ops.count_grid_by_weight(emulation.counters[1], *counts, sizes, product.output_side)
         else:
             ops.count_not_run(emulation.counters[1], geometry.slots)
 
         if wants[1] or wants[2]:
-            error = reads["grad_weight", "grad_output"]
-            operands = _alike(error.values, x if wants[1] else error.values.new_empty(1).expand(input_shape))
+            error = errors["grad_weight"]
+            values = error.values.reshape(grad_output.shape)
+            operands = _alike(values, x.reshape(input_shape) if wants[1] else values.new_empty(1).expand(input_shape))
             results = product.grad_weight(*operands, weight_shape, wants[1:], by)
-            for i, (values, dtype) in enumerate(zip(results, dtypes[1:], strict=True)):
-                grads[1 + i] = None if values is None else emulation.result("grad_weight", values, dtype)
+            for i, (result, dtype) in enumerate(zip(results, dtypes[1:], strict=True)):
+                grads[1 + i] = None if result is None else emulation.result("grad_weight", result, dtype)
         if wants[1]:
-            sums = ops.grid_sums(product.grid(error.groups), geometry.groups, True)
-            grids = {product.input_side: (position, sample), product.output_side: sums}
+            grids = {product.input_side: (position, sample)}
+            grids[product.output_side] = (error.position.squeeze(1), error.sample)
             ops.count_grid_by_grid(emulation.counters[2], grids["big"], grids["small"], sizes, product.input_side)
         else:
             ops.count_not_run(emulation.counters[2], geometry.slots)
@@ -172,9 +171,13 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _input_sums(x: Quantized, product: Linear | Convolution, groups: int, sample: bool) -> tuple[Tensor, Tensor]:
-    position, per_sample = ops.grid_sums(product.grid(x.groups, margin=True), groups, sample)
-    return position, per_sample
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+def _over(weight: Operand, side: str) -> Tensor:
+    """A weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]."""
+    return weight.position.flatten(1, 2) if side == "big" else weight.sample.squeeze(2)
 
 
 def quantize(
@@ -198,18 +201,20 @@ def quantize(
         rule = PRESETS[rule]
     if threshold is not None:
         rule = Rule(low=rule.low, high=rule.high, threshold=threshold, rounding=rule.rounding)
-    values, groups = _StraightThrough.apply(x, rule)  # type: ignore[no-untyped-call]
+    values, groups = _StraightThrough.apply(x, rule, return_groups)  # type: ignore[no-untyped-call]
     return (values, groups) if return_groups else values
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rule: Rule, want_groups: bool) -> tuple[Tensor, Tensor]:
         emulation = Emulation(Precision(input=rule), x.device)
-        values, groups = emulation.quantize({"input": x}, ("forward",), emulation.seed(x))["forward", "input"]
+        text = rule.model_dump_json()
+        threshold = ops.next_threshold(x, emulation.thresholds, 0, text, False)
+        values, groups, _ = ops.quantize(x, threshold, emulation.seed(x), text, 0, want_groups)
         ctx.mark_non_differentiable(groups)
         return values.to(x.dtype), groups
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None

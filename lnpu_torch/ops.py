@@ -1,12 +1,15 @@
 """The registered torch ops that the layers are made of. Opaque to compilers, so that no rounding is optimised away.
 
-Each picks its implementation by device; every one of them gives the bits of `reference` and `counting`.
+Each picks its implementation by device and dtype; all give the bits of `reference` and `counting`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,22 +19,157 @@ from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.precision import Rule
 
+Backend = Literal["auto", "reference"]
+_chosen: list[Backend] = ["auto"]
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Within the block, in all threads: "reference" uses plain torch throughout, "auto" the fastest there is.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if name not in ("auto", "reference"):
+        raise ValueError(f"unknown backend {name!r}; known: auto, reference")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+@lru_cache(maxsize=1)
+def _numba() -> ModuleType | None:
+    """`lnpu_torch.cpu`, imported when it is first of use; None where Numba is not installed."""
+    try:
+        from lnpu_torch import cpu
+    except ImportError:
+        return None
+    return cpu
+
+
+def _cpu(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
+    """The compiled CPU implementation, if it can take this tensor (and rule)."""
+    fast = _numba() if _chosen[-1] == "auto" and x.device.type == "cpu" else None
+    return fast if fast is not None and fast.supports(x, rule) else None
+
 
 @lru_cache(maxsize=256)
 def _rule(text: str) -> Rule:
     return Rule.model_validate_json(text)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The order in which an operand is rounded and kept: its own if that is channels_last, else contiguous."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 @torch.library.custom_op("lnpu::quantize", mutates_args=())
-def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int) -> tuple[Tensor, Tensor]:
-    """Round by a rule (its JSON): the rounded tensor in `reference.compute_dtype(x)`, and each element's group."""
+def quantize(
+    x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a tensor: values in `reference.compute_dtype(x)`, groups (uint8, or empty), elements of each group [3].
+
+    Args:
+        threshold: T, int32 [].
+        seed, stream: key of the random bits, for stochastic rounding only.
+        rule: a `Rule` as JSON.
+    """
+    fast, parsed = _cpu(x, _rule(rule)), _rule(rule)
+    if fast:
+        return fast.quantize_flat(x, parsed, threshold, want_groups)  # type: ignore[no-any-return]
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
-    return reference.quantize(x, _rule(rule), threshold, random)
+    values, groups = reference.quantize(x, parsed, threshold, random)
+    totals = torch.stack([(groups == group).sum() for group in (0, 8, 16)])
+    return values, groups if want_groups else groups.new_empty(0), totals
 
 
 @quantize.register_fake
-def _(x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=reference.compute_dtype(x)), torch.empty_like(x, dtype=torch.uint8)
+def _(
+    x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = torch.empty_like(x, dtype=torch.uint8) if want_groups else x.new_empty(0, dtype=torch.uint8)
+    return torch.empty_like(x, dtype=reference.compute_dtype(x)), groups, x.new_empty(3, dtype=torch.int64)
+
+
+@torch.library.custom_op("lnpu::round_and_count", mutates_args=())
+def round_and_count(
+    x: Tensor,
+    threshold: Tensor,
+    seed: Tensor | None,
+    rule: str,
+    stream: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round an operand [N, C, *grid] and count its groups, in one pass. What is not wanted is empty.
+
+    Args:
+        layout: how many samples in a row share one count by position, and the number of channel groups.
+        wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample.
+
+    Returns:
+        Both kinds of values, `counting.per_position` and `counting.per_sample`.
+    """
+    fast, parsed, x = _cpu(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=memory_format(x))
+    if fast:
+        return fast.quantize(x, parsed, threshold, *layout, wanted)  # type: ignore[no-any-return]
+    random = None if seed is None else reference.random_bits(x.shape, seed, stream)
+    values, groups = reference.quantize(x, parsed, threshold, random)
+    sample = counting.per_sample(groups, layout[1]) if wanted[2] else groups.new_empty(0, dtype=torch.int32)
+    half = values.half() if wanted[1] else values.new_empty(0, dtype=torch.float16)
+    return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample
+
+
+@round_and_count.register_fake
+def _(
+    x: Tensor,
+    threshold: Tensor,
+    seed: Tensor | None,
+    rule: str,
+    stream: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=memory_format(x))
+    values = [
+        torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
+    ]
+    return values[0], values[1], *_empty_counts(x, layout, wanted[2])
+
+
+@torch.library.custom_op("lnpu::count_float", mutates_args=())
+def count_float(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
+    """Counts of an operand left in float, as `round_and_count` gives them: its non-zeros are in the wide group."""
+    groups = reference.float_groups(x)
+    by_sample = counting.per_sample(groups, layout[1]) if sample else groups.new_empty(0, dtype=torch.int32)
+    return counting.per_position(groups, layout[0]), by_sample
+
+
+@count_float.register_fake
+def _(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
+    return _empty_counts(x, layout, sample)
+
+
+def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
+    batch, channels, *grid = x.shape
+    shape = (2, batch, layout[1], *grid) if sample else (0,)
+    blocks = batch // layout[0] if layout[0] else 1
+    return x.new_empty((2, blocks, channels, *grid), dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("lnpu::round_result_", mutates_args=("x",))
+def round_result_(x: Tensor, form: str) -> None:
+    """Round a step's result to a format in place, nearest, overflow to infinity."""
+    fast = _cpu(x)
+    if form == "fp16" and fast and x.dtype == torch.float32 and fast.is_dense(x):
+        fast.round_half_(x)
+    elif form == "fp16" and x.dtype == torch.float32:
+        x.copy_(x.half())
+    elif x.numel():
+        x.copy_(reference.round_to(x, FORMATS[form]))
 
 
 @torch.library.custom_op("lnpu::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -52,12 +190,16 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
     Args:
         states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
     """
-    current = states[row, 0]
-    chosen = reference.choose_threshold(x, _rule(rule), current)
+    parsed, current = _rule(rule), states[row, 0]
+    fast = _cpu(x, parsed)
+    if fast and parsed.adaptive and x.is_contiguous() and x.dtype == torch.float32:
+        chosen = reference.choose_by_histogram(fast.histogram(x, parsed), parsed, current)
+    else:
+        chosen = reference.choose_threshold(x, parsed, current)
     used = torch.where(current == reference.UNSET, chosen, current)
     if training:
         states[row] = torch.stack((used, chosen))
-    return torch.where(used == reference.UNSET, _rule(rule).threshold_range[0], used)
+    return torch.where(used == reference.UNSET, parsed.threshold_range[0], used)
 
 
 @next_threshold.register_fake
@@ -71,64 +213,15 @@ def commit_thresholds(states: Tensor) -> None:
     states[..., 0] = states[..., 1]
 
 
-@torch.library.custom_op("lnpu::round_result", mutates_args=())
-def round_result(x: Tensor, form: str) -> Tensor:
-    """Round a step's result to a format, nearest, overflow to infinity."""
-    if form == "fp16" and x.dtype == torch.float32:
-        return x.half().float()
-    return reference.round_to(x, FORMATS[form])
-
-
-@round_result.register_fake
-def _(x: Tensor, form: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("lnpu::float_groups", mutates_args=())
-def float_groups(x: Tensor) -> Tensor:
-    """Groups of an operand left in float: 0 for zeros, 16 for the rest."""
-    return reference.float_groups(x)
-
-
-@float_groups.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
-
-
-@torch.library.custom_op("lnpu::grid_sums", mutates_args=())
-def grid_sums(groups: Tensor, channel_groups: int, sample: bool) -> tuple[Tensor, Tensor]:
-    """`counting.per_position` of a grid [N, C, *grid], and `counting.per_sample` if asked for (else empty)."""
-    position = counting.per_position(groups)
-    return position, counting.per_sample(groups, channel_groups) if sample else position.new_empty(0)
-
-
-@grid_sums.register_fake
-def _(groups: Tensor, channel_groups: int, sample: bool) -> tuple[Tensor, Tensor]:
-    batch, channels, *grid = groups.shape
-    shape = (2, batch, channel_groups, *grid) if sample else (0,)
-    return groups.new_empty((2, channels, *grid), dtype=torch.int32), groups.new_empty(shape, dtype=torch.int32)
-
-
-@torch.library.custom_op("lnpu::weight_sums", mutates_args=())
-def weight_sums(groups: Tensor, channel_groups: int) -> tuple[Tensor, Tensor]:
-    """`counting.per_weight` of a weight over its small and over its big channels."""
-    return tuple(counting.per_weight(groups, channel_groups, over) for over in ("small", "big"))  # type: ignore[return-value]
-
-
-@weight_sums.register_fake
-def _(groups: Tensor, channel_groups: int) -> tuple[Tensor, Tensor]:
-    small, big, *kernel = groups.shape
-    shapes = ((2, big * channel_groups, *kernel), (2, small, *kernel))
-    return groups.new_empty(shapes[0], dtype=torch.int32), groups.new_empty(shapes[1], dtype=torch.int32)
-
-
 @torch.library.custom_op("lnpu::count_grid_by_weight", mutates_args=("counter",))
 def count_grid_by_weight(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
     """Add a step that multiplies a grid ("big" or "small") by the weight to a counter, int64 [counting.WIDTH]."""
     shape = Geometry.unpack(geometry)
     table = counting.grid_by_weight(position, weight, shape, side)
-    grid = shape.elements("big" if side == "big" else "small")
-    first, second = counting.elements(position, grid), counting.elements(weight, shape.elements("weight"))
+    first, second = (
+        counting.elements(position, shape.elements(side)),
+        counting.elements(weight, shape.elements("weight")),
+    )
     _add(counter, shape, table, first, second)
 
 
@@ -136,7 +229,7 @@ def count_grid_by_weight(counter: Tensor, position: Tensor, weight: Tensor, geom
 def count_grid_by_grid(
     counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
-    """Add a step that multiplies two grids to a counter; each is its `grid_sums`, `first` names the first operand."""
+    """Add a step that multiplies two grids to a counter, each by position and by sample; `first` names an operand."""
     shape = Geometry.unpack(geometry)
     table = counting.grid_by_grid(big[1], small[1], big[0], small[0], shape)
     counts = {"big": counting.elements(big[0], shape.elements("big"))}

@@ -49,6 +49,11 @@ class Rule(Frozen):
         return self
 
     @property
+    def adaptive(self) -> bool:
+        """Whether T is chosen from the tensor's histogram."""
+        return self.max_error is not None or self.fp16_share is not None
+
+    @property
     def wide(self) -> Format:
         """The format whose codes hold every rounded value: `high`, or binary16 for uniform FP8."""
         return FORMATS[self.high or "fp16"]

@@ -60,9 +60,13 @@ class Linear:
             weight_grad = by(accumulate.weight_from_both, self.grid(x), flat, geometry=geometry)
         return weight_grad, flat.sum(0) if wanted[1] else None
 
-    def grid(self, x: Tensor, margin: bool = False) -> Tensor:
+    def grid(self, x: Tensor) -> Tensor:
         """The tensor as `Geometry` sees it: [batch, channels]."""
         return x.reshape(-1, x.shape[-1])
+
+    def cut(self, counts: Tensor) -> Tensor:
+        """Counts of an input without its margin, of which it has none."""
+        return counts
 
     def geometry(self, shape: torch.Size, weight: torch.Size) -> Geometry:
         rows = shape[:-1].numel()
@@ -120,9 +124,13 @@ class Convolution:
             weight_grad = by(accumulate.weight_from_both, big, small, geometry=geometry)
         return weight_grad, error.sum((0, *range(2, error.dim()))) if wanted[1] else None
 
-    def grid(self, x: Tensor, margin: bool = False) -> Tensor:
-        """The tensor as `Geometry` sees it: [batch, channels, *grid], the margin cut off if it has one."""
-        return part(x, [slice(0, -cut or None) for cut in self.margin]) if margin else x
+    def grid(self, x: Tensor) -> Tensor:
+        """The tensor as `Geometry` sees it: [batch, channels, *grid]."""
+        return x
+
+    def cut(self, counts: Tensor) -> Tensor:
+        """Counts [..., *grid] of an input without those of its margin."""
+        return part(counts, [slice(0, -size or None) for size in self.margin])
 
     def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> Geometry:
         """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""

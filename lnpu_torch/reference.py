@@ -98,7 +98,7 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         finite = torch.where(x.isfinite(), x.abs(), 0).to(compute_dtype(x))
         amax = finite.max() if finite.numel() else finite.sum()
         return torch.where(amax > 0, (_quarter_binade(amax) + 1).clamp(smallest, largest), fallback).to(torch.int32)
-    return _choose(histogram(x, rule), rule, fallback)
+    return choose_by_histogram(histogram(x, rule), rule, fallback)
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
@@ -115,17 +115,19 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
 
 
 def strided_sample(x: Tensor) -> Tensor:
-    """At most SAMPLE elements of x, evenly spread in logical order, whatever x's strides.
+    """At most SAMPLE elements of x, evenly spread in logical order, whatever x's strides."""
+    step = sample_step(x.numel())
+    if x.is_contiguous():
+        return x.reshape(-1)[::step]
+    return x[torch.unravel_index(torch.arange(0, x.numel(), step, device=x.device), x.shape)]
 
-    The step has no divisor in common with the size, so that no row or column of an image is favoured.
-    """
-    count = x.numel()
+
+def sample_step(count: int) -> int:
+    """The step of a sample; it has no divisor in common with the size, so that no row or column is favoured."""
     step = max(1, -(-count // SAMPLE))
     while count > SAMPLE and gcd(step, count) != 1:
         step += 1
-    if x.is_contiguous():
-        return x.reshape(-1)[::step]
-    return x[torch.unravel_index(torch.arange(0, count, step, device=x.device), x.shape)]
+    return step
 
 
 def random_bits(shape: torch.Size, seed: Tensor, stream: int) -> Tensor:
@@ -185,7 +187,8 @@ def _quarter_binade(magnitude: Tensor) -> Tensor:
     return (magnitude.view(torch.int32) >> 21) - 4 * 127
 
 
-def _choose(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+    """The T that suits a tensor with this `histogram`, by `max_error` or `fp16_share`; int32 []."""
     total = counts.sum()
     above = counts.flip(0).cumsum(0).flip(0)[1:]  # elements in FP16, for each T
     if rule.fp16_share is not None:

@@ -76,13 +76,25 @@ def brute_force(g, big, small, weight):
     return tables, outside
 
 
+def per_position(groups):
+    return counting.per_position(groups, len(groups)).squeeze(1)
+
+
+def over_small(weight, groups):
+    return counting.per_position(weight, len(weight) // groups).flatten(1, 2)
+
+
+def over_big(weight):
+    return counting.per_sample(weight, 1).squeeze(2)
+
+
 def test_pair_tables(geometry):
     big, small, weight = operands(geometry)
     expected, outside = brute_force(geometry, big, small, weight)
     groups = geometry.groups
-    big_position, small_position = counting.per_position(big), counting.per_position(small)
-    forward = counting.grid_by_weight(big_position, counting.per_weight(weight, groups, "small"), geometry, "big")
-    grad_input = counting.grid_by_weight(small_position, counting.per_weight(weight, groups, "big"), geometry, "small")
+    big_position, small_position = per_position(big), per_position(small)
+    forward = counting.grid_by_weight(big_position, over_small(weight, groups), geometry, "big")
+    grad_input = counting.grid_by_weight(small_position, over_big(weight), geometry, "small")
     grad_weight = counting.grid_by_grid(
         counting.per_sample(big, groups), counting.per_sample(small, groups), big_position, small_position, geometry
     )
@@ -93,10 +105,10 @@ def test_pair_tables(geometry):
 def test_elements(geometry):
     big, _, weight = operands(geometry)
     for groups, partial in (
-        (big, counting.per_position(big)),
+        (big, per_position(big)),
         (big, counting.per_sample(big, geometry.groups)),
-        (weight, counting.per_weight(weight, geometry.groups, "small")),
-        (weight, counting.per_weight(weight, geometry.groups, "big")),
+        (weight, over_small(weight, geometry.groups)),
+        (weight, over_big(weight)),
     ):
         expected = [int((groups == value).sum()) for value in (0, 8, 16)]
         assert counting.elements(partial, groups.numel()).tolist() == expected
@@ -106,5 +118,5 @@ def test_counts_beyond_int32():
     g = make(2**12, 2**11, 2**11, 1, (), (), (), (), ())
     ones = torch.full((1, 1), 16, dtype=torch.uint8)
     big, weight = ones.expand(g.batch, g.big_channels), ones.expand(g.small_channels, g.big_channels)
-    table = counting.grid_by_weight(counting.per_position(big), counting.per_weight(weight, 1, "small"), g, "big")
+    table = counting.grid_by_weight(per_position(big), over_small(weight, 1), g, "big")
     assert table[2, 2] == g.slots == 2**34

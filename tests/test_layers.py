@@ -121,7 +121,7 @@ def test_counts_by_brute_force(case):
         if isinstance(layer, nn.Linear)
         else error.reshape(-1, *error.shape[-len(weight.shape) + 1 :])
     )
-    grids = {product.input_side: product.grid(input, margin=True), product.output_side: product.grid(shaped)}
+    grids = {product.input_side: product.cut(product.grid(input)), product.output_side: product.grid(shaped)}
     tables, outside = brute_force(
         geometry, float_groups(grids["big"]), float_groups(grids["small"]), float_groups(weight)
     )

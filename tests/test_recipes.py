@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from test_data import image_file
 
 import lnpu_torch as lnpu
 from lnpu_torch.config import ConfigError, builtin_names, find, parse_yaml, validate
+from lnpu_torch.recipes import show
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.data import Batches
 from lnpu_torch.recipes.models import ModelConfig, build
 from lnpu_torch.recipes.run_folder import RunFolder
+from lnpu_torch.tables import si
 
 SMALL: dict[str, Any] = {
     "model": {"name": "resnet18_cifar", "width": 2},
@@ -110,6 +114,18 @@ def ctrl_c_in_epoch(number: int) -> Any:
     return train
 
 
+def test_training_works_outside_the_main_thread_where_signals_cannot_be_caught() -> None:
+    def enter() -> None:
+        with recipe.Interrupts() as interrupts:
+            entered.append(interrupts.asked)
+
+    entered: list[bool] = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [False]
+
+
 def test_ctrl_c_works_as_before_once_training_is_over(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     with recipe.Interrupts() as interrupts:
@@ -150,8 +166,11 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path: Path, monkeypa
     folder.save({"epoch": 1}, [{"epoch": 1}], None)
 
     def full(state: object, file: Any) -> None:
-        file.write(b"half of it")
-        raise OSError(28, os.strerror(28))
+        try:
+            file.write(b"half of it")
+            raise OSError(28, os.strerror(28))
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 592")  # as torch does
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ConfigError, match=r"cannot be written: .*No space left.*The last good checkpoint is .*resume="):
@@ -194,6 +213,28 @@ def test_a_gradient_that_overflows_is_left_out_and_training_goes_on(tmp_path: Pa
     assert all(map(torch.equal, before, run.model.parameters()))
     assert run.scaler.get_scale() == 2.0**119
     assert run.schedule.last_epoch == 0  # the learning rate waits with the weights
+
+
+def test_a_new_folder_is_made_in_runs_and_threads_are_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    run = recipe.Run(config(threads=1, momentum=0.0))
+    assert torch.get_num_threads() == 1
+    assert (run.folder.path / "config.yaml").exists()
+    assert run.folder.path.parent == Path("runs")
+    assert run.folder.path.name.startswith("resnet18_cifar-fgmp-")
+    assert run.optimizer.param_groups[0]["nesterov"] is False
+
+
+def test_the_energy_so_far_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "ENERGY_EVERY_S", 0.0)
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+    run = recipe.Run(config(out=str(tmp_path / "run")))
+    with lnpu.CostCounter(run.model) as cost:
+        row = run.train_epoch(1, cost, screen, recipe.Interrupts())
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert f"loss {row['loss']:.4f}, accuracy {row['train_accuracy']:.2%}" in shown
+    assert f"{si(cost.report(chip='lnpu').total.energy_pj, 'pJ')} on lnpu" in shown
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])

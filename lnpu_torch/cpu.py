@@ -1,0 +1,156 @@
+"""Fast CPU implementations, compiled by Numba: rounding, group counts and thresholds in one pass over a tensor.
+
+Bit-equal to `reference` and `counting`. Work is split over `torch.get_num_threads()` threads; the compiled loops hold
+no lock, keep no state, and start their threads anew in a forked process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lnpu_torch import loops
+from lnpu_torch.formats import FORMATS
+from lnpu_torch.precision import Rule
+from lnpu_torch.reference import sample_step, tau, window_exponent
+
+ROWS = 2**15
+"""Rows that share one packed counter: FP8 in its lower 16 bits, FP16 in its upper ones."""
+SMALL = 2**16
+"""Elements below which one thread is faster."""
+
+
+def supports(x: Tensor, rule: Rule | None) -> bool:
+    """Whether this module takes a tensor (and rule): at most float32, not empty, rounded to nearest."""
+    nearest = rule is None or rule.rounding == "nearest"
+    fits_counter = x.dim() < 2 or x.shape[1] < 2**16
+    return nearest and fits_counter and x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize(
+    x: Tensor, rule: Rule, threshold: Tensor, share: int, channel_groups: int, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.round_and_count`, for a contiguous or channels_last x."""
+    x, last = x.float(), not x.is_contiguous()
+    dense = x.permute(0, 2, 3, 1) if last else x
+    batch, channels, *grid = x.shape
+    size, positions = x[0].numel(), prod(grid)
+    single = torch.empty_like(dense) if wanted[0] else None
+    half = torch.empty_like(dense, dtype=torch.float16) if wanted[1] else None
+    samples = np.zeros((batch, channel_groups, positions), np.int32) if wanted[2] else None
+    steps = (1, channels) if last else (positions, 1)  # from channel to channel, from position to position
+    view = dense.reshape(batch, size).detach().numpy()
+    outputs = [_rows(single, size), _rows(half, size), samples]
+    parameters = _parameters(rule, int(threshold))
+
+    def run(start: int, stop: int) -> np.ndarray[Any, Any]:
+        counts = np.zeros((2, batch // share, size), np.int32)
+        for first in range(start, stop, ROWS):
+            rows = slice(first, min(first + ROWS, stop))
+            single, half, sums = (None if out is None else out[rows] for out in outputs)
+            loops.quantize(view[rows], single, half, counts, sums, first, share, steps, parameters)
+        return counts
+
+    counts = sum(_split(run, batch, x.numel()))
+    position = torch.from_numpy(np.asarray(counts))
+    order = (*grid, channels) if last else (channels, *grid)
+    position = position.unflatten(2, order)
+    position = position.movedim(-1, 2).contiguous() if last else position
+    sample = position.new_empty(0)
+    if samples is not None:
+        packed = torch.from_numpy(samples).unflatten(2, grid) if grid else torch.from_numpy(samples)[..., 0]
+        sample = torch.stack((packed & 0xFFFF, packed >> 16))
+    return _shaped(single, last, torch.float32), _shaped(half, last, torch.float16), position, sample
+
+
+def quantize_flat(x: Tensor, rule: Rule, threshold: Tensor, want_groups: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a tensor of any shape: float32 values, groups (uint8, or empty), elements of each group int64 [3]."""
+    dense = x.detach().float()
+    dense = dense if is_dense(dense) else dense.contiguous()
+    values = torch.empty_like(dense)
+    groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else None
+    source, target = _memory(dense).numpy(), _memory(values).numpy()
+    marks = None if groups is None else _memory(groups).numpy()
+    parameters = _parameters(rule, int(threshold))
+
+    def run(start: int, stop: int) -> tuple[int, int]:
+        part = slice(start, stop)
+        return loops.quantize_flat(source[part], target[part], None if marks is None else marks[part], parameters)  # type: ignore[no-any-return]
+
+    fp8, wide = (sum(column) for column in zip(*_split(run, len(source), len(source)), strict=True))
+    totals = torch.tensor((len(source) - fp8 - wide, fp8, wide))
+    return values, values.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
+
+
+def round_half_(x: Tensor) -> None:
+    """Round a contiguous or channels_last float32 tensor to binary16, in place."""
+    flat = _memory(x).numpy()
+    _split(lambda start, stop: loops.round_half(flat[start:stop]), len(flat), len(flat))
+
+
+def histogram(x: Tensor, rule: Rule) -> Tensor:
+    """`reference.histogram` of a contiguous float32 tensor."""
+    smallest, largest = rule.threshold_range
+    counts = loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)
+    return torch.from_numpy(counts)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements lie in memory without gaps, in an order this module knows."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _memory(x: Tensor) -> Tensor:
+    """A dense tensor as it lies in memory, one-dimensional."""
+    return x.detach().as_strided((x.numel(),), (1,))
+
+
+def _rows(x: Tensor | None, size: int) -> np.ndarray[Any, Any] | None:
+    if x is None:
+        return None
+    return x.view(torch.uint16 if x.dtype == torch.float16 else x.dtype).reshape(-1, size).numpy()
+
+
+def _shaped(x: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor:
+    if x is None:
+        return torch.empty(0, dtype=dtype)
+    return x.permute(0, 3, 1, 2) if last else x
+
+
+@lru_cache(maxsize=4096)
+def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
+    """What `loops.quantize` needs to know of a rule and its T: bit patterns, exponents, limits."""
+    t, wide = torch.tensor(threshold, dtype=torch.int32), rule.wide
+    boundary = np.int32(0)
+    low_mantissa, low_least, low_max = wide.mantissa, wide.min_exponent, float("inf")
+    if rule.low:
+        low = FORMATS[rule.low]
+        window = int(window_exponent(rule, t)) - low.max_exponent
+        low_mantissa, low_least = low.mantissa, low.min_exponent + window
+        boundary = np.float32(float(tau(t, torch.float64))).view(np.int32) if rule.high else np.int32(2**31 - 1)
+        low_max = float("inf") if rule.high else low.max * 2.0**window
+    exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
+    return (boundary, *map(np.int32, exponents), np.float32(low_max), np.float32(wide.max))
+
+
+def _split(run: Callable[[int, int], Any], count: int, elements: int) -> Sequence[Any]:
+    """Results of `run(start, stop)` over shares of range(count), one for each thread."""
+    threads = min(torch.get_num_threads() if elements >= SMALL else 1, count)
+    bounds = [count * i // threads for i in range(threads + 1)]
+    pool = _pool(os.getpid(), torch.get_num_threads())
+    others = [pool.submit(run, *bounds[i : i + 2]) for i in range(1, threads)]
+    return [run(*bounds[:2]), *(other.result() for other in others)]
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """A pool for this process (a forked one cannot use its parent's), of this many threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="lnpu")

@@ -1,0 +1,170 @@
+"""The compiled inner loops of `cpu`. Numba sees only arrays and numbers here; importing this compiles nothing yet.
+
+Rounding to nearest even at bit m of a number with exponent e: adding and subtracting 2^(e + 23 - m) leaves just the
+bits above, in float32's own rounding. With e held at the format's least exponent, the same gives subnormals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import float32, int32, njit, types, uint16
+from numba.extending import intrinsic
+
+MAGNITUDE = np.int32(0x7FFFFFFF)
+SIGN = np.int32(-0x80000000)
+INFINITY = np.int32(0x7F800000)
+FP8, WIDE = np.int32(1), np.int32(0x10000)
+"""What an element of each group adds to a packed counter."""
+BLOCK = 2**14
+"""Elements that fit in one packed counter."""
+
+
+def compiled(function: Any) -> Any:
+    """Compile at the first call, without the interpreter's lock; keep the result on disk where that can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@intrinsic
+def _bits(context: Any, x: Any) -> Any:
+    """float32 -> its bits."""
+    return int32(float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _real(context: Any, bits: Any) -> Any:
+    """Bits -> float32."""
+    return float32(int32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _half(context: Any, x: Any) -> Any:
+    """float32 -> the bits of the nearest binary16."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return uint16(float32), generate
+
+
+@intrinsic
+def _single(context: Any, bits: Any) -> Any:
+    """The bits of a binary16 -> float32."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return float32(types.uint16), generate
+
+
+@compiled
+def _rounded(bits, parameters):
+    """One number's bits -> its rounded value, and what its group adds to a packed counter."""
+    boundary, low_mantissa, low_least, wide_mantissa, wide_least, low_max, wide_max = parameters
+    magnitude = int32(bits & MAGNITUDE)
+    small = magnitude < boundary
+    mantissa = low_mantissa if small else wide_mantissa
+    exponent = max(int32(min(magnitude, INFINITY) >> 23), low_least if small else wide_least)
+    anchor = _real(int32((exponent + int32(23) - mantissa) << 23))
+    q = (min(_real(magnitude), wide_max * float32(2)) + anchor) - anchor
+    q = min(q, low_max) if small else q
+    rounded = INFINITY if q > wide_max else _bits(q)
+    rounded = magnitude if magnitude >= INFINITY else rounded
+    group = FP8 if small else WIDE
+    return _real(int32(rounded | (bits & SIGN))), int32(0) if rounded == 0 else group
+
+
+@compiled
+def quantize(x, single, half, counts, samples, first, share, steps, parameters):
+    """Round rows of x, write them, and count their groups by position and by sample.
+
+    `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [rows, groups, positions]
+    gets packed counts. `single`, `half` and `samples` may be None.
+    """
+    size = x.shape[1]
+    packed, groups = np.zeros(size, np.int32), np.empty(size, np.int32)
+    for row in range(x.shape[0]):
+        for i in range(size):
+            value, group = _rounded(_bits(x[row, i]), parameters)
+            if single is not None:
+                single[row, i] = value
+            if half is not None:
+                half[row, i] = _half(value)
+            if samples is not None:
+                groups[i] = group
+            packed[i] = int32(packed[i] + group)
+        if samples is not None:
+            _sum_channels(groups, samples[row], steps)
+        if (first + row + 1) % share == 0 or row == x.shape[0] - 1:
+            _unpack(packed, counts[:, (first + row) // share])
+
+
+@compiled
+def quantize_flat(x, values, groups, parameters):
+    """Round numbers in a row; returns how many are FP8, and how many wider. `groups` (0, 8, 16) may be None."""
+    fp8, wide = 0, 0
+    for start in range(0, len(x), BLOCK):
+        source, target = x[start : start + BLOCK], values[start : start + BLOCK]
+        marks = None if groups is None else groups[start : start + BLOCK]
+        packed = int32(0)
+        for i in range(len(source)):
+            value, group = _rounded(_bits(source[i]), parameters)
+            target[i] = value
+            if marks is not None:
+                marks[i] = ((group & int32(1)) << int32(3)) | (group >> int32(12))
+            packed = int32(packed + group)
+        fp8 += packed & 0xFFFF
+        wide += packed >> 16
+    return fp8, wide
+
+
+@compiled
+def _sum_channels(groups, sums, steps):
+    """Add one sample's packed counts [channel, position], with these steps in memory, over each channel group."""
+    channels = len(groups) // sums.shape[1] // sums.shape[0]
+    for group in range(sums.shape[0]):
+        if steps[0] == 1:
+            for position in range(sums.shape[1]):
+                start = position * steps[1] + group * channels
+                total = int32(0)
+                for i in range(start, start + channels):
+                    total = int32(total + groups[i])
+                sums[group, position] = total
+        else:
+            total_row = sums[group]
+            for channel in range(group * channels, (group + 1) * channels):
+                row = groups[channel * steps[0] : channel * steps[0] + sums.shape[1]]
+                for position in range(len(row)):
+                    total_row[position] = int32(total_row[position] + row[position])
+
+
+@compiled
+def _unpack(packed, counts):
+    for i in range(len(packed)):
+        counts[0, i] = int32(counts[0, i] + (packed[i] & int32(0xFFFF)))
+        counts[1, i] = int32(counts[1, i] + (packed[i] >> 16))
+        packed[i] = 0
+
+
+@compiled
+def round_half(x):
+    """Round float32 numbers to binary16, in place."""
+    for i in range(len(x)):
+        x[i] = _single(_half(x[i]))
+
+
+@compiled
+def histogram(x, step, smallest, largest):
+    """`reference.histogram` of every step-th element."""
+    counts = np.zeros(largest - smallest + 1, np.float64)
+    for i in range(0, len(x), step):
+        magnitude = int32(_bits(x[i]) & MAGNITUDE)
+        if 0 < magnitude < INFINITY:
+            quarter = (magnitude >> 21) - 4 * 127
+            counts[min(max(quarter, smallest), largest) - smallest] += 1
+    return counts
