@@ -22,8 +22,8 @@ from lnpu_torch.formats import FORMATS
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import sample_step, tau, window_exponent
 
-ROWS = 2**15
-"""Rows that share one packed counter: FP8 in its lower 16 bits, FP16 in its upper ones."""
+ROWS = 2**15 - 1
+"""The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
 SMALL = 2**16
 """Elements below which one thread is faster."""
 
@@ -31,7 +31,7 @@ SMALL = 2**16
 def supports(x: Tensor, rule: Rule | None) -> bool:
     """Whether this module takes a tensor (and rule): at most float32, not empty, rounded to nearest."""
     nearest = rule is None or rule.rounding == "nearest"
-    fits_counter = x.dim() < 2 or x.shape[1] < 2**16
+    fits_counter = x.dim() < 2 or x.shape[1] <= ROWS
     return nearest and fits_counter and x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,7 +59,7 @@ def quantize(
             loops.quantize(view[rows], single, half, counts, sums, first, share, steps, parameters)
         return counts
 
-    counts = sum(_split(run, batch, x.numel()))
+    counts = sum(split(run, batch, x.numel()))
     position = torch.from_numpy(np.asarray(counts))
     order = (*grid, channels) if last else (channels, *grid)
     position = position.unflatten(2, order)
@@ -85,7 +85,7 @@ def quantize_flat(x: Tensor, rule: Rule, threshold: Tensor, want_groups: bool) -
         part = slice(start, stop)
         return loops.quantize_flat(source[part], target[part], None if marks is None else marks[part], parameters)  # type: ignore[no-any-return]
 
-    fp8, wide = (sum(column) for column in zip(*_split(run, len(source), len(source)), strict=True))
+    fp8, wide = (sum(column) for column in zip(*split(run, len(source), len(source)), strict=True))
     totals = torch.tensor((len(source) - fp8 - wide, fp8, wide))
     return values, values.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
@@ -93,7 +93,7 @@ def quantize_flat(x: Tensor, rule: Rule, threshold: Tensor, want_groups: bool) -
 def round_half_(x: Tensor) -> None:
     """Round a contiguous or channels_last float32 tensor to binary16, in place."""
     flat = _memory(x).numpy()
-    _split(lambda start, stop: loops.round_half(flat[start:stop]), len(flat), len(flat))
+    split(lambda start, stop: loops.round_half(flat[start:stop]), len(flat), len(flat))
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
@@ -138,12 +138,13 @@ def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
         boundary = np.float32(float(tau(t, torch.float64))).view(np.int32) if rule.high else np.int32(2**31 - 1)
         low_max = float("inf") if rule.high else low.max * 2.0**window
     exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
-    return (boundary, *map(np.int32, exponents), np.float32(low_max), np.float32(wide.max))
+    beyond = np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32)
+    return (boundary, *map(np.int32, exponents), beyond, np.float32(low_max), np.float32(wide.max))
 
 
-def _split(run: Callable[[int, int], Any], count: int, elements: int) -> Sequence[Any]:
+def split(run: Callable[[int, int], Any], count: int, elements: int) -> Sequence[Any]:
     """Results of `run(start, stop)` over shares of range(count), one for each thread."""
-    threads = min(torch.get_num_threads() if elements >= SMALL else 1, count)
+    threads = max(1, min(torch.get_num_threads() if elements >= SMALL else 1, count))
     bounds = [count * i // threads for i in range(threads + 1)]
     pool = _pool(os.getpid(), torch.get_num_threads())
     others = [pool.submit(run, *bounds[i : i + 2]) for i in range(1, threads)]

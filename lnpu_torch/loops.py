@@ -65,13 +65,14 @@ def _single(context: Any, bits: Any) -> Any:
 @compiled
 def _rounded(bits, parameters):
     """One number's bits -> its rounded value, and what its group adds to a packed counter."""
-    boundary, low_mantissa, low_least, wide_mantissa, wide_least, low_max, wide_max = parameters
+    boundary, low_mantissa, low_least, wide_mantissa, wide_least, beyond, low_max, wide_max = parameters
     magnitude = int32(bits & MAGNITUDE)
     small = magnitude < boundary
     mantissa = low_mantissa if small else wide_mantissa
-    exponent = max(int32(min(magnitude, INFINITY) >> 23), low_least if small else wide_least)
+    clamped = min(magnitude, beyond)  # else the anchor's binade would lie far above the number
+    exponent = max(int32(clamped >> 23), low_least if small else wide_least)
     anchor = _real(int32((exponent + int32(23) - mantissa) << 23))
-    q = (min(_real(magnitude), wide_max * float32(2)) + anchor) - anchor
+    q = (_real(clamped) + anchor) - anchor
     q = min(q, low_max) if small else q
     rounded = INFINITY if q > wide_max else _bits(q)
     rounded = magnitude if magnitude >= INFINITY else rounded
@@ -168,3 +169,83 @@ def histogram(x, step, smallest, largest):
             quarter = (magnitude >> 21) - 4 * 127
             counts[min(max(quarter, smallest), largest) - smallest] += 1
     return counts
+
+
+@compiled
+def reached(position, meets, strides, sums):
+    """Sum `position` [channels, D, H, W] over the window of each kernel offset: into `sums` [channels, R, S, T].
+
+    `meets` [3, offsets, 2] holds each offset's first position and how many; `strides` the steps between them.
+    """
+    for channel in range(position.shape[0]):
+        for r in range(sums.shape[1]):
+            for s in range(sums.shape[2]):
+                for t in range(sums.shape[3]):
+                    total = 0
+                    for i in range(meets[0, r, 1]):
+                        plane = position[channel, meets[0, r, 0] + i * strides[0]]
+                        for j in range(meets[1, s, 1]):
+                            row = plane[meets[1, s, 0] + j * strides[1]]
+                            total += _sum(row[meets[2, t, 0] :], strides[2], meets[2, t, 1])
+                    sums[channel, r, s, t] = total
+
+
+@compiled
+def _sum(row, stride, count):
+    total = 0
+    if stride == 1:
+        for i in range(count):
+            total += row[i]
+    else:
+        for i in range(count):
+            total += row[i * stride]
+    return total
+
+
+@compiled
+def meetings(big, small, big_meets, small_meets, strides, both):
+    """Pairs of non-zeros of two grids [samples, D, H, W] under all kernel offsets, added to `both` [2, 2].
+
+    Both grids come as [2, ...], FP8 and wide. What a window holds of the big grid is summed up first.
+    """
+    seen = np.empty((2, *small.shape[3:]), np.int64)
+    for n in range(big.shape[1]):
+        for p in range(small.shape[2]):
+            seen[:] = 0
+            for r in range(big_meets.shape[1]):
+                i = p - small_meets[0, r, 0]
+                if 0 <= i < small_meets[0, r, 1]:
+                    plane = big[:, n, big_meets[0, r, 0] + i * strides[0]]
+                    _see(plane, seen, big_meets, small_meets, strides)
+            for a in range(2):
+                for b in range(2):
+                    both[a, b] += _dot(seen[a], small[b, n, p])
+
+
+@compiled
+def _see(plane, seen, big_meets, small_meets, strides):
+    for a in range(2):
+        for s in range(big_meets.shape[1]):
+            for j in range(small_meets[1, s, 1]):
+                source = plane[a, big_meets[1, s, 0] + j * strides[1]]
+                target = seen[a, small_meets[1, s, 0] + j]
+                for t in range(big_meets.shape[1]):
+                    count = small_meets[2, t, 1]
+                    from_ = source[big_meets[2, t, 0] :]
+                    into = target[small_meets[2, t, 0] : small_meets[2, t, 0] + count]
+                    if strides[2] == 1:
+                        for k in range(count):
+                            into[k] += from_[k]
+                    else:
+                        for k in range(count):
+                            into[k] += from_[k * strides[2]]
+
+
+@compiled
+def _dot(a, b):
+    total = 0
+    for j in range(a.shape[0]):
+        left, right = a[j], b[j]
+        for k in range(len(left)):
+            total += left[k] * right[k]
+    return total

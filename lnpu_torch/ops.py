@@ -55,6 +55,15 @@ def _cpu(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     return fast if fast is not None and fast.supports(x, rule) else None
 
 
+def _counting(sums: Tensor) -> ModuleType:
+    """`counting`, or its compiled form."""
+    if _numba() is None or _chosen[-1] != "auto" or sums.device.type != "cpu" or not sums.numel():
+        return counting
+    from lnpu_torch import cpu_counting
+
+    return cpu_counting
+
+
 @lru_cache(maxsize=256)
 def _rule(text: str) -> Rule:
     return Rule.model_validate_json(text)
@@ -217,7 +226,7 @@ def commit_thresholds(states: Tensor) -> None:
 def count_grid_by_weight(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
     """Add a step that multiplies a grid ("big" or "small") by the weight to a counter, int64 [counting.WIDTH]."""
     shape = Geometry.unpack(geometry)
-    table = counting.grid_by_weight(position, weight, shape, side)
+    table = _counting(position).grid_by_weight(position, weight, shape, side)
     first, second = (
         counting.elements(position, shape.elements(side)),
         counting.elements(weight, shape.elements("weight")),
@@ -231,7 +240,7 @@ def count_grid_by_grid(
 ) -> None:
     """Add a step that multiplies two grids to a counter, each by position and by sample; `first` names an operand."""
     shape = Geometry.unpack(geometry)
-    table = counting.grid_by_grid(big[1], small[1], big[0], small[0], shape)
+    table = _counting(big[0]).grid_by_grid(big[1], small[1], big[0], small[0], shape)
     counts = {"big": counting.elements(big[0], shape.elements("big"))}
     counts["small"] = counting.elements(small[0], shape.elements("small"))
     second = "small" if first == "big" else "big"

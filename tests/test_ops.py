@@ -1,0 +1,170 @@
+"""Every op's implementations against the reference, bit by bit; and what torch asks of a registered op."""
+
+import pytest
+import torch
+from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
+from test_formats import all_patterns, identical, random_patterns, scalar
+
+from lnpu_torch import counting, ops, reference
+from lnpu_torch.precision import Rule
+
+RULES = {
+    "fgmp": Rule(),
+    "e5m2": Rule(low="e5m2", fp16_share=0.2),
+    "fp8": Rule(high=None),
+    "fp16": Rule(low=None),
+    "e6m9": Rule(high="e6m9"),
+}
+LAYOUTS = {
+    "grid": ((7, 6, 5, 3), 7, 3),
+    "linear": ((63, 500), 63, 1),
+    "weight": ((12, 5, 3, 3), 4, 1),
+    "depthwise weight": ((12, 1, 3, 3), 1, 1),
+    "3d": ((3, 4, 5, 2, 3), 3, 2),
+    "large": ((17, 64, 32, 9), 17, 1),
+}
+EVERYTHING = (True, True, True)
+
+
+def strides(x):
+    """Strides of the dimensions in which there is a next element."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("t", [-100, -29, -3, 0, 5, 63])
+def test_quantize_over_all_16_bit_inputs_and_random_patterns(rule, t):
+    for x in (all_patterns(torch.bfloat16), all_patterns(torch.float16), random_patterns(100_001, 5)):
+        values, groups, totals = ops.quantize(x, scalar(t), None, rule.model_dump_json(), 0, True)
+        expected, expected_groups = reference.quantize(x, rule, scalar(t))
+        assert identical(values, expected)
+        assert torch.equal(groups, expected_groups)
+        assert totals.tolist() == [int((groups == group).sum()) for group in (0, 8, 16)]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(("shape", "share", "groups"), LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_round_and_count(rule, shape, share, groups, last):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+    if last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    for wanted in (EVERYTHING, (True, False, False), (False, True, True), (True, False, True)):
+        arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted)
+        ours = ops.round_and_count(*arguments)
+        with ops.backend("reference"):
+            expected = ops.round_and_count(*arguments)
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert torch.equal(mine, theirs) and strides(mine) == strides(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(dtype):
+    x = torch.randn(5, 6, 7).to(dtype)
+    arguments = (x, scalar(1), None, Rule().model_dump_json(), 0, (5, 1), EVERYTHING)
+    expected, groups = reference.quantize(x, Rule(), scalar(1))
+    values, half, position, sample = ops.round_and_count(*arguments)
+    assert torch.equal(values, expected) and torch.equal(half.to(values.dtype), expected)
+    assert torch.equal(position[:, 0], per_position(groups)) and torch.equal(sample, counting.per_sample(groups, 1))
+
+
+def test_more_rows_than_a_packed_counter_holds():
+    x = torch.ones(70_000, 2)
+    x[:, 1] = 100.0
+    _, _, position, _ = ops.round_and_count(x, scalar(4), None, Rule().model_dump_json(), 0, (70_000, 1), EVERYTHING)
+    assert position.tolist() == [[[70_000, 0]], [[0, 70_000]]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_result(threads):
+    before = torch.get_num_threads()
+    x = torch.randn(16, 8, 40, 40)
+    arguments = (x, scalar(1), None, Rule().model_dump_json(), 0, (16, 2), EVERYTHING)
+    expected = ops.round_and_count(*arguments)
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(ops.round_and_count(*arguments), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_counted_steps(geometry):
+    big, small, weight = operands(geometry)
+    grids = [
+        (per_position(groups), counting.per_sample(groups, geometry.groups).contiguous()) for groups in (big, small)
+    ]
+    counters = []
+    for name in ("auto", "reference"):
+        counter = torch.zeros(3, counting.WIDTH, dtype=torch.int64)
+        with ops.backend(name):
+            weights = (over_small(weight, geometry.groups), over_big(weight))
+            ops.count_grid_by_weight(counter[0], grids[0][0], weights[0], geometry.pack(), "big")
+            ops.count_grid_by_weight(counter[1], grids[1][0], weights[1], geometry.pack(), "small")
+            ops.count_grid_by_grid(counter[2], grids[0], grids[1], geometry.pack(), "small")
+        counters.append(counter)
+    assert torch.equal(*counters)
+    assert counters[0].sum() > 0
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_round_result_in_place(last):
+    x = torch.cat([all_patterns(torch.bfloat16), random_patterns(2**16, 2)]).reshape(8, 4, 64, 64)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    for form in ("fp16", "e6m9"):
+        ours, expected = x.clone(), reference.round_to(x, reference.FORMATS[form])
+        ops.round_result_(ours, form)
+        assert identical(ours.contiguous(), expected.contiguous())
+    strided = torch.randn(6, 8)[:, ::2]
+    expected = strided.half().float()
+    ops.round_result_(strided, "fp16")
+    assert torch.equal(strided, expected)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (40, 64, 32, 9)])
+def test_chosen_thresholds(shape):
+    x = torch.randn(shape).relu() + 0.1
+    for rule in RULES.values():
+        results = []
+        for name in ("auto", "reference"):
+            states = torch.full((2, 2), reference.UNSET, dtype=torch.int32)
+            with ops.backend(name):
+                results.append((ops.next_threshold(x, states, 1, rule.model_dump_json(), True), states))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert states[0].tolist() == [reference.UNSET] * 2
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference"), ops.backend("cuda"):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_opcheck():
+    x, text, rule = torch.randn(4, 6, 5, 3), Rule().model_dump_json(), Rule(rounding="stochastic")
+    states = torch.full((2, 2), reference.UNSET, dtype=torch.int32)
+    g = GEOMETRIES["groups"]
+    big, small, weight = operands(g)
+    grids = [[per_position(groups), counting.per_sample(groups, g.groups)] for groups in (big, small)]
+    counter = torch.zeros(counting.WIDTH, dtype=torch.int64)
+    calls = {
+        ops.quantize: [
+            (x, scalar(1), None, text, 0, True),
+            (x, scalar(1), torch.tensor(3), rule.model_dump_json(), 1, False),
+        ],
+        ops.round_and_count: [
+            (x, scalar(1), None, text, 0, (4, 2), wanted) for wanted in (EVERYTHING, (False, True, False))
+        ]
+        + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)],
+        ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
+        ops.round_result_: [(x.clone(), "fp16")],
+        ops.next_threshold: [(x, states, 1, text, True)],
+        ops.commit_thresholds: [(states,)],
+        ops.count_grid_by_weight: [(counter, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],
+        ops.count_grid_by_grid: [(counter, grids[0], grids[1], g.pack(), "big")],
+        ops.count_not_run: [(counter, 10)],
+    }
+    for op, arguments in calls.items():
+        for each in arguments:
+            torch.library.opcheck(op, each)
