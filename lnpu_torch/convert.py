@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnpu_torch.config import ConfigError, nearest
-from lnpu_torch.nn import LAYERS, Emulated, emulated_layers
+from lnpu_torch.emulation import Emulation
+from lnpu_torch.nn import LAYERS, Emulated, ReLU, emulated_layers
 from lnpu_torch.precision import Precision, precision
 
 PrecisionLike = str | Path | Precision
@@ -25,7 +26,7 @@ def convert(
     """Emulate every layer of a model that can be, in place.
 
     Modules keep their identity: Parameters, hooks, state_dict keys and sharing are untouched. A layer that is
-    emulated already starts anew with its precision.
+    emulated already starts anew with its precision. ReLUs keep their bits but save memory (`lnpu_torch.nn.ReLU`).
 
     Args:
         model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, not subclasses.
@@ -47,6 +48,9 @@ def convert(
         if not matches:
             raise ConfigError(f"override {pattern!r} matches no layer that can be emulated{nearest(pattern, layers)}")
         choice |= dict.fromkeys(matches, None if value is None else precision(value))
+    for module in model.modules():
+        if type(module) is nn.ReLU:
+            module.__class__ = ReLU
     for name, module in layers.items():
         _revert(module)
         wanted = choice[name]
@@ -57,7 +61,7 @@ def convert(
 
 def revert(model: Model) -> Model:
     """Undo `convert` in place: torch's own classes again. Returns the same model."""
-    for module in emulated_layers(model).values():
+    for module in model.modules():
         _revert(module)
     return model
 
@@ -175,6 +179,7 @@ def _convert(module: nn.Module, chosen: Precision) -> None:
 
 
 def _revert(module: nn.Module) -> None:
-    if isinstance(module, Emulated):
+    if isinstance(module, Emulated | ReLU):
         module.__class__ = module.torch_class  # type: ignore[assignment]
+    if isinstance(getattr(module, "emulation", None), Emulation):
         del module.emulation

@@ -96,6 +96,32 @@ def round_half_(x: Tensor) -> None:
     split(lambda start, stop: loops.round_half(flat[start:stop]), len(flat), len(flat))
 
 
+def relu(x: Tensor, out: Tensor) -> Tensor:
+    """ReLU of a dense float32 tensor into `out` (which may be x). Returns one bit per element, for `relu_backward`."""
+    source, target = _memory(x).numpy(), _memory(out).numpy()
+    signs = np.empty(-(-len(source) // (8 * loops.LANES)) * loops.LANES, np.uint8)
+    _by_block(loops.relu, source, target, signs)
+    return torch.from_numpy(signs)
+
+
+def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
+    """The gradient of `relu`'s input; `error` lies in memory as x did."""
+    grad = torch.empty_like(error)
+    _by_block(loops.relu_backward, _memory(error).numpy(), signs.numpy(), _memory(grad).numpy())
+    return grad
+
+
+def _by_block(loop: Callable[..., None], *arrays: np.ndarray[Any, Any]) -> None:
+    """Run a loop over whole blocks: of bytes in the uint8 array, of eight times as many elements in the others."""
+    blocks = next(len(array) for array in arrays if array.dtype == np.uint8) // loops.LANES
+
+    def run(start: int, stop: int) -> None:
+        sizes = [loops.LANES * (1 if array.dtype == np.uint8 else 8) for array in arrays]
+        loop(*(array[start * size : stop * size] for array, size in zip(arrays, sizes, strict=True)))
+
+    split(run, blocks, blocks * 8 * loops.LANES)
+
+
 def histogram(x: Tensor, rule: Rule) -> Tensor:
     """`reference.histogram` of a contiguous float32 tensor."""
     smallest, largest = rule.threshold_range

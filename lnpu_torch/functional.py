@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
@@ -144,6 +145,31 @@ def convolution(
     product = Convolution(strides, tuples(padding), dilations, groups, transposed, tuples(output_padding), margin)
     output = _emulate(batched, weight, bias, product, emulation)
     return output if input.dim() == dims + 2 else output.squeeze(0)
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """Torch's ReLU, bit for bit, which keeps one bit per element for its backward where it can."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or not ops.packed_relu(x):
+        return F.relu(x, inplace)
+    output: Tensor = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _PackedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        out = x if inplace else torch.empty_like(x)
+        ctx.fast, ctx.format = ops.packed_relu(x), ops.memory_format(x)
+        ctx.save_for_backward(ctx.fast.relu(x, out))
+        if inplace:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (signs,) = ctx.saved_tensors
+        return ctx.fast.relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
 
 
 def _emulate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, njit, types, uint16
+from numba import float32, int32, njit, types, uint8, uint16
 from numba.extending import intrinsic
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -18,6 +18,8 @@ SIGN = np.int32(-0x80000000)
 INFINITY = np.int32(0x7F800000)
 FP8, WIDE = np.int32(1), np.int32(0x10000)
 """What an element of each group adds to a packed counter."""
+LANES = 64
+"""Elements whose sign bits are made together."""
 BLOCK = 2**14
 """Elements that fit in one packed counter."""
 
@@ -249,3 +251,34 @@ def _dot(a, b):
         for k in range(len(left)):
             total += left[k] * right[k]
     return total
+
+
+@compiled
+def relu(x, out, signs):
+    """ReLU, and one bit for each element: whether its gradient passes. `out` may be x; NaN passes, as in torch.
+
+    Bit b of byte j of a block belongs to its element LANES * b + j, so that whole vectors of bits are made at once.
+    """
+    for block in range(len(signs) // LANES):
+        signs_ = signs[block * LANES : (block + 1) * LANES]
+        signs_[:] = 0
+        for bit in range(8):
+            start = (8 * block + bit) * LANES
+            source, target = x[start : start + LANES], out[start : start + LANES]
+            for j in range(len(source)):
+                value = source[j]
+                passes = not value <= float32(0)
+                target[j] = value if passes else float32(0)
+                signs_[j] |= uint8(passes) << uint8(bit)
+
+
+@compiled
+def relu_backward(error, signs, out):
+    """The gradient where `relu` set the bit, else 0."""
+    for block in range(len(signs) // LANES):
+        signs_ = signs[block * LANES : (block + 1) * LANES]
+        for bit in range(8):
+            start = (8 * block + bit) * LANES
+            source, target = error[start : start + LANES], out[start : start + LANES]
+            for j in range(len(source)):
+                target[j] = source[j] if (signs_[j] >> bit) & 1 else float32(0)

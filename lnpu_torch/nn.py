@@ -135,6 +135,18 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     torch_class = nn.ConvTranspose3d
 
 
+class ReLU(nn.ReLU):
+    """`torch.nn.ReLU`, bit for bit, which keeps one bit per element for its backward instead of its output.
+
+    Torch's own keeps an output that the next layer keeps as well; an emulated one keeps rounded operands instead.
+    """
+
+    torch_class = nn.ReLU
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu(input, self.inplace)
+
+
 LAYERS: dict[type[nn.Module], type[Emulated]] = {
     layer.torch_class: layer
     for layer in (Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)

@@ -55,6 +55,12 @@ def _cpu(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     return fast if fast is not None and fast.supports(x, rule) else None
 
 
+def packed_relu(x: Tensor) -> ModuleType | None:
+    """The module with `relu` and `relu_backward` that keep one bit per element, if they can take this tensor."""
+    fast = _cpu(x) if x.dtype == torch.float32 else None
+    return fast if fast is not None and fast.is_dense(x) else None
+
+
 def _counting(sums: Tensor) -> ModuleType:
     """`counting`, or its compiled form."""
     if _numba() is None or _chosen[-1] != "auto" or sums.device.type != "cpu" or not sums.numel():
