@@ -6,6 +6,7 @@ Groups are 0 (zero), 8 (FP8) and 16 (FP16, or left in float), as `reference.quan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -34,40 +35,46 @@ def per_sample(groups: Tensor, channel_groups: int) -> Tensor:
     return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=torch.int32).contiguous()
 
 
-def grid_by_weight(position: Tensor, weight: Tensor, geometry: Geometry, side: str) -> Tensor:
-    """Pair table of a step that multiplies one grid by the weight (forward, grad_input).
+def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: str) -> Tensor:
+    """The counts of a step that multiplies one grid by the weight (forward, grad_input): int64 [WIDTH].
 
     Args:
         position: int32 [2, channels, *grid], the grid's elements of each group over the batch.
         weight: int32 [2, channels, *kernel], the weight's over the other side's channels.
         side: which grid it is, "big" or "small".
-
-    Returns:
-        int64 [3, 3], by the grid's group and the weight's.
     """
     reached = _reached(position, geometry, side)
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
     weights = weight.reshape(*weight.shape[:2], -1).to(torch.int64)
     both = (reached[:, None] * weights[None]).sum((2, 3))
-    grid_only = reached.sum((1, 2)) * others
     weight_only = (weights * (_meetings(geometry, weight.device) * geometry.batch)).sum((1, 2))
-    return pair_table(both, grid_only, weight_only, geometry.inside)
+    table = pair_table(both, reached.sum((1, 2)) * others, weight_only, geometry.inside)
+    counts = elements(position, geometry.elements(side)), elements(weight, geometry.elements("weight"))
+    return torch.cat((head(geometry, table), table.flatten(), *counts))
 
 
-def grid_by_grid(
-    big_sample: Tensor, small_sample: Tensor, big_position: Tensor, small_position: Tensor, geometry: Geometry
-) -> Tensor:
-    """Pair table of a step that multiplies the two grids (grad_weight): int64 [3, 3], by the big one's group first.
+def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry, first: str) -> Tensor:
+    """The counts of a step that multiplies the two grids (grad_weight): int64 [WIDTH].
 
     Args:
-        big_sample, small_sample: int32 [2, N, g, *grid], elements of each group over a channel group.
-        big_position, small_position: int32 [2, channels, *grid], elements of each group over the batch.
+        big, small: each grid's elements of each group over the batch, int32 [2, channels, *grid], and over the
+            channels of a channel group, int32 [2, N, g, *grid].
+        first: which grid is the step's first operand.
     """
-    seen = _seen(big_sample, geometry).flatten(1).to(torch.float64)
-    both = (seen @ small_sample.flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53
-    big_only = _reached(big_position, geometry, "big").sum((1, 2)) * (geometry.small_channels // geometry.groups)
-    small_only = _reached(small_position, geometry, "small").sum((1, 2)) * (geometry.big_channels // geometry.groups)
-    return pair_table(both, big_only, small_only, geometry.inside)
+    seen = _seen(big[1], geometry).flatten(1).to(torch.float64)
+    both = (seen @ small[1].flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53
+    big_only = _reached(big[0], geometry, "big").sum((1, 2)) * (geometry.small_channels // geometry.groups)
+    small_only = _reached(small[0], geometry, "small").sum((1, 2)) * (geometry.big_channels // geometry.groups)
+    table = pair_table(both, big_only, small_only, geometry.inside)
+    counts = [elements(big[0], geometry.elements("big")), elements(small[0], geometry.elements("small"))]
+    if first == "small":
+        table, counts = table.T, counts[::-1]
+    return torch.cat((head(geometry, table), table.flatten(), *counts))
+
+
+def head(geometry: Geometry, like: Tensor) -> Tensor:
+    """What every run step adds whatever its values: calls, slots, padding, not_run."""
+    return like.new_tensor((1, geometry.slots, geometry.slots - geometry.inside, 0))
 
 
 def pair_table(both: Tensor, first: Tensor, second: Tensor, inside: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lnpu_torch import loops
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.precision import Rule
-from lnpu_torch.reference import sample_step, tau, window_exponent
+from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
 
 ROWS = 2**15 - 1
 """The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
@@ -122,11 +122,26 @@ def _by_block(loop: Callable[..., None], *arrays: np.ndarray[Any, Any]) -> None:
     split(run, blocks, blocks * 8 * loops.LANES)
 
 
-def histogram(x: Tensor, rule: Rule) -> Tensor:
-    """`reference.histogram` of a contiguous float32 tensor."""
+def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+    """`reference.choose_threshold` of a contiguous float32 tensor, by the rule's `max_error` or `fp16_share`."""
     smallest, largest = rule.threshold_range
     counts = loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)
-    return torch.from_numpy(counts)
+    total, above = counts.sum(), counts[::-1].cumsum()[::-1][1:]
+    if not total:
+        return fallback.clone()
+    if rule.fp16_share is not None:
+        fits = np.flatnonzero(above <= rule.fp16_share * total)
+        best = fits[0] if len(fits) else len(above) - 1
+    else:
+        last = loops.furthest(counts, *_error_table(rule), rule.max_error)
+        best = np.flatnonzero(above == above[last])[0]
+    return torch.tensor(int(best) + smallest, dtype=torch.int32)
+
+
+@lru_cache(maxsize=16)
+def _error_table(rule: Rule) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    error, signal = error_table(rule.low or "", rule.high or "", torch.device("cpu"))
+    return error.numpy(), signal.numpy()
 
 
 def is_dense(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import loops
-from lnpu_torch.counting import pair_table
 from lnpu_torch.cpu import split
 from lnpu_torch.geometry import Geometry
 
@@ -18,32 +18,32 @@ Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]
 
 
-def grid_by_weight(position: Tensor, weight: Tensor, geometry: Geometry, side: Side) -> Tensor:
-    """`counting.grid_by_weight`."""
-    sums = _reached(position, geometry, side)
+def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: Side) -> Tensor:
+    """`counting.weight_step`."""
+    reached, weights = _reached(position, geometry, side), weight.numpy().reshape(2, -1)
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
-    weights = weight.reshape(2, -1).numpy().astype(np.float64)
-    both = sums.astype(np.float64) @ weights.T  # exact: every sum is below 2^53
-    met = np.tile(np.asarray(geometry.meetings(), np.float64), len(weights[0]) // max(1, len(geometry.meetings())))
-    return _table(both, sums.sum(1) * others, (weights @ met) * geometry.batch, geometry)
+    met = np.asarray(geometry.meetings())
+    weight_only = weights.reshape(2, -1, len(met)).sum(1, dtype=np.int64) @ met * geometry.batch
+    table = _table(loops.dots(reached, weights), reached.sum(1) * others, weight_only, geometry.inside)
+    return _record(geometry, table, _elements(position, geometry, side), _elements(weight, geometry, "weight"))
 
 
-def grid_by_grid(
-    big_sample: Tensor, small_sample: Tensor, big_position: Tensor, small_position: Tensor, geometry: Geometry
-) -> Tensor:
-    """`counting.grid_by_grid`."""
-    big, small = (_solid(x.flatten(1, 2), 2) for x in (big_sample, small_sample))
-    arguments = (_meets(geometry, "big"), _meets(geometry, "small"), _strides(geometry))
+def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry, first: Side) -> Tensor:
+    """`counting.grid_step`."""
+    samples = [_solid(grid[1].flatten(1, 2), 2) for grid in (big, small)]
+    meets = (_meets(geometry, "big"), _meets(geometry, "small"), _strides(geometry))
 
     def run(start: int, stop: int) -> Array:
         both = np.zeros((2, 2), np.int64)
-        loops.meetings(big[:, start:stop], small[:, start:stop], *arguments, both)
+        loops.meetings(samples[0][:, start:stop], samples[1][:, start:stop], *meets, both)
         return both
 
-    both = sum(split(run, big.shape[1], small.size))
-    big_only = _reached(big_position, geometry, "big").sum(1) * (geometry.small_channels // geometry.groups)
-    small_only = _reached(small_position, geometry, "small").sum(1) * (geometry.big_channels // geometry.groups)
-    return _table(both, big_only, small_only, geometry)
+    both = sum(split(run, samples[0].shape[1], small[1].numel()))
+    big_only = _reached(big[0], geometry, "big").sum(1) * (geometry.small_channels // geometry.groups)
+    small_only = _reached(small[0], geometry, "small").sum(1) * (geometry.big_channels // geometry.groups)
+    table = _table(both, big_only, small_only, geometry.inside)
+    counts = [_elements(big[0], geometry, "big"), _elements(small[0], geometry, "small")]
+    return _record(geometry, table, *counts) if first == "big" else _record(geometry, table.T, *counts[::-1])
 
 
 def _reached(position: Tensor, geometry: Geometry, side: Side) -> Array:
@@ -76,6 +76,22 @@ def _strides(geometry: Geometry) -> Array:
     return np.asarray((1,) * (3 - len(geometry.stride)) + geometry.stride, np.int64)
 
 
-def _table(both: Array, first: Array, second: Array, geometry: Geometry) -> Tensor:
-    tables = [torch.from_numpy(np.asarray(each, np.int64)) for each in (both, first, second)]
-    return pair_table(tables[0], tables[1], tables[2], geometry.inside)
+def _table(both: Any, first: Array, second: Array, inside: int) -> Array:
+    """`counting.pair_table`."""
+    table = np.empty((3, 3), np.int64)
+    table[1:, 1:] = both
+    table[1:, 0] = first - both.sum(1)
+    table[0, 1:] = second - both.sum(0)
+    table[0, 0] = inside - first.sum() - table[0, 1:].sum()
+    return table
+
+
+def _elements(position: Tensor, geometry: Geometry, tensor: str) -> list[int]:
+    """`counting.elements`."""
+    fp8, wide = position.numpy().reshape(2, -1).sum(1, dtype=np.int64).tolist()
+    return [geometry.elements(tensor) - fp8 - wide, fp8, wide]
+
+
+def _record(geometry: Geometry, table: Array, first: list[int], second: list[int]) -> Tensor:
+    slots = geometry.slots
+    return torch.tensor([1, slots, slots - geometry.inside, 0, *table.flatten().tolist(), *first, *second])

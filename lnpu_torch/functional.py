@@ -49,7 +49,7 @@ class _Emulated(torch.autograd.Function):
         output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
         side, cut = product.input_side, product.cut
         counts = cut(xs["forward"].position.squeeze(1)), _over(ws["forward"], side)
-        ops.count_grid_by_weight(emulation.counters[0], *counts, geometry.pack(), side)
+        ops.count_weight_step(emulation.counters[0], *counts, geometry.pack(), side)
 
         saved: list[Tensor | None] = [None] * 5
         if wants[0]:
@@ -80,7 +80,7 @@ class _Emulated(torch.autograd.Function):
             operands = _alike(error.values.reshape(grad_output.shape), w)
             grads[0] = emulation.result("grad_input", product.grad_input(*operands, input_shape, by), dtypes[0])
             counts = error.position.squeeze(1), weight_counts
-            ops.count_grid_by_weight(emulation.counters[1], *counts, sizes, product.output_side)
+            ops.count_weight_step(emulation.counters[1], *counts, sizes, product.output_side)
         else:
             ops.count_not_run(emulation.counters[1], geometry.slots)
 
@@ -94,7 +94,7 @@ class _Emulated(torch.autograd.Function):
         if wants[1]:
             grids = {product.input_side: (position, sample)}
             grids[product.output_side] = (error.position.squeeze(1), error.sample)
-            ops.count_grid_by_grid(emulation.counters[2], grids["big"], grids["small"], sizes, product.input_side)
+            ops.count_grid_step(emulation.counters[2], grids["big"], grids["small"], sizes, product.input_side)
         else:
             ops.count_not_run(emulation.counters[2], geometry.slots)
 

@@ -254,6 +254,32 @@ def _dot(a, b):
 
 
 @compiled
+def dots(a, b):
+    """Products of two rows each: [2, n] by [2, n] -> [2, 2]."""
+    both = np.zeros((2, 2), np.int64)
+    for i in range(2):
+        for j in range(2):
+            left, right = a[i], b[j]
+            for k in range(len(left)):
+                both[i, j] += left[k] * right[k]
+    return both
+
+
+@compiled
+def furthest(counts, error, signal, bound):
+    """The last T whose predicted error [T] . counts is within the bound of the signal; the first where none is."""
+    limit, best = 0.0, 0
+    for i in range(len(counts)):
+        limit += signal[i] * counts[i]
+    for t in range(error.shape[0]):
+        row, total = error[t], 0.0
+        for i in range(len(counts)):
+            total += row[i] * counts[i]
+        best = t if total <= bound * bound * limit else best
+    return best
+
+
+@compiled
 def relu(x, out, signs):
     """ReLU, and one bit for each element: whether its gradient passes. `out` may be x; NaN passes, as in torch.
 

@@ -208,7 +208,7 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
     parsed, current = _rule(rule), states[row, 0]
     fast = _cpu(x, parsed)
     if fast and parsed.adaptive and x.is_contiguous() and x.dtype == torch.float32:
-        chosen = reference.choose_by_histogram(fast.histogram(x, parsed), parsed, current)
+        chosen = fast.choose_threshold(x, parsed, current)
     else:
         chosen = reference.choose_threshold(x, parsed, current)
     used = torch.where(current == reference.UNSET, chosen, current)
@@ -228,37 +228,21 @@ def commit_thresholds(states: Tensor) -> None:
     states[..., 0] = states[..., 1]
 
 
-@torch.library.custom_op("lnpu::count_grid_by_weight", mutates_args=("counter",))
-def count_grid_by_weight(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
-    """Add a step that multiplies a grid ("big" or "small") by the weight to a counter, int64 [counting.WIDTH]."""
-    shape = Geometry.unpack(geometry)
-    table = _counting(position).grid_by_weight(position, weight, shape, side)
-    first, second = (
-        counting.elements(position, shape.elements(side)),
-        counting.elements(weight, shape.elements("weight")),
-    )
-    _add(counter, shape, table, first, second)
+@torch.library.custom_op("lnpu::count_weight_step", mutates_args=("counter",))
+def count_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
+    """Add `counting.weight_step` to a counter, int64 [counting.WIDTH]."""
+    counter += _counting(position).weight_step(position, weight, Geometry.unpack(geometry), side)
 
 
-@torch.library.custom_op("lnpu::count_grid_by_grid", mutates_args=("counter",))
-def count_grid_by_grid(
+@torch.library.custom_op("lnpu::count_grid_step", mutates_args=("counter",))
+def count_grid_step(
     counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
-    """Add a step that multiplies two grids to a counter, each by position and by sample; `first` names an operand."""
-    shape = Geometry.unpack(geometry)
-    table = _counting(big[0]).grid_by_grid(big[1], small[1], big[0], small[0], shape)
-    counts = {"big": counting.elements(big[0], shape.elements("big"))}
-    counts["small"] = counting.elements(small[0], shape.elements("small"))
-    second = "small" if first == "big" else "big"
-    _add(counter, shape, table if first == "big" else table.T, counts[first], counts[second])
+    """Add `counting.grid_step` to a counter, int64 [counting.WIDTH]."""
+    counter += _counting(big[0]).grid_step(big, small, Geometry.unpack(geometry), first)
 
 
 @torch.library.custom_op("lnpu::count_not_run", mutates_args=("counter",))
 def count_not_run(counter: Tensor, slots: int) -> None:
     """Add a step that nobody asked for, such as the first layer's grad_input."""
     counter[:4] += counter.new_tensor((1, slots, 0, slots))
-
-
-def _add(counter: Tensor, geometry: Geometry, table: Tensor, first: Tensor, second: Tensor) -> None:
-    head = counter.new_tensor((1, geometry.slots, geometry.slots - geometry.inside, 0))
-    counter += torch.cat((head, table.flatten(), first, second))

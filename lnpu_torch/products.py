@@ -106,7 +106,7 @@ class Convolution:
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
         if by.form == "fp32":
-            return self._backward(error, error.new_empty(1).expand(shape), weight, [True, False, False])[0]
+            return self._backward(error, _unread(error, shape), weight, [True, False, False])[0]
         product = accumulate.small_from_big if self.transposed else accumulate.big_from_small
         return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
 
@@ -115,7 +115,7 @@ class Convolution:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         if by.form == "fp32":
-            grads = self._backward(error, x, x.new_empty(1).expand(shape), [False, *wanted])
+            grads = self._backward(error, x, _unread(x, shape), [False, *wanted])
             return grads[1], grads[2]
         weight_grad = None
         if wanted[0]:
@@ -168,3 +168,9 @@ class Convolution:
         bias = [error.shape[1]] if mask[2] else None
         grads: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(error, x, weight, bias, *self._arguments, mask)
         return grads
+
+
+def _unread(like: Tensor, shape: torch.Size) -> Tensor:
+    """What stands in for an operand that a step does not read: of its shape, and in the same memory format."""
+    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

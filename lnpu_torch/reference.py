@@ -195,7 +195,7 @@ def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         best = (above <= rule.fp16_share * total).to(torch.int32).argmax()
         best = torch.where(above[-1] <= rule.fp16_share * total, best, len(above) - 1)
     else:
-        error, signal = _error_table(rule.low or "", rule.high or "", counts.device)
+        error, signal = error_table(rule.low or "", rule.high or "", counts.device)
         fits = (error @ counts) <= (rule.max_error or 0.0) ** 2 * (signal @ counts)
         order = torch.arange(len(above), device=counts.device)
         furthest = torch.where(fits, order, 0).max()
@@ -204,7 +204,7 @@ def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _error_table(low: str, high: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def error_table(low: str, high: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Expected squared error of an element of each bin under each T [T, bin], and its mean square [bin]."""
     rule = Rule.model_validate({"low": low, "high": high})
     smallest, largest = rule.threshold_range

@@ -92,13 +92,17 @@ def test_pair_tables(geometry):
     big, small, weight = operands(geometry)
     expected, outside = brute_force(geometry, big, small, weight)
     groups = geometry.groups
-    big_position, small_position = per_position(big), per_position(small)
-    forward = counting.grid_by_weight(big_position, over_small(weight, groups), geometry, "big")
-    grad_input = counting.grid_by_weight(small_position, over_big(weight), geometry, "small")
-    grad_weight = counting.grid_by_grid(
-        counting.per_sample(big, groups), counting.per_sample(small, groups), big_position, small_position, geometry
+    grids = [(per_position(grid), counting.per_sample(grid, groups)) for grid in (big, small)]
+    steps = (
+        counting.weight_step(grids[0][0], over_small(weight, groups), geometry, "big"),
+        counting.weight_step(grids[1][0], over_big(weight), geometry, "small"),
+        counting.grid_step(*grids, geometry, "big"),
     )
-    assert torch.equal(torch.stack((forward, grad_input, grad_weight)), expected)
+    assert torch.equal(torch.stack([step[4:13].reshape(3, 3) for step in steps]), expected)
+    assert all(step[:4].tolist() == [1, geometry.slots, outside, 0] for step in steps)
+    turned = counting.grid_step(*grids, geometry, "small")
+    assert torch.equal(turned[4:13].reshape(3, 3), expected[2].T)
+    assert torch.equal(turned[13:], steps[2][13:].roll(3))
     assert geometry.slots == expected[0].sum() + outside
 
 
@@ -118,5 +122,5 @@ def test_counts_beyond_int32():
     g = make(2**12, 2**11, 2**11, 1, (), (), (), (), ())
     ones = torch.full((1, 1), 16, dtype=torch.uint8)
     big, weight = ones.expand(g.batch, g.big_channels), ones.expand(g.small_channels, g.big_channels)
-    table = counting.grid_by_weight(per_position(big), over_small(weight, 1), g, "big")
-    assert table[2, 2] == g.slots == 2**34
+    step = counting.weight_step(per_position(big), over_small(weight, 1), g, "big")
+    assert step[12] == g.slots == 2**34

@@ -99,9 +99,9 @@ def test_counted_steps(geometry):
         counter = torch.zeros(3, counting.WIDTH, dtype=torch.int64)
         with ops.backend(name):
             weights = (over_small(weight, geometry.groups), over_big(weight))
-            ops.count_grid_by_weight(counter[0], grids[0][0], weights[0], geometry.pack(), "big")
-            ops.count_grid_by_weight(counter[1], grids[1][0], weights[1], geometry.pack(), "small")
-            ops.count_grid_by_grid(counter[2], grids[0], grids[1], geometry.pack(), "small")
+            ops.count_weight_step(counter[0], grids[0][0], weights[0], geometry.pack(), "big")
+            ops.count_weight_step(counter[1], grids[1][0], weights[1], geometry.pack(), "small")
+            ops.count_grid_step(counter[2], grids[0], grids[1], geometry.pack(), "small")
         counters.append(counter)
     assert torch.equal(*counters)
     assert counters[0].sum() > 0
@@ -161,8 +161,8 @@ def test_opcheck():
         ops.round_result_: [(x.clone(), "fp16")],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
-        ops.count_grid_by_weight: [(counter, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],
-        ops.count_grid_by_grid: [(counter, grids[0], grids[1], g.pack(), "big")],
+        ops.count_weight_step: [(counter, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],
+        ops.count_grid_step: [(counter, grids[0], grids[1], g.pack(), "big")],
         ops.count_not_run: [(counter, 10)],
     }
     for op, arguments in calls.items():
