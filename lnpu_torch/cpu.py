@@ -133,8 +133,9 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         fits = np.flatnonzero(above <= rule.fp16_share * total)
         best = fits[0] if len(fits) else len(above) - 1
     else:
-        last = loops.furthest(counts, *_error_table(rule), rule.max_error)
-        best = np.flatnonzero(above == above[last])[0]
+        error, signal = _error_table(rule)
+        fits = np.flatnonzero(error @ counts <= (rule.max_error or 0.0) ** 2 * (signal @ counts))
+        best = (above == above[fits[-1] if len(fits) else 0]).argmax()
     return torch.tensor(int(best) + smallest, dtype=torch.int32)
 
 

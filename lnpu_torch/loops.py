@@ -163,14 +163,13 @@ def round_half(x):
 
 @compiled
 def histogram(x, step, smallest, largest):
-    """`reference.histogram` of every step-th element."""
-    counts = np.zeros(largest - smallest + 1, np.float64)
-    for i in range(0, len(x), step):
-        magnitude = int32(_bits(x[i]) & MAGNITUDE)
-        if 0 < magnitude < INFINITY:
-            quarter = (magnitude >> 21) - 4 * 127
-            counts[min(max(quarter, smallest), largest) - smallest] += 1
-    return counts
+    """`reference.histogram` of every step-th element. Four bins in turn, so that no sum waits for the one before."""
+    counts = np.zeros((4, largest - smallest + 1), np.int32)
+    for i in range((len(x) + step - 1) // step):
+        magnitude = int32(_bits(x[i * step]) & MAGNITUDE)
+        quarter = min(max((magnitude >> 21) - 4 * 127, smallest), largest) - smallest
+        counts[i & 3, quarter] += 0 < magnitude < INFINITY
+    return counts.sum(0).astype(np.float64)
 
 
 @compiled
@@ -178,29 +177,31 @@ def reached(position, meets, strides, sums):
     """Sum `position` [channels, D, H, W] over the window of each kernel offset: into `sums` [channels, R, S, T].
 
     `meets` [3, offsets, 2] holds each offset's first position and how many; `strides` the steps between them.
+    One dimension at a time, the last one first, so that no element is read for every offset.
     """
+    depth, height = position.shape[1:3]
+    rows = np.empty((depth, height, sums.shape[3]), np.int64)
+    planes = np.empty((depth, sums.shape[2], sums.shape[3]), np.int64)
     for channel in range(position.shape[0]):
+        for d in range(depth):
+            for h in range(height):
+                row = position[channel, d, h]
+                for t in range(sums.shape[3]):
+                    rows[d, h, t] = _sum(row, meets[2, t, 0], strides[2], meets[2, t, 1])
+            for s in range(sums.shape[2]):
+                for t in range(sums.shape[3]):
+                    planes[d, s, t] = _sum(rows[d, :, t], meets[1, s, 0], strides[1], meets[1, s, 1])
         for r in range(sums.shape[1]):
             for s in range(sums.shape[2]):
                 for t in range(sums.shape[3]):
-                    total = 0
-                    for i in range(meets[0, r, 1]):
-                        plane = position[channel, meets[0, r, 0] + i * strides[0]]
-                        for j in range(meets[1, s, 1]):
-                            row = plane[meets[1, s, 0] + j * strides[1]]
-                            total += _sum(row[meets[2, t, 0] :], strides[2], meets[2, t, 1])
-                    sums[channel, r, s, t] = total
+                    sums[channel, r, s, t] = _sum(planes[:, s, t], meets[0, r, 0], strides[0], meets[0, r, 1])
 
 
 @compiled
-def _sum(row, stride, count):
+def _sum(row, first, stride, count):
     total = 0
-    if stride == 1:
-        for i in range(count):
-            total += row[i]
-    else:
-        for i in range(count):
-            total += row[i * stride]
+    for i in range(count):
+        total += row[first + i * stride]
     return total
 
 
@@ -263,20 +264,6 @@ def dots(a, b):
             for k in range(len(left)):
                 both[i, j] += left[k] * right[k]
     return both
-
-
-@compiled
-def furthest(counts, error, signal, bound):
-    """The last T whose predicted error [T] . counts is within the bound of the signal; the first where none is."""
-    limit, best = 0.0, 0
-    for i in range(len(counts)):
-        limit += signal[i] * counts[i]
-    for t in range(error.shape[0]):
-        row, total = error[t], 0.0
-        for i in range(len(counts)):
-            total += row[i] * counts[i]
-        best = t if total <= bound * bound * limit else best
-    return best
 
 
 @compiled
