@@ -71,11 +71,13 @@ def quantize(
     return _shaped(single, last, torch.float32), _shaped(half, last, torch.float16), position, sample
 
 
-def quantize_flat(x: Tensor, rule: Rule, threshold: Tensor, want_groups: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a tensor of any shape: float32 values, groups (uint8, or empty), elements of each group int64 [3]."""
+def quantize_flat(
+    x: Tensor, rule: Rule, threshold: Tensor, want_groups: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.quantize`, into `out` if that is given: float32, and lying in memory as x does."""
     dense = x.detach().float()
     dense = dense if is_dense(dense) else dense.contiguous()
-    values = torch.empty_like(dense)
+    values = torch.empty_like(dense) if out is None else out
     groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else None
     source, target = _memory(dense).numpy(), _memory(values).numpy()
     marks = None if groups is None else _memory(groups).numpy()

@@ -1,0 +1,46 @@
+# Every target first makes .venv with the tested versions, if it is missing or older than what it is made from.
+# Needs only make and Python 3.11 or newer (PYTHON=... picks another).
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+READY := .venv/ready
+
+.PHONY: help train test test-slow lint format wheel clean
+
+help:
+	@echo 'make train      train ResNet-18 on scikit-learn digits with FGMP; print its energy per epoch'
+	@echo 'make test       run the tests (test-slow: the long ones too)'
+	@echo 'make lint       ruff and mypy (format: let ruff rewrite)'
+	@echo 'make wheel      build dist/*.whl'
+	@echo 'make clean      remove .venv and everything built'
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found (make PYTHON=/path/to/python3)' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,dev]'
+	touch $@
+
+train: $(READY)
+	.venv/bin/lnpu train digits_resnet18
+
+test: $(READY)
+	.venv/bin/python -m pytest -m 'not slow' -n 2
+
+test-slow: $(READY)
+	.venv/bin/python -m pytest -n 2
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: $(READY)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+wheel: $(READY)
+	rm -rf build dist
+	.venv/bin/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,92 @@
+"""Image classifiers by name: a ResNet-18 for small images, and torchvision's. It knows no data and no precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lnpu_torch.config import ConfigError, Frozen, listed, nearest
+from lnpu_torch.recipes.torchvision_compat import import_torchvision
+
+TORCHVISION = ("alexnet", "mobilenet_v2", "resnet18", "vgg16")
+NAMES = ("resnet18_cifar", *TORCHVISION)
+
+
+class ModelConfig(Frozen):
+    """Which model. `width`: channels of the first stage of `resnet18_cifar` (64 when null)."""
+
+    name: str
+    width: Annotated[int, Field(ge=1)] | None = None
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 2)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y)) + self.downsample(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
+class ResNet18(nn.Sequential):
+    """ResNet-18 as is customary for small images: a 3x3 first convolution and no first pooling."""
+
+    def __init__(self, classes: int, channels: int, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        for stage in range(4):
+            outputs, stride = width << stage, 1 if stage == 0 else 2
+            inputs = outputs if stage == 0 else outputs // 2
+            blocks = nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
+            self.add_module(f"layer{stage + 1}", blocks)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(width << 3, classes)
+
+
+def build(config: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """A new model for images of `shape` (channels, height, width), randomly initialised from torch's global generator.
+
+    Raises:
+        ConfigError: the name is unknown, torchvision is missing, or the model cannot take such images.
+    """
+    if config.name == "resnet18_cifar":
+        return ResNet18(classes, shape[0], config.width or 64)
+    if config.name not in TORCHVISION:
+        hint = nearest(config.name, NAMES)
+        raise ConfigError(f"model.name: unknown model {config.name!r}{hint}; known: {listed(NAMES)}")
+    if config.width is not None:
+        raise ConfigError(f"model.width: {config.name} has a fixed width; leave it out")
+    constructor: Callable[..., nn.Module] = getattr(import_torchvision().models, config.name)
+    model = constructor(num_classes=classes)
+    _check_takes(model, config.name, shape)
+    return model
+
+
+def _check_takes(model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        size = "x".join(map(str, shape))
+        raise ConfigError(f"model.name: {name} cannot take images of {size} (data.size may help): {error}") from None
+    model.train(was_training)
