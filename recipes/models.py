@@ -13,11 +13,12 @@ from lnpu_torch.config import ConfigError, Frozen, listed, nearest
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
 TORCHVISION = ("alexnet", "mobilenet_v2", "resnet18", "vgg16")
-NAMES = ("resnet18_cifar", *TORCHVISION)
+SMALL = ("alexnet_cifar", "resnet18_cifar", "vgg16_cifar")
+NAMES = (*SMALL, *TORCHVISION)
 
 
 class ModelConfig(Frozen):
-    """Which model. `width`: channels of the first stage of `resnet18_cifar` (64 when null)."""
+    """Which model. `width`: channels of the first stage of a model for small images, "..._cifar" (64 when null)."""
 
     name: str
     width: Annotated[int, Field(ge=1)] | None = None
@@ -62,26 +63,54 @@ class ResNet18(nn.Sequential):
         self.fc = nn.Linear(width << 3, classes)
 
 
+def vgg16(classes: int, channels: int, width: int = 64) -> nn.Sequential:
+    """VGG16 with batch norm as is customary for small images: one linear layer, after the last pooling."""
+    layers: list[nn.Module] = []
+    for multiple, repeats in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
+        for _ in range(repeats):
+            layers += [
+                nn.Conv2d(channels, multiple * width, 3, padding=1),
+                nn.BatchNorm2d(multiple * width),
+                nn.ReLU(True),
+            ]
+            channels = multiple * width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def alexnet(classes: int, channels: int, width: int = 64) -> nn.Sequential:
+    """AlexNet's five convolutions and three linear layers, with the kernels and poolings that fit small images."""
+    layers: list[nn.Module] = []
+    for multiple, pooled in ((1, True), (3, True), (6, False), (4, False), (4, True)):
+        layers += [nn.Conv2d(channels, multiple * width, 3, padding=1), nn.ReLU(True)]
+        layers += [nn.MaxPool2d(2)] if pooled else []
+        channels = multiple * width
+    hidden = 16 * width
+    head = [nn.Dropout(), nn.Linear(channels * 16, hidden), nn.ReLU(True), nn.Dropout(), nn.Linear(hidden, hidden)]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), *head, nn.ReLU(True), nn.Linear(hidden, classes)
+    )
+
+
 def build(config: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """A new model for images of `shape` (channels, height, width), randomly initialised from torch's global generator.
 
     Raises:
         ConfigError: the name is unknown, torchvision is missing, or the model cannot take such images.
     """
-    if config.name == "resnet18_cifar":
-        return ResNet18(classes, shape[0], config.width or 64)
+    if config.name in SMALL:
+        small = {"alexnet_cifar": alexnet, "resnet18_cifar": ResNet18, "vgg16_cifar": vgg16}[config.name]
+        return _checked(small(classes, shape[0], config.width or 64), config.name, shape)
     if config.name not in TORCHVISION:
         hint = nearest(config.name, NAMES)
         raise ConfigError(f"model.name: unknown model {config.name!r}{hint}; known: {listed(NAMES)}")
     if config.width is not None:
         raise ConfigError(f"model.width: {config.name} has a fixed width; leave it out")
     constructor: Callable[..., nn.Module] = getattr(import_torchvision().models, config.name)
-    model = constructor(num_classes=classes)
-    _check_takes(model, config.name, shape)
-    return model
+    return _checked(constructor(num_classes=classes), config.name, shape)
 
 
-def _check_takes(model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+def _checked(model: nn.Module, name: str, shape: tuple[int, int, int]) -> nn.Module:
     was_training = model.training
     try:
         with torch.no_grad():
@@ -89,4 +118,4 @@ def _check_takes(model: nn.Module, name: str, shape: tuple[int, int, int]) -> No
     except RuntimeError as error:
         size = "x".join(map(str, shape))
         raise ConfigError(f"model.name: {name} cannot take images of {size} (data.size may help): {error}") from None
-    model.train(was_training)
+    return model.train(was_training)
