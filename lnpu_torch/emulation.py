@@ -50,6 +50,10 @@ class Operand(NamedTuple):
     position: Tensor
     sample: Tensor
 
+    def reshaped(self, shape: torch.Size) -> Operand:
+        """The same with its values in another shape."""
+        return self._replace(values=self.values.reshape(shape))
+
 
 class Read(NamedTuple):
     """How a step reads an operand: by which rule (its JSON; None leaves it in float), and with which row's T.
@@ -89,15 +93,35 @@ class Emulation:
         """The key of one call's random bits, from torch's generator; None if nothing is rounded stochastically."""
         return ops.draw_seed(x) if any(read.stochastic for read in self.reads.values()) else None
 
+    def choose(self, operand: str, x: Tensor, steps: Sequence[str]) -> dict[int, Tensor]:
+        """The T of every row by which these steps read an operand; in training also chooses the ones to come."""
+        reads = {read.row: read for (step, name), read in self.reads.items() if name == operand and step in steps}
+        return {
+            row: ops.next_threshold(x, self.thresholds, row, read.rule, self.training)
+            for row, read in reads.items()
+            if read.rule is not None
+        }
+
     def quantize(
-        self, operand: str, x: Tensor, now: Sequence[str], later: Sequence[str], layout: Layout, seed: Tensor | None
+        self,
+        operand: str,
+        x: Tensor,
+        thresholds: dict[int, Tensor],
+        layout: Layout,
+        seed: Tensor | None,
+        *,
+        now: Sequence[str],
+        later: Sequence[str] = (),
+        halves: bool = False,
     ) -> dict[str, Operand]:
         """An operand as each of the steps reads it, rounded once for each rule.
 
         Args:
             x: [N, C, *grid].
-            now, later: steps that read it at once, and steps that read what is kept of it.
+            thresholds: as from `choose`.
             layout: see `ops.round_and_count`.
+            now, later: steps that read it at once, and steps that read what is kept of it.
+            halves: whether the steps can compute with binary16 values.
         """
         reads = {step: read for (step, name), read in self.reads.items() if name == operand and step in (*now, *later)}
         rounded = {}
@@ -105,26 +129,34 @@ class Emulation:
             steps = [step for step, read in reads.items() if read.row == row]
             uses = (any(step in now for step in steps), any(step in later for step in steps))
             sample = operand == "weight" or "grad_weight" in steps
-            rounded[row] = self._quantize(x, reads[steps[0]], uses, layout, sample, seed)
+            rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, sample, seed)
         return {step: rounded[read.row] for step, read in reads.items()}
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
-        if self.emulates(step) and self.result_format != "fp32":
+        if self.emulates(step) and self.result_format != "fp32" and x.dtype != torch.float16:
             ops.round_result_(x, self.result_format)
         return x.to(dtype)
 
-    def _quantize(
-        self, x: Tensor, read: Read, uses: tuple[bool, bool], layout: Layout, sample: bool, seed: Tensor | None
-    ) -> Operand:
-        if read.rule is None:
-            return Operand(x, x, *ops.count_float(x, layout, sample))
-        threshold = ops.next_threshold(x, self.thresholds, read.row, read.rule, self.training)
-        halves = uses[1] and read.half and x.dtype != torch.float64
-        wanted = (uses[0] or not halves, halves, sample)
-        random = seed if read.stochastic else None
-        values, half, *counts = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted)
-        return Operand(values, half if halves else values, *counts)
+
+def _quantize(
+    x: Tensor,
+    read: Read,
+    threshold: Tensor | None,
+    uses: tuple[bool, bool],
+    halves: bool,
+    layout: Layout,
+    sample: bool,
+    seed: Tensor | None,
+) -> Operand:
+    if read.rule is None or threshold is None:
+        return Operand(x, x, *ops.count_float(x, layout, sample))
+    half = read.half and x.dtype != torch.float64
+    now, later = (uses[0] and half and halves), (uses[1] and half)
+    wanted = ((uses[0] and not now) or (uses[1] and not later), now or later, sample)
+    random = seed if read.stochastic else None
+    single, rounded, *counts = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted)
+    return Operand(rounded if now else single, rounded if later else single, *counts)
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:

@@ -21,6 +21,7 @@ from torch.nn.modules.utils import _ntuple
 from lnpu_torch import ops
 from lnpu_torch.config import ConfigError, listed, nearest
 from lnpu_torch.emulation import Emulation, Operand
+from lnpu_torch.geometry import Geometry
 from lnpu_torch.precision import PRESETS, Precision, Rule
 from lnpu_torch.products import Convolution, Linear
 
@@ -39,68 +40,112 @@ class _Emulated(torch.autograd.Function):
         wants: tuple[bool, bool, bool],
         dtype: torch.dtype,
     ) -> Tensor:
-        geometry, seed = product.geometry(input.shape, weight.shape), emulation.seed(input)
+        call = _Call(product, emulation, product.geometry(input.shape, weight.shape), wants, input, weight, bias)
+        seed, grid, side = emulation.seed(input), product.grid(input), product.input_side
         later = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1])) if wanted]
-        grid, over = product.grid(input), (geometry.small_channels // geometry.groups, 1)
-        xs = emulation.quantize("input", grid, ["forward"], later, (len(grid), geometry.groups), seed)
-        ws = emulation.quantize("weight", weight, ["forward"], later, over, seed)
+        ts = emulation.choose("input", grid, ["forward", *later])
+        xs = emulation.quantize("input", grid, ts, call.layout, seed, now=["forward"], later=later, halves=call.halves)
+        chosen = emulation.choose("weight", weight, ["forward", *later])
+        ws = call.weights(weight, chosen, seed, "forward")
 
-        values, weights = _alike(xs["forward"].values.reshape(input.shape), ws["forward"].values)
+        values, weights = _alike(xs["forward"].values.reshape(input.shape), ws.values)
         output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
-        side, cut = product.input_side, product.cut
-        counts = cut(xs["forward"].position.squeeze(1)), _over(ws["forward"], side)
-        ops.count_weight_step(emulation.counters[0], *counts, geometry.pack(), side)
+        counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
+        ops.count_weight_step(emulation.counters[0], *counts, call.sizes, side)
 
-        saved: list[Tensor | None] = [None] * 5
-        if wants[0]:
-            saved[:2] = ws["grad_input"].kept, _over(ws["grad_input"], product.output_side)
+        kept: list[Tensor | None] = [None] * 3
         if wants[1]:
             x = xs["grad_weight"]
-            saved[2:] = x.kept, cut(x.position.squeeze(1)), cut(x.sample)
-        ctx.save_for_backward(*saved, seed)
-        ctx.layer = product, emulation, geometry, wants
-        ctx.shapes = input.shape, weight.shape, input.dtype, weight.dtype, None if bias is None else bias.dtype
+            kept = [x.kept, product.cut(x.position.squeeze(1)), product.cut(x.sample)]
+        row = emulation.reads["grad_input", "weight"].row
+        ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
+        ctx.call = call
         return emulation.result("forward", output, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and grad_output.requires_grad:
             raise RuntimeError("double backward through an emulated layer is not supported: revert it to torch's own")
-        w, weight_counts, x, position, sample, seed = ctx.saved_tensors
-        product, emulation, geometry, wants = ctx.layer
-        input_shape, weight_shape, *dtypes = ctx.shapes
-        by, sizes = emulation.accumulator, geometry.pack()
+        weight, threshold, *kept, seed = ctx.saved_tensors
+        call: _Call = ctx.call
+        emulation, wants = call.emulation, call.wants
         now = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted]
-        grid = product.grid(grad_output)
-        errors = emulation.quantize("grad_output", grid, now, [], (len(grid), geometry.groups), seed)
+        grid = call.product.grid(grad_output)
+        ts = emulation.choose("grad_output", grid, now)
+        errors = emulation.quantize("grad_output", grid, ts, call.layout, seed, now=now, halves=call.halves)
+        errors = {step: error.reshaped(grad_output.shape) for step, error in errors.items()}
+
         grads: list[Tensor | None] = [None, None, None]
-
         if wants[0]:
-            error = errors["grad_input"]
-            operands = _alike(error.values.reshape(grad_output.shape), w)
-            grads[0] = emulation.result("grad_input", product.grad_input(*operands, input_shape, by), dtypes[0])
-            counts = error.position.squeeze(1), weight_counts
-            ops.count_weight_step(emulation.counters[1], *counts, sizes, product.output_side)
+            grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
         else:
-            ops.count_not_run(emulation.counters[1], geometry.slots)
-
+            ops.count_not_run(emulation.counters[1], call.geometry.slots)
         if wants[1] or wants[2]:
-            error = errors["grad_weight"]
-            values = error.values.reshape(grad_output.shape)
-            operands = _alike(values, x.reshape(input_shape) if wants[1] else values.new_empty(1).expand(input_shape))
-            results = product.grad_weight(*operands, weight_shape, wants[1:], by)
-            for i, (result, dtype) in enumerate(zip(results, dtypes[1:], strict=True)):
-                grads[1 + i] = None if result is None else emulation.result("grad_weight", result, dtype)
-        if wants[1]:
-            grids = {product.input_side: (position, sample)}
-            grids[product.output_side] = (error.position.squeeze(1), error.sample)
-            ops.count_grid_step(emulation.counters[2], grids["big"], grids["small"], sizes, product.input_side)
-        else:
-            ops.count_not_run(emulation.counters[2], geometry.slots)
-
+            grads[1:] = call.grad_weight(errors["grad_weight"], *kept)
+        if not wants[1]:
+            ops.count_not_run(emulation.counters[2], call.geometry.slots)
         if emulation.training:
             ops.commit_thresholds(emulation.thresholds)
         return (*grads, None, None, None, None)
+
+
+class _Call:
+    """One call of one layer: what its steps share, and the two that run in backward."""
+
+    def __init__(
+        self,
+        product: Linear | Convolution,
+        emulation: Emulation,
+        geometry: Geometry,
+        wants: tuple[bool, bool, bool],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        self.product, self.emulation, self.geometry, self.wants = product, emulation, geometry, wants
+        self.sizes, self.layout = geometry.pack(), (geometry.batch, geometry.groups)
+        self.shapes, self.dtypes = (
+            (input.shape, weight.shape),
+            (input.dtype, weight.dtype, bias.dtype if bias is not None else None),
+        )
+        # cuDNN sums binary16 products in float32 and rounds the sum once; of cuBLAS that is not sure
+        halves = input.is_cuda and emulation.accumulator.form == "fp32" and emulation.result_format == "fp16"
+        self.halves = halves and isinstance(product, Convolution)
+
+    def weights(self, weight: Tensor, thresholds: dict[int, Tensor], seed: Tensor | None, step: str) -> Operand:
+        """The weight as a step reads it."""
+        layout = (self.geometry.small_channels // self.geometry.groups, 1)
+        reads = self.emulation.quantize("weight", weight, thresholds, layout, seed, now=[step], halves=self.halves)
+        return reads[step]
+
+    def grad_input(self, error: Operand, weight: Tensor, threshold: Tensor | None, seed: Tensor | None) -> Tensor:
+        """The second step. The weight is rounded anew, with the T of the forward, which costs less than to keep it."""
+        row = self.emulation.reads["grad_input", "weight"].row
+        weights = self.weights(weight, {} if threshold is None else {row: threshold}, seed, "grad_input")
+        values = self.product.grad_input(
+            *_alike(error.values, weights.values), self.shapes[0], self.emulation.accumulator
+        )
+        side = self.product.output_side
+        counts = error.position.squeeze(1), _over(weights, side)
+        ops.count_weight_step(self.emulation.counters[1], *counts, self.sizes, side)
+        return self.emulation.result("grad_input", values, self.dtypes[0])
+
+    def grad_weight(
+        self, error: Operand, kept: Tensor | None, position: Tensor | None, sample: Tensor | None
+    ) -> list[Tensor | None]:
+        """The third step: gradients of weight and bias."""
+        x = error.values.new_empty(1).expand(self.shapes[0]) if kept is None else kept.reshape(self.shapes[0])
+        operands, wanted = _alike(error.values, x), self.wants[1:]
+        results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.emulation.accumulator)
+        if position is not None and sample is not None:
+            sides = {self.product.input_side: (position, sample)}
+            sides[self.product.output_side] = (error.position.squeeze(1), error.sample)
+            first = self.product.input_side
+            ops.count_grid_step(self.emulation.counters[2], sides["big"], sides["small"], self.sizes, first)
+        return [
+            None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype)
+            for result, dtype in zip(results, self.dtypes[1:], strict=True)
+        ]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, emulation: Emulation) -> Tensor:
