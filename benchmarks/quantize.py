@@ -38,11 +38,11 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     x = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
     out, threshold = torch.empty_like(x), torch.tensor(1, dtype=torch.int32)
     fresh: dict[str, Callable[[], object]] = {"clone": x.clone}
-    fresh["fgmp, fresh output"] = lambda: cpu.quantize_flat(x, Rule(), threshold, False)
+    fresh["fgmp, fresh output"] = lambda: cpu.quantize_flat(x, Rule(), threshold, None, 0, False)
     if options.peers:
         fresh |= peers(x)
     reused = {"copy_": lambda: out.copy_(x)}
-    reused["fgmp, reused output"] = lambda: cpu.quantize_flat(x, Rule(), threshold, False, out)
+    reused["fgmp, reused output"] = lambda: cpu.quantize_flat(x, Rule(), threshold, None, 0, False, out)
     for base, calls in (("clone", fresh), ("copy_", reused)):
         times = alternate(calls, options.repeats)
         for name in calls:

@@ -72,7 +72,7 @@ def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def gpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The step under fp16 autocast in channels_last, over plain autocast and plain float32; the five slowest kernels."""
+    """The step under fp16 autocast in channels_last, over autocast alone and over float32; the slowest kernels."""
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing was measured")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -72,6 +72,18 @@ def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry
     return torch.cat((head(geometry, table), table.flatten(), *counts))
 
 
+def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
+    """Add a `weight_step` to a counter, of a packed geometry."""
+    counter += weight_step(position, weight, Geometry.unpack(geometry), side)
+
+
+def add_grid_step(
+    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+) -> None:
+    """Add a `grid_step` to a counter, of a packed geometry."""
+    counter += grid_step(big, small, Geometry.unpack(geometry), first)
+
+
 def head(geometry: Geometry, like: Tensor) -> Tensor:
     """What every run step adds whatever its values: calls, slots, padding, not_run."""
     return like.new_tensor((1, geometry.slots, geometry.slots - geometry.inside, 0))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import loops
+from lnpu_torch import loops, reference
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
@@ -36,10 +36,16 @@ def supports(x: Tensor, rule: Rule | None) -> bool:
 
 
 def quantize(
-    x: Tensor, rule: Rule, threshold: Tensor, share: int, channel_groups: int, wanted: Sequence[bool]
+    x: Tensor,
+    rule: Rule,
+    threshold: Tensor,
+    seed: Tensor | None,
+    stream: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`, for a contiguous or channels_last x."""
-    x, last = x.float(), not x.is_contiguous()
+    (share, channel_groups), x, last = layout, x.float(), not x.is_contiguous()
     dense = x.permute(0, 2, 3, 1) if last else x
     batch, channels, *grid = x.shape
     size, positions = x[0].numel(), prod(grid)
@@ -72,7 +78,13 @@ def quantize(
 
 
 def quantize_flat(
-    x: Tensor, rule: Rule, threshold: Tensor, want_groups: bool, out: Tensor | None = None
+    x: Tensor,
+    rule: Rule,
+    threshold: Tensor,
+    seed: Tensor | None,
+    stream: int,
+    want_groups: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, into `out` if that is given: float32, and lying in memory as x does."""
     dense = x.detach().float()
@@ -125,7 +137,9 @@ def _by_block(loop: Callable[..., None], *arrays: np.ndarray[Any, Any]) -> None:
 
 
 def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
-    """`reference.choose_threshold` of a contiguous float32 tensor, by the rule's `max_error` or `fp16_share`."""
+    """`reference.choose_threshold`; compiled for a contiguous float32 tensor and a rule that looks at its histogram."""
+    if not (rule.adaptive and x.is_contiguous() and x.dtype == torch.float32):
+        return reference.choose_threshold(x, rule, fallback)
     smallest, largest = rule.threshold_range
     counts = loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)
     total, above = counts.sum(), counts[::-1].cumsum()[::-1][1:]

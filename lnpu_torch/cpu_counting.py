@@ -18,18 +18,22 @@ Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]
 
 
-def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: Side) -> Tensor:
-    """`counting.weight_step`."""
+def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, sizes: Sequence[int], side: Side) -> None:
+    """`counting.add_weight_step`."""
+    geometry = Geometry.unpack(sizes)
     reached, weights = _reached(position, geometry, side), weight.numpy().reshape(2, -1)
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
     met = np.asarray(geometry.meetings())
     weight_only = weights.reshape(2, -1, len(met)).sum(1, dtype=np.int64) @ met * geometry.batch
     table = _table(loops.dots(reached, weights), reached.sum(1) * others, weight_only, geometry.inside)
-    return _record(geometry, table, _elements(position, geometry, side), _elements(weight, geometry, "weight"))
+    counter += _record(geometry, table, _elements(position, geometry, side), _elements(weight, geometry, "weight"))
 
 
-def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry, first: Side) -> Tensor:
-    """`counting.grid_step`."""
+def add_grid_step(
+    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], sizes: Sequence[int], first: Side
+) -> None:
+    """`counting.add_grid_step`."""
+    geometry = Geometry.unpack(sizes)
     samples = [_solid(grid[1].flatten(1, 2), 2) for grid in (big, small)]
     meets = (_meets(geometry, "big"), _meets(geometry, "small"), _strides(geometry))
 
@@ -43,7 +47,7 @@ def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry
     small_only = _reached(small[0], geometry, "small").sum(1) * (geometry.big_channels // geometry.groups)
     table = _table(both, big_only, small_only, geometry.inside)
     counts = [_elements(big[0], geometry, "big"), _elements(small[0], geometry, "small")]
-    return _record(geometry, table, *counts) if first == "big" else _record(geometry, table.T, *counts[::-1])
+    counter += _record(geometry, table, *counts) if first == "big" else _record(geometry, table.T, *counts[::-1])
 
 
 def _reached(position: Tensor, geometry: Geometry, side: Side) -> Array:

@@ -109,8 +109,10 @@ class _Call:
             (input.dtype, weight.dtype, bias.dtype if bias is not None else None),
         )
         # cuDNN sums binary16 products in float32 and rounds the sum once; of cuBLAS that is not sure
-        halves = input.is_cuda and emulation.accumulator.form == "fp32" and emulation.result_format == "fp16"
-        self.halves = halves and isinstance(product, Convolution)
+        direct = emulation.accumulator.form == "fp32" and isinstance(product, Convolution)
+        self.halves = (
+            ops.on_gpu(input) and emulation.result_format == "fp16" and (direct or emulation.accumulator.form == "fp16")
+        )
 
     def weights(self, weight: Tensor, thresholds: dict[int, Tensor], seed: Tensor | None, step: str) -> Operand:
         """The weight as a step reads it."""

@@ -53,12 +53,17 @@ class Geometry:
         """Slots whose big position lies inside the big grid."""
         return self.per_offset * sum(self.meetings())
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of the "big" grid, the "small" grid or the "weight"."""
+        if tensor == "weight":
+            return (self.small_channels, self.big_channels // self.groups, *self.kernel)
+        if tensor == "big":
+            return (self.batch, self.big_channels, *self.big)
+        return (self.batch, self.small_channels, *self.small)
+
     def elements(self, tensor: str) -> int:
         """Elements of the "big" grid, the "small" grid or the "weight"."""
-        if tensor == "weight":
-            return self.small_channels * (self.big_channels // self.groups) * prod(self.kernel)
-        channels, grid = (self.big_channels, self.big) if tensor == "big" else (self.small_channels, self.small)
-        return self.batch * channels * prod(grid)
+        return prod(self.shape(tensor))
 
     def pack(self) -> list[int]:
         """The sizes as one list, for the signature of an op; `unpack` is its inverse."""

@@ -5,33 +5,39 @@ Each picks its implementation by device and dtype; all give the bits of `referen
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lnpu_torch import accumulate as accumulating
 from lnpu_torch import counting, reference
+from lnpu_torch.config import listed
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.precision import Rule
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "triton"]
 _chosen: list[Backend] = ["auto"]
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Within the block, in all threads: "reference" uses plain torch throughout, "auto" the fastest there is.
+    """Within the block, in all threads: which implementation of the ops is used.
+
+    "auto" is the fastest there is for each tensor: Triton on a GPU, Numba on a CPU, else plain torch. "reference" is
+    plain torch throughout. "triton" is Triton for whatever its kernels take, on a CPU too if its interpreter is on.
 
     Raises:
         ValueError: no such backend.
     """
-    if name not in ("auto", "reference"):
-        raise ValueError(f"unknown backend {name!r}; known: auto, reference")
+    if name not in get_args(Backend):
+        raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Backend))}")
     _chosen.append(name)
     try:
         yield
@@ -39,35 +45,36 @@ def backend(name: Backend) -> Iterator[None]:
         _chosen.pop()
 
 
-@lru_cache(maxsize=1)
-def _numba() -> ModuleType | None:
-    """`lnpu_torch.cpu`, imported when it is first of use; None where Numba is not installed."""
+@lru_cache(maxsize=2)
+def _module(name: str) -> ModuleType | None:
+    """`lnpu_torch.cpu` or `.gpu`, imported when it is first of use; None where Numba or Triton is not installed."""
     try:
-        from lnpu_torch import cpu
-    except ImportError:
-        return None
-    return cpu
+        return importlib.import_module(f"lnpu_torch.{name}")
+    except ModuleNotFoundError as missing:
+        if missing.name in ("numba", "llvmlite", "triton"):
+            return None
+        raise
 
 
-def _cpu(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """The compiled CPU implementation, if it can take this tensor (and rule)."""
-    fast = _numba() if _chosen[-1] == "auto" and x.device.type == "cpu" else None
-    return fast if fast is not None and fast.supports(x, rule) else None
+def on_gpu(x: Tensor) -> bool:
+    """Whether the GPU's ways are taken for a tensor: binary16 products, Triton's kernels."""
+    return _chosen[-1] == "triton" or (_chosen[-1] == "auto" and x.is_cuda)
+
+
+def _fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
+    """The fast implementation for a tensor (and rule), if there is one that can take it."""
+    module = None
+    if on_gpu(x):
+        module = _module("gpu")
+    elif _chosen[-1] == "auto" and x.device.type == "cpu":
+        module = _module("cpu")
+    return module if module is not None and module.supports(x, rule) else None
 
 
 def packed_relu(x: Tensor) -> ModuleType | None:
     """The module with `relu` and `relu_backward` that keep one bit per element, if they can take this tensor."""
-    fast = _cpu(x) if x.dtype == torch.float32 else None
+    fast = _fast(x) if x.dtype == torch.float32 and not on_gpu(x) else None
     return fast if fast is not None and fast.is_dense(x) else None
-
-
-def _counting(sums: Tensor) -> ModuleType:
-    """`counting`, or its compiled form."""
-    if _numba() is None or _chosen[-1] != "auto" or sums.device.type != "cpu" or not sums.numel():
-        return counting
-    from lnpu_torch import cpu_counting
-
-    return cpu_counting
 
 
 @lru_cache(maxsize=256)
@@ -92,9 +99,9 @@ def quantize(
         seed, stream: key of the random bits, for stochastic rounding only.
         rule: a `Rule` as JSON.
     """
-    fast, parsed = _cpu(x, _rule(rule)), _rule(rule)
+    fast, parsed = _fast(x, _rule(rule)), _rule(rule)
     if fast:
-        return fast.quantize_flat(x, parsed, threshold, want_groups)  # type: ignore[no-any-return]
+        return fast.quantize_flat(x, parsed, threshold, seed, stream, want_groups)  # type: ignore[no-any-return]
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
     values, groups = reference.quantize(x, parsed, threshold, random)
     totals = torch.stack([(groups == group).sum() for group in (0, 8, 16)])
@@ -128,9 +135,9 @@ def round_and_count(
     Returns:
         Both kinds of values, `counting.per_position` and `counting.per_sample`.
     """
-    fast, parsed, x = _cpu(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=memory_format(x))
+    fast, parsed, x = _fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=memory_format(x))
     if fast:
-        return fast.quantize(x, parsed, threshold, *layout, wanted)  # type: ignore[no-any-return]
+        return fast.quantize(x, parsed, threshold, seed, stream, layout, wanted)  # type: ignore[no-any-return]
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
     values, groups = reference.quantize(x, parsed, threshold, random)
     sample = counting.per_sample(groups, layout[1]) if wanted[2] else groups.new_empty(0, dtype=torch.int32)
@@ -178,7 +185,7 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
 @torch.library.custom_op("lnpu::round_result_", mutates_args=("x",))
 def round_result_(x: Tensor, form: str) -> None:
     """Round a step's result to a format in place, nearest, overflow to infinity."""
-    fast = _cpu(x)
+    fast = _fast(x) if x.device.type == "cpu" and not on_gpu(x) else None
     if form == "fp16" and fast and x.dtype == torch.float32 and fast.is_dense(x):
         fast.round_half_(x)
     elif form == "fp16" and x.dtype == torch.float32:
@@ -206,11 +213,7 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
         states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
     """
     parsed, current = _rule(rule), states[row, 0]
-    fast = _cpu(x, parsed)
-    if fast and parsed.adaptive and x.is_contiguous() and x.dtype == torch.float32:
-        chosen = fast.choose_threshold(x, parsed, current)
-    else:
-        chosen = reference.choose_threshold(x, parsed, current)
+    chosen = (_fast(x, parsed) or reference).choose_threshold(x, parsed, current)
     used = torch.where(current == reference.UNSET, chosen, current)
     if training:
         states[row] = torch.stack((used, chosen))
@@ -231,7 +234,7 @@ def commit_thresholds(states: Tensor) -> None:
 @torch.library.custom_op("lnpu::count_weight_step", mutates_args=("counter",))
 def count_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
     """Add `counting.weight_step` to a counter, int64 [counting.WIDTH]."""
-    counter += _counting(position).weight_step(position, weight, Geometry.unpack(geometry), side)
+    _counting(position).add_weight_step(counter, position, weight, geometry, side)
 
 
 @torch.library.custom_op("lnpu::count_grid_step", mutates_args=("counter",))
@@ -239,10 +242,34 @@ def count_grid_step(
     counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
     """Add `counting.grid_step` to a counter, int64 [counting.WIDTH]."""
-    counter += _counting(big[0]).grid_step(big, small, Geometry.unpack(geometry), first)
+    _counting(big[0]).add_grid_step(counter, big, small, geometry, first)
+
+
+def _counting(sums: Tensor) -> ModuleType:
+    """The module that counts a step from such sums."""
+    if not sums.numel() or _chosen[-1] == "reference":
+        return counting
+    return _module("gpu" if on_gpu(sums) else "cpu_counting") or counting
 
 
 @torch.library.custom_op("lnpu::count_not_run", mutates_args=("counter",))
 def count_not_run(counter: Tensor, slots: int) -> None:
     """Add a step that nobody asked for, such as the first layer's grad_input."""
     counter[:4] += counter.new_tensor((1, slots, 0, slots))
+
+
+@torch.library.custom_op("lnpu::accumulate", mutates_args=())
+def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+    """A product of `lnpu_torch.accumulate`, by name; its accumulator is rounded to a format every `chunk` products."""
+    shape, gpu = Geometry.unpack(geometry), _module("gpu") if on_gpu(a) else None
+    if gpu and gpu.accumulates(a, b, form, len(shape.kernel)):
+        return gpu.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]
+    compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
+    result = getattr(accumulating, product)(a.to(compute), b.to(compute), shape, FORMATS[form], chunk)
+    return result.contiguous()  # type: ignore[no-any-return]
+
+
+@accumulate.register_fake
+def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+    compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
+    return a.new_empty(Geometry.unpack(geometry).shape(product.split("_")[0]), dtype=compute)

@@ -5,15 +5,13 @@ Where the accumulator is float32 they are torch's own products, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import accumulate
-from lnpu_torch.formats import FORMATS
+from lnpu_torch import ops
 from lnpu_torch.geometry import Geometry, part
 
 
@@ -24,8 +22,10 @@ class Accumulator:
     form: str = "fp32"
     chunk: int = 64
 
-    def __call__(self, product: Callable[..., Tensor], *operands: Tensor, geometry: Geometry) -> Tensor:
-        return product(*operands, geometry, FORMATS[self.form], self.chunk)
+    def __call__(self, product: str, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+        """One of the products of `lnpu_torch.accumulate`, by name."""
+        result: Tensor = ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
+        return result
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Linear:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
         if by.form == "fp32":
             return F.linear(x, weight, bias)
-        flat = by(accumulate.small_from_big, self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
+        flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
         out = flat.reshape(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
@@ -46,7 +46,7 @@ class Linear:
         if by.form == "fp32":
             return error @ weight
         geometry = self.geometry(shape, weight.shape)
-        return by(accumulate.big_from_small, self.grid(error), weight, geometry=geometry).reshape(shape)
+        return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(shape)
 
     def grad_weight(
         self, error: Tensor, x: Tensor, shape: torch.Size, wanted: tuple[bool, bool], by: Accumulator
@@ -57,7 +57,7 @@ class Linear:
             weight_grad = flat.T @ self.grid(x)
         elif wanted[0]:
             geometry = self.geometry(x.shape, shape)
-            weight_grad = by(accumulate.weight_from_both, self.grid(x), flat, geometry=geometry)
+            weight_grad = by("weight_from_both", self.grid(x), flat, geometry=geometry)
         return weight_grad, flat.sum(0) if wanted[1] else None
 
     def grid(self, x: Tensor) -> Tensor:
@@ -100,14 +100,14 @@ class Convolution:
         if by.form == "fp32":
             out: Tensor = torch.ops.aten.convolution(x, weight, bias, *self._arguments)
             return out
-        product = accumulate.big_from_small if self.transposed else accumulate.small_from_big
+        product = "big_from_small" if self.transposed else "small_from_big"
         out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
         if by.form == "fp32":
             return self._backward(error, _unread(error, shape), weight, [True, False, False])[0]
-        product = accumulate.small_from_big if self.transposed else accumulate.big_from_small
+        product = "small_from_big" if self.transposed else "big_from_small"
         return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
 
     def grad_weight(
@@ -121,7 +121,7 @@ class Convolution:
         if wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
             geometry = self.geometry(x.shape, shape, margin=False)
-            weight_grad = by(accumulate.weight_from_both, big, small, geometry=geometry)
+            weight_grad = by("weight_from_both", big, small, geometry=geometry)
         return weight_grad, error.sum((0, *range(2, error.dim()))) if wanted[1] else None
 
     def grid(self, x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def test_chosen_thresholds(shape):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference"), ops.backend("cuda"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference, triton"), ops.backend("cuda"):
         pass
 
 

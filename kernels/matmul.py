@@ -1,0 +1,670 @@
+"""Matrix products and 2D convolutions on a GPU whose accumulator may be rounded every few products, and that may skip.
+
+Twins of `accumulate.reduce`, `small_from_big`, `big_from_small` and `weight_from_both`: the same order of products,
+the same chunks. FP16 operands, FP32 sums on the tensor cores; with a chunk, each chunk's sum is added to the
+accumulator and that rounded to binary16. Within a chunk the order of additions is the hardware's, so that results equal
+the reference bit by bit only where every sum of a chunk is exact in FP32.
+
+Skipping leaves out the blocks of the reduction in which one operand's tile is all zero, unless the other holds an
+infinity or NaN. It changes no value (only, at most, the sign of a zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lnpu_torch.kernels.launch import INT32, check_device, check_dtype, on, power_of_2, processors
+
+MATMUL = tl.constexpr(0)  # a [m, k] by b [k, n]
+FORWARD = tl.constexpr(1)  # the small grid from the big one (a) and the weight (b)
+GRAD_INPUT = tl.constexpr(2)  # the big grid from the small one (a) and the weight (b)
+GRAD_WEIGHT = tl.constexpr(3)  # the weight from the small grid (a) and the big one (b)
+
+
+class Tiles(NamedTuple):
+    """How a product [m, k] by [k, n] is cut."""
+
+    m: int
+    n: int
+    k: int
+    chunk: int
+    """Products between two roundings, or just the tile; also the unit of skipping."""
+    parts: int
+    """Tiles along a chunk; the last may reach beyond it, and is padded with zeros."""
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, chunk: int | None, widest: int = 128) -> Tiles:
+        tile_m, tile_n = (min(widest, max(16, power_of_2(size))) for size in (m, n))
+        if chunk is None:
+            return cls(tile_m, tile_n, 64, 64, 1)
+        chunk = min(chunk, max(k, 1))
+        tile = min(64, chunk & -chunk)  # the widest that divides it
+        if tile < 16:  # the tensor cores' least
+            tile = min(64, max(16, power_of_2(chunk)))
+        return cls(tile_m, tile_n, tile, chunk, triton.cdiv(chunk, tile))
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch's own: warps enough to hold the accumulators in registers, stages that fit shared memory."""
+        return {"num_warps": 8 if self.m * self.n >= 128 * 128 else 4, "num_stages": 3}
+
+
+class Lists(NamedTuple):
+    """For each tile of the result, which chunks of the reduction are not skipped."""
+
+    counts: Tensor
+    """int32 [..., tiles of m, tiles of n]"""
+    chunks: Tensor
+    """int32 [..., tiles of m, tiles of n, chunks], the first `counts` of each row valid."""
+
+
+@triton.jit
+def _dot(a, b, total, part, ROUND: tl.constexpr):
+    """One tile's products, onto the accumulator, or onto the chunk's sum if the accumulator is rounded."""
+    if ROUND:
+        # The last argument means nothing for FP16, but keeps the compiler from adding the chunk to the accumulator
+        # within the tensor core, where the sum would be cut off rather than rounded.
+        part = tl.dot(a, b, part, max_num_imprecise_acc=1)
+    else:
+        total = tl.dot(a, b, total)
+    return total, part
+
+
+@triton.jit
+def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a program's tile. GROUP rows are walked together, so that they share columns in the cache."""
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = pid % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _pixel(index, grid):
+    """Sample, row and column of a row-major index of [N, *grid]."""
+    return index // (grid[0] * grid[1]), index // grid[1] % grid[0], index % grid[1]
+
+
+@triton.jit
+def _tap(first, lane, channels, kernel, CHANNELS_INNER: tl.constexpr, ONE_TAP: tl.constexpr):
+    """Channel and kernel offset at the places first + lane of a weight's row.
+
+    CHANNELS_INNER: channels run fastest, as in channels_last memory, else offsets do. ONE_TAP: all lanes share an
+    offset, which is then computed once.
+    """
+    index = first + lane
+    if ONE_TAP:
+        tap = first // channels
+        same = tl.zeros_like(lane)
+        # Not first % channels: of a remainder the compiler does not know what divides it, and so how wide to load.
+        return first - tap * channels + lane, tap // kernel[1] + same, tap % kernel[1] + same
+    if CHANNELS_INNER:
+        tap = index // channels
+        return index % channels, tap // kernel[1], tap % kernel[1]
+    tap = index % (kernel[0] * kernel[1])
+    return index // (kernel[0] * kernel[1]), tap // kernel[1], tap % kernel[1]
+
+
+@triton.jit
+def _big_offsets(n, c, p, q, r, s, geometry, strides):
+    """Where the big grid's elements lie that offset (r, s) joins with small position (p, q), and if they are inside."""
+    big, _, _, stride, padding, dilation = geometry
+    h = p * stride[0] - padding[0] + r * dilation[0]
+    w = q * stride[1] - padding[1] + s * dilation[1]
+    inside = (h >= 0) & (h < big[0]) & (w >= 0) & (w < big[1])
+    return n * strides[0] + c * strides[1] + h * strides[2] + w * strides[3], inside
+
+
+@triton.jit
+def _small_offsets(n, k, h, w, r, s, geometry, strides):
+    """Where the small grid's elements lie that offset (r, s) joins with big position (h, w), and if there are any."""
+    _, small, _, stride, padding, dilation = geometry
+    y = h + padding[0] - r * dilation[0]
+    x = w + padding[1] - s * dilation[1]
+    p, q = y // stride[0], x // stride[1]
+    there = (y >= 0) & (y == p * stride[0]) & (p < small[0]) & (x >= 0) & (x == q * stride[1]) & (q < small[1])
+    return n * strides[0] + k * strides[1] + p * strides[2] + q * strides[3], there
+
+
+@triton.jit
+def _load_a(
+    ptr,
+    rows,
+    first,
+    lane,
+    inside,
+    group,
+    big_channels,
+    small_channels,
+    geometry,
+    strides,
+    STEP: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    ONE_TAP: tl.constexpr,
+):
+    """A tile of the first operand: rows [M, 1] by the places first + lane [1, K] of the reduction."""
+    if STEP == MATMUL:
+        at = rows * strides[0] + (first + lane) * strides[1]
+    elif STEP == FORWARD:
+        n, p, q = _pixel(rows, geometry[1])
+        c, r, s = _tap(first, lane, big_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        at, there = _big_offsets(n, group * big_channels + c, p, q, r, s, geometry, strides)
+        inside = inside & there
+    elif STEP == GRAD_INPUT:
+        n, h, w = _pixel(rows, geometry[0])
+        c, r, s = _tap(first, lane, small_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        r, s = geometry[2][0] - 1 - r, geometry[2][1] - 1 - s  # mirrored, as `accumulate` walks it
+        at, there = _small_offsets(n, group * small_channels + c, h, w, r, s, geometry, strides)
+        inside = inside & there
+    else:
+        n, p, q = _pixel(first + lane, geometry[1])
+        at = n * strides[0] + (group * small_channels + rows) * strides[1] + p * strides[2] + q * strides[3]
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_b(
+    ptr,
+    columns,
+    first,
+    lane,
+    inside,
+    group,
+    big_channels,
+    small_channels,
+    geometry,
+    strides,
+    STEP: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    ONE_TAP: tl.constexpr,
+):
+    """A tile of the second operand: the places first + lane [K, 1] of the reduction by columns [1, N]."""
+    if STEP == MATMUL:
+        at = (first + lane) * strides[0] + columns * strides[1]
+    elif STEP == FORWARD:
+        c, r, s = _tap(first, lane, big_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        at = (group * small_channels + columns) * strides[0] + c * strides[1] + r * strides[2] + s * strides[3]
+    elif STEP == GRAD_INPUT:
+        c, r, s = _tap(first, lane, small_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        r, s = geometry[2][0] - 1 - r, geometry[2][1] - 1 - s
+        at = (group * small_channels + c) * strides[0] + columns * strides[1] + r * strides[2] + s * strides[3]
+    else:
+        n, p, q = _pixel(first + lane, geometry[1])
+        c, r, s = _tap(0, columns, big_channels, geometry[2], CHANNELS_INNER, False)
+        at, there = _big_offsets(n, group * big_channels + c, p, q, r, s, geometry, strides)
+        inside = inside & there
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _product_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    counts_ptr,
+    chunks_ptr,
+    m,
+    n,
+    k,
+    big_channels,
+    small_channels,
+    geometry,
+    a_strides,
+    b_strides,
+    out_strides,
+    split_stride,
+    STEP: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    ONE_TAP: tl.constexpr,
+    ROUND: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A matrix product [m, k] by [k, n] for each channel group, or a convolution's step that is one.
+
+    counts, chunks: `Lists`, or None to skip nothing. big_channels, small_channels: of one group. geometry: pairs (big,
+    small, kernel, stride, padding, dilation). ROUND: round the accumulator to binary16 after each chunk. SPLITS: parts
+    of the reduction, each its own program, whose results lie split_stride apart.
+    """
+    group = tl.program_id(1)
+    tiles_m, tiles_n = tl.cdiv(m, TILE_M), tl.cdiv(n, TILE_N)
+    tile_m, tile_n = _tile_of(tl.program_id(0), tiles_m, tiles_n, 8)
+    rows = tile_m * TILE_M + tl.arange(0, TILE_M)[:, None]
+    columns = tile_n * TILE_N + tl.arange(0, TILE_N)[None, :]
+    steps = tl.cdiv(k, CHUNK)
+    if chunks_ptr is not None:
+        place = (group * tiles_m + tile_m) * tiles_n + tile_n
+        chunks_ptr += tl.cast(place, tl.int64) * steps
+        steps = tl.load(counts_ptr + place)
+    start = 0
+    if SPLITS > 1:
+        part_steps = tl.cdiv(steps, SPLITS)
+        start = tl.program_id(2) * part_steps
+        steps = tl.minimum(steps, start + part_steps)
+        out_ptr += tl.cast(tl.program_id(2), tl.int64) * split_stride
+
+    total = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for step in range(start, steps):
+        chunk = step
+        if chunks_ptr is not None:
+            chunk = tl.load(chunks_ptr + step)
+        part = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for i in range(PARTS):
+            lane = tl.arange(0, TILE_K)
+            first = chunk * CHUNK + i * TILE_K
+            inside = first + lane < k
+            if CHUNK % TILE_K:
+                inside = inside & (i * TILE_K + lane < CHUNK)
+            a_mask = (rows < m) & inside[None, :]
+            b_mask = inside[:, None] & (columns < n)
+            a = _load_a(
+                a_ptr, rows, first, lane[None, :], a_mask, group, big_channels, small_channels, geometry, a_strides,
+                STEP, CHANNELS_INNER, ONE_TAP,
+            )  # fmt: skip
+            b = _load_b(
+                b_ptr, columns, first, lane[:, None], b_mask, group, big_channels, small_channels, geometry, b_strides,
+                STEP, CHANNELS_INNER, ONE_TAP,
+            )  # fmt: skip
+            total, part = _dot(a, b, total, part, ROUND)
+        if ROUND:
+            total = (total + part).to(tl.float16).to(tl.float32)
+
+    if STEP == MATMUL:
+        at = rows * out_strides[0] + columns * out_strides[1]
+    elif STEP == GRAD_WEIGHT:
+        c, r, s = _tap(0, columns, big_channels, geometry[2], CHANNELS_INNER, False)
+        at = (group * small_channels + rows) * out_strides[0] + c * out_strides[1]
+        at += r * out_strides[2] + s * out_strides[3]
+    else:
+        grid, channels = (geometry[1], small_channels) if STEP == FORWARD else (geometry[0], big_channels)
+        sample, y, x = _pixel(rows, grid)
+        at = sample * out_strides[0] + (group * channels + columns) * out_strides[1]
+        at += y * out_strides[2] + x * out_strides[3]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(rows < m) & (columns < n))
+
+
+@triton.jit
+def _occupancy_kernel(
+    x_ptr,
+    out_ptr,
+    size,
+    k,
+    big_channels,
+    small_channels,
+    geometry,
+    strides,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    ONE_TAP: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """What is in each block of the first (or second) operand, as `_product_kernel` reads it.
+
+    size: its rows (or columns), TILE of them in a block. out: uint8 [groups, tiles, chunks]; bit 0: the block has a
+    non-zero; bit 1: it has an infinity or NaN.
+    """
+    chunks = tl.cdiv(k, CHUNK)
+    tiles = tl.cdiv(size, TILE)
+    group = tl.program_id(1)
+    chunk = tl.program_id(0) % chunks
+    outer = tl.program_id(0) // chunks * TILE + tl.arange(0, TILE)
+    largest = tl.zeros((TILE,), tl.int32)
+    for i in range(PARTS):
+        lane = tl.arange(0, TILE_K)
+        first = chunk * CHUNK + i * TILE_K
+        inside = (first + lane < k) & (i * TILE_K + lane < CHUNK)
+        if FIRST:
+            mask = (outer < size)[:, None] & inside[None, :]
+            tile = _load_a(
+                x_ptr, outer[:, None], first, lane[None, :], mask, group, big_channels, small_channels, geometry,
+                strides, STEP, CHANNELS_INNER, ONE_TAP,
+            )  # fmt: skip
+        else:
+            mask = inside[:, None] & (outer < size)[None, :]
+            tile = _load_b(
+                x_ptr, outer[None, :], first, lane[:, None], mask, group, big_channels, small_channels, geometry,
+                strides, STEP, CHANNELS_INNER, ONE_TAP,
+            )  # fmt: skip
+        magnitude = (tile.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+        largest = tl.maximum(largest, tl.max(magnitude, axis=1 if FIRST else 0))
+    found = tl.max(largest, axis=0)
+    flags = (found > 0).to(tl.int32) | ((found >= 0x7C00).to(tl.int32) << 1)
+    tl.store(out_ptr + group * tiles * chunks + tl.program_id(0), flags.to(tl.uint8))
+
+
+@triton.jit
+def _lists_kernel(
+    a_ptr, b_ptr, counts_ptr, chunks_ptr, tiles_m, tiles_n, chunks, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`Lists` from the operands' occupancies, a [groups, tiles_m, chunks] and b [groups, tiles_n, chunks]."""
+    pid = tl.program_id(0)
+    group = pid // (tiles_m * tiles_n)
+    a_ptr += (group * tiles_m + pid // tiles_n % tiles_m) * chunks
+    b_ptr += (group * tiles_n + pid % tiles_n) * chunks
+    chunks_ptr += tl.cast(pid, tl.int64) * chunks
+    count = 0
+    for step in range(STEPS):
+        index = step * BLOCK + tl.arange(0, BLOCK)
+        a = tl.load(a_ptr + index, mask=index < chunks, other=0).to(tl.int32)
+        b = tl.load(b_ptr + index, mask=index < chunks, other=0).to(tl.int32)
+        active = (((a & b & 1) | ((a | b) & 2)) != 0).to(tl.int32)
+        tl.store(chunks_ptr + count + tl.cumsum(active, axis=0) - 1, index, mask=active != 0)
+        count += tl.sum(active, axis=0)
+    tl.store(counts_ptr + pid, count)
+
+
+class _Product(NamedTuple):
+    """One product: its operands, and how `_product_kernel` is to see them."""
+
+    step: tl.constexpr
+    a: Tensor
+    b: Tensor
+    shape: tuple[int, ...]
+    m: int
+    n: int
+    k: int
+    groups: int = 1
+    big_channels: int = 1
+    small_channels: int = 1
+    geometry: tuple[tuple[int, int], ...] = ((1, 1),) * 6
+    channels_inner: bool = False
+
+    def run(self, chunk: int | None, skip: bool, dtype: torch.dtype) -> Tensor:
+        """The product, in `shape`."""
+        _check(self.a, self.b, chunk, dtype)
+        if 0 in (self.m, self.n, self.k):
+            return torch.zeros(self.shape, dtype=dtype, device=self.a.device)
+        # Gathering an operand element by element takes registers for the addresses.
+        gathers = not self.channels_inner and self.step != MATMUL
+        tiles = Tiles.of(self.m, self.n, self.k, chunk, widest=64 if gathers else 128)
+        programs = triton.cdiv(self.m, tiles.m) * triton.cdiv(self.n, tiles.n)
+        splits = self._splits(programs * self.groups, tiles) if chunk is None else 1
+        out = self._empty(splits, dtype if splits == 1 else torch.float32)
+        lists = self._lists(tiles) if skip else (None, None)
+        with on(self.a):
+            _product_kernel[(programs, self.groups, splits)](
+                self.a,
+                self.b,
+                out,
+                *lists,
+                self.m,
+                self.n,
+                self.k,
+                self.big_channels,
+                self.small_channels,
+                self.geometry,
+                self.a.stride(),
+                self.b.stride(),
+                out.stride()[1:],
+                out.stride(0),
+                ROUND=chunk is not None,
+                SPLITS=splits,
+                TILE_M=tiles.m,
+                TILE_N=tiles.n,
+                **self._reduction(tiles),
+                **tiles.options,
+            )
+        return out[0] if splits == 1 else out.sum(0).to(dtype)
+
+    def _reduction(self, tiles: Tiles) -> dict[str, Any]:
+        """The options by which the reduction is walked, common to all kernels."""
+        channels = self.big_channels if self.step == FORWARD else self.small_channels
+        return {
+            "STEP": self.step.value,
+            "CHANNELS_INNER": self.channels_inner,
+            "ONE_TAP": self.channels_inner and channels % tiles.k == 0,
+            "TILE_K": tiles.k,
+            "CHUNK": tiles.chunk,
+            "PARTS": tiles.parts,
+        }
+
+    def _splits(self, programs: int, tiles: Tiles) -> int:
+        """Into how many parts to cut the reduction so that two programs run on each multiprocessor, of 8 tiles each."""
+        wanted = 2 * processors(self.a.device) // programs
+        return max(1, min(wanted, self.k // (8 * tiles.k), 64))
+
+    def _empty(self, splits: int, dtype: torch.dtype) -> Tensor:
+        """[splits, *shape], in memory as the products come: channels last where they are innermost."""
+        if not self.channels_inner:
+            return torch.empty(splits, *self.shape, dtype=dtype, device=self.a.device)
+        outer, channels, *grid = self.shape
+        return torch.empty(splits, outer, *grid, channels, dtype=dtype, device=self.a.device).movedim(-1, 2)
+
+    def _lists(self, tiles: Tiles) -> Lists:
+        """Which chunks to walk, from both operands' blocks."""
+        tiles_m, tiles_n = triton.cdiv(self.m, tiles.m), triton.cdiv(self.n, tiles.n)
+        chunks, device = triton.cdiv(self.k, tiles.chunk), self.a.device
+        a = self._occupancy(self.a, self.m, tiles.m, tiles, first=True)
+        b = self._occupancy(self.b, self.n, tiles.n, tiles, first=False)
+        places = (self.groups, tiles_m, tiles_n)
+        counts = torch.empty(places, dtype=torch.int32, device=device)
+        active = torch.empty(*places, chunks, dtype=torch.int32, device=device)
+        block = min(1024, power_of_2(chunks))
+        steps = power_of_2(triton.cdiv(chunks, block))
+        with on(self.a):
+            _lists_kernel[(counts.numel(),)](a, b, counts, active, tiles_m, tiles_n, chunks, STEPS=steps, BLOCK=block)
+        return Lists(counts, active)
+
+    def _occupancy(self, operand: Tensor, size: int, tile: int, tiles: Tiles, first: bool) -> Tensor:
+        shape = (self.groups, triton.cdiv(size, tile), triton.cdiv(self.k, tiles.chunk))
+        out = torch.empty(shape, dtype=torch.uint8, device=operand.device)
+        with on(operand):
+            _occupancy_kernel[(shape[1] * shape[2], self.groups)](
+                operand,
+                out,
+                size,
+                self.k,
+                self.big_channels,
+                self.small_channels,
+                self.geometry,
+                operand.stride(),
+                FIRST=first,
+                TILE=tile,
+                **self._reduction(tiles),
+            )
+        return out
+
+
+def matmul(
+    a: Tensor, b: Tensor, *, chunk: int | None = None, skip: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """a @ b, as `accumulate.reduce` walks it.
+
+    Args:
+        a: float16 [M, K], any strides.
+        b: float16 [K, N], any strides.
+        chunk: products whose FP32 sum is added to the accumulator before that is rounded to binary16; None leaves
+            the accumulator in FP32.
+        skip: leave out the blocks in which an operand is all zero. It reads both operands once more.
+        dtype: of the result, float32 or float16.
+
+    Returns:
+        [M, N], contiguous.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, chunk or device that the kernel does not take.
+        RuntimeError: the tensors are not on a GPU.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"expected [M, K] and [K, N], got {list(a.shape)} and {list(b.shape)}")
+    m, n, k = a.shape[0], b.shape[1], a.shape[1]
+    return _Product(MATMUL, a, b, (m, n), m, n, k).run(chunk, skip, dtype)
+
+
+def small_from_big(
+    big: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    *,
+    chunk: int | None = None,
+    skip: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A convolution's forward (a transposed one's grad_input), as `accumulate.small_from_big` walks it.
+
+    Args:
+        big: float16 [N, C, *big], contiguous or channels_last.
+        weight: float16 [K, C / groups, *kernel].
+        geometry: `Geometry.pack()`, of at most two dimensions.
+        chunk, skip, dtype: as in `matmul`.
+
+    Returns:
+        [N, K, *small]; channels_last if `big` is and the accumulator is not rounded.
+
+    Raises:
+        As `matmul`; ValueError also if a tensor does not fit the geometry, or that has three dimensions.
+    """
+    shape = _Shape.of(geometry)
+    big, weight = shape.fit(big=big, weight=weight)
+    inner = chunk is None and _channels_last(big)
+    m, n, k = shape.small_positions, shape.small_channels, shape.big_channels * shape.offsets
+    product = shape.product(FORWARD, big, weight, shape.small_shape, (m, n, k), inner)
+    return product.run(chunk, skip, dtype).reshape(shape.unpadded(shape.small_shape))
+
+
+def big_from_small(
+    small: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    *,
+    chunk: int | None = None,
+    skip: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A convolution's grad_input (a transposed one's forward), as `accumulate.big_from_small` walks it.
+
+    Args:
+        small: float16 [N, K, *small], contiguous or channels_last.
+        weight, geometry, chunk, skip, dtype: as in `small_from_big`.
+
+    Returns:
+        [N, C, *big]; channels_last if `small` is and the accumulator is not rounded.
+    """
+    shape = _Shape.of(geometry)
+    small, weight = shape.fit(small=small, weight=weight)
+    inner = chunk is None and _channels_last(small)
+    m, n, k = shape.big_positions, shape.big_channels, shape.small_channels * shape.offsets
+    product = shape.product(GRAD_INPUT, small, weight, shape.big_shape, (m, n, k), inner)
+    return product.run(chunk, skip, dtype).reshape(shape.unpadded(shape.big_shape))
+
+
+def weight_from_both(
+    big: Tensor,
+    small: Tensor,
+    geometry: Sequence[int],
+    *,
+    chunk: int | None = None,
+    skip: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The grad_weight of either convolution, as `accumulate.weight_from_both` walks it.
+
+    Args:
+        big, small, geometry, chunk, skip, dtype: as in `small_from_big` and `big_from_small`.
+
+    Returns:
+        [K, C / groups, *kernel]; channels_last if `big` is.
+    """
+    shape = _Shape.of(geometry)
+    big, small = shape.fit(big=big, small=small)
+    inner = _channels_last(big)  # the reduction is over positions, so that this order is free
+    m, n, k = shape.small_channels, shape.big_channels * shape.offsets, shape.small_positions
+    product = shape.product(GRAD_WEIGHT, small, big, shape.weight_shape, (m, n, k), inner)
+    return product.run(chunk, skip, dtype).reshape(shape.unpadded(shape.weight_shape))
+
+
+class _Shape(NamedTuple):
+    """`Geometry` with two dimensions, the first of them 1 where a convolution has fewer."""
+
+    batch: int
+    groups: int
+    big_channels: int  # of a group
+    small_channels: int  # of a group
+    pairs: tuple[tuple[int, int], ...]  # big, small, kernel, stride, padding, dilation
+    dims: int
+
+    @classmethod
+    def of(cls, packed: Sequence[int]) -> _Shape:
+        dims, rest = divmod(len(packed) - 4, 6)
+        if rest or not 0 <= dims <= 2:
+            raise ValueError(f"{len(packed)} numbers are not the packed geometry of 0 to 2 dimensions")
+        batch, big, small, groups, *grids = packed
+        pairs = []
+        for i, fill in enumerate((1, 1, 1, 1, 0, 1)):
+            sizes = [fill] * (2 - dims) + list(grids[i * dims : (i + 1) * dims])
+            pairs.append((sizes[0], sizes[1]))
+        return cls(batch, groups, big // groups, small // groups, tuple(pairs), dims)
+
+    @property
+    def big_shape(self) -> tuple[int, ...]:
+        return self.batch, self.groups * self.big_channels, *self.pairs[0]
+
+    @property
+    def small_shape(self) -> tuple[int, ...]:
+        return self.batch, self.groups * self.small_channels, *self.pairs[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.groups * self.small_channels, self.big_channels, *self.pairs[2]
+
+    @property
+    def big_positions(self) -> int:
+        return self.batch * prod(self.pairs[0])
+
+    @property
+    def small_positions(self) -> int:
+        return self.batch * prod(self.pairs[1])
+
+    @property
+    def offsets(self) -> int:
+        return prod(self.pairs[2])
+
+    def product(
+        self, step: tl.constexpr, a: Tensor, b: Tensor, shape: tuple[int, ...], mnk: tuple[int, int, int], inner: bool
+    ) -> _Product:
+        channels = self.big_channels, self.small_channels
+        return _Product(step, a, b, shape, *mnk, self.groups, *channels, self.pairs, channels_inner=inner)
+
+    def unpadded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape without the dimensions that were put there to make two."""
+        return *shape[:2], *shape[4 - self.dims :]
+
+    def fit(self, **tensors: Tensor) -> list[Tensor]:
+        """The tensors with two dimensions; ValueError if one does not have the geometry's shape."""
+        shapes = {"big": self.big_shape, "small": self.small_shape, "weight": self.weight_shape}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != self.unpadded(shapes[name]):
+                expected = list(self.unpadded(shapes[name]))
+                raise ValueError(f"{name} is {list(tensor.shape)}; the geometry says {expected}")
+        return [tensor.reshape(shapes[name]) for name, tensor in tensors.items()]
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1 and prod(x.shape[2:]) > 1
+
+
+def _check(a: Tensor, b: Tensor, chunk: int | None, dtype: torch.dtype) -> None:
+    check_dtype((torch.float16,), first=a, second=b)
+    check_dtype((torch.float16, torch.float32), result=dtype)
+    check_device(first=a, second=b)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"a chunk has at least one product, not {chunk}")
+    for tensor in (a, b):
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if reach >= INT32:
+            raise ValueError(f"{list(tensor.shape)} is larger than the kernel's 32-bit offsets reach")

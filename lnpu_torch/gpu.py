@@ -1,0 +1,94 @@
+"""Fast GPU implementations: what `ops` asks for, put to the Triton kernels. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lnpu_torch import reference
+from lnpu_torch.kernels import count, launch, matmul
+from lnpu_torch.kernels import quantize as kernels
+from lnpu_torch.precision import Rule
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRODUCTS = {
+    "small_from_big": matmul.small_from_big,
+    "big_from_small": matmul.big_from_small,
+    "weight_from_both": matmul.weight_from_both,
+}
+
+add_weight_step, add_grid_step = count.add_weight_step, count.add_grid_step
+
+
+def supports(x: Tensor, rule: Rule | None) -> bool:
+    """Whether this module takes a tensor (and any rule): on a GPU, at most float32, neither empty nor too large."""
+    placed = x.is_cuda or (launch.INTERPRETED and x.device.type == "cpu")
+    return placed and x.dtype in DTYPES and 0 < x.numel() < launch.INT32
+
+
+def quantize_flat(
+    x: Tensor, rule: Rule, threshold: Tensor, seed: Tensor | None, stream: int, want_groups: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.quantize`."""
+    values, groups, totals = kernels.quantize(
+        x,
+        threshold,
+        rule.low,
+        rule.high,
+        seed=seed,
+        stream=stream,
+        dtype=torch.float32,
+        groups=want_groups,
+        totals=True,
+    )
+    return values, _or_empty(groups, x, torch.uint8), _or_empty(totals, x, torch.int64)
+
+
+def quantize(
+    x: Tensor,
+    rule: Rule,
+    threshold: Tensor,
+    seed: Tensor | None,
+    stream: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.round_and_count`."""
+    single, half, position, sample = kernels.quantize_grid(
+        x,
+        threshold,
+        rule.low,
+        rule.high,
+        *layout,
+        single=wanted[0],
+        half=wanted[1],
+        sample=wanted[2],
+        seed=seed,
+        stream=stream,
+    )
+    rounded = _or_empty(single, x, torch.float32), _or_empty(half, x, torch.float16)
+    return *rounded, position, _or_empty(sample, x, torch.int32)
+
+
+def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+    """`reference.choose_threshold`."""
+    if not rule.adaptive:
+        return reference.choose_threshold(x, rule, fallback)
+    return reference.choose_by_histogram(kernels.histogram(x, rule.high), rule, fallback)
+
+
+def accumulates(a: Tensor, b: Tensor, form: str, dims: int) -> bool:
+    """Whether `accumulate` takes these operands: binary16, with a binary16 accumulator, of at most two dimensions."""
+    return supports(a, None) and a.dtype == b.dtype == torch.float16 and form == "fp16" and dims <= 2
+
+
+def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], chunk: int) -> Tensor:
+    """A product of `lnpu_torch.accumulate`, by name, with a binary16 accumulator; float32."""
+    result: Tensor = PRODUCTS[product](a, b, geometry, chunk=chunk)
+    return result
+
+
+def _or_empty(x: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(0, dtype=dtype) if x is None else x

@@ -1,0 +1,71 @@
+"""Whole layers on the Triton backend, in Triton's interpreter: same counts and T's as the reference, same values.
+
+The interpreter is chosen when Triton is first imported, so that the checks run in a process of their own.
+"""
+
+import pytest
+import torch
+from test_kernels_interpret import interpret
+from torch import nn
+
+import lnpu_torch as lnpu
+from lnpu_torch import Precision, Rule, ops
+
+pytest.importorskip("triton")
+PRECISIONS = {
+    "fgmp": "fgmp",
+    "mixed": Precision(input="fp8", weight=Rule(low="e5m2"), grad_output=Rule(rounding="stochastic")),
+    "float weight": Precision(input="fgmp", grad_output="fp16"),
+    "accumulator": Precision(input="fgmp", weight="fgmp", grad_output="fgmp", accumulate="fp16", chunk=16),
+    "1-6-9": Precision(input=Rule(high="e6m9"), weight="fgmp", grad_output="fgmp", result="fp32"),
+}
+
+
+def test_layers_in_the_interpreter():
+    interpret(__file__)
+
+
+def layers():
+    return (
+        (nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), (2, 3, 7, 5)),
+        (nn.Conv2d(4, 4, 4, padding="same", groups=2), (2, 4, 5, 5)),
+        (nn.ConvTranspose2d(3, 2, 3, stride=2), (2, 3, 4, 4)),
+        (nn.Linear(9, 5), (2, 3, 9)),
+    )
+
+
+def two_steps(layer, shape, backend):
+    torch.manual_seed(1)
+    x, results = torch.randn(shape, requires_grad=True), []
+    with ops.backend(backend), lnpu.CostCounter(layer) as cost:
+        for scale in (1.0, 8.0):
+            output = layer(x * scale)
+            output.backward(torch.randn_like(output))
+            results.append(output.detach())
+    return [*results, x.grad, *(p.grad for p in layer.parameters())], cost.counts, layer.emulation.thresholds
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
+@pytest.mark.parametrize("index", range(4))
+def check_layer(index, precision):
+    outcomes = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        layer, shape = layers()[index]
+        outcomes.append(two_steps(lnpu.convert(layer, precision), shape, backend))
+    (values, counts, thresholds), (ours, our_counts, our_thresholds) = outcomes
+    assert our_counts == counts
+    assert torch.equal(our_thresholds, thresholds)
+    for mine, theirs in zip(ours, values, strict=True):
+        # sums in another order, whose terms reach 16, where binary16's step is 2^-6; rounded to that, with a bias twice
+        torch.testing.assert_close(mine, theirs, rtol=2**-8, atol=2**-6)
+
+
+@pytest.mark.parametrize("rule", ["fgmp", "fp8", "fp16"])
+def check_quantize(rule):
+    x = torch.randn(7, 33)
+    with ops.backend("triton"):
+        ours = lnpu.quantize(x, rule, return_groups=True)
+    with ops.backend("reference"):
+        expected = lnpu.quantize(x, rule, return_groups=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))

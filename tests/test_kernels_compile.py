@@ -1,0 +1,186 @@
+"""Every kernel and its main variants compiled to machine code for sm_80 and sm_90. No GPU is needed.
+
+The wrappers run as they are, on tensors in ordinary memory: their launches are only compiled, as what they are.
+"""
+
+import os
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from test_counting import make  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from lnpu_torch.kernels import count, launch, matmul, quantize  # noqa: E402
+
+ARCHITECTURES = [80, 90]
+
+
+class Driver:
+    """A GPU that can be compiled for, and nothing else."""
+
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture  # its own cache of compiled kernels
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def compiled(request, monkeypatch):
+    """The kernels that the test's calls would have launched, by name."""
+    kernels, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    for module in (count, matmul, quantize):
+        monkeypatch.setattr(module, "check_device", lambda **tensors: None)
+    for module in (matmul, quantize):
+        monkeypatch.setattr(module, "processors", lambda device: 132)
+    monkeypatch.setattr(driver, "_active", Driver(request.param))  # reset_active() looks for a GPU
+    yield kernels
+    for kernel in kernels.values():
+        assert len(kernel.asm["cubin"]) > 1000
+        assert f".target sm_{request.param}" in kernel.asm["ptx"]
+
+
+def accesses(kernel):
+    """Widths of the kernel's global loads and stores, as (vector, bits)."""
+    pattern = r"\b(ld|st)\.global(?:\.v(\d))?\.[bf](\d+)"
+    return {(kind, int(vector or 1) * int(bits)) for kind, vector, bits in re.findall(pattern, kernel.asm["ptx"])}
+
+
+def t(value=0):
+    return torch.tensor(value, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantize(compiled, dtype):
+    quantize.quantize(torch.empty(2**20, dtype=dtype), t(), "e4m3", "fp16", totals=True)
+    assert compiled.keys() == {"_flat_kernel", "_totals_kernel"}
+    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_flat_kernel"])
+    assert "e4m3" not in compiled["_flat_kernel"].asm["ptx"]  # there is no FP8 cast before sm_89
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seed", "dtype"),
+    [
+        ("e5m2", None, None, torch.float16),
+        (None, "fp16", None, torch.float32),
+        ("e4m3", "e6m9", 1, torch.float32),
+        ("e4m3", "fp16", 1, torch.float16),
+    ],
+)
+def test_quantize_by_other_rules(compiled, low, high, seed, dtype):
+    x = torch.empty(64, 32, 16, 16).to(memory_format=torch.channels_last)
+    seed = None if seed is None else torch.tensor(seed)
+    quantize.quantize(x, t(), low, high, seed=seed, dtype=dtype)
+    quantize.quantize_grid(x, t(), low, high, 64, 1, half=high != "e6m9", single=dtype == torch.float32, seed=seed)
+    assert compiled.keys() == {"_flat_kernel", "_grid_kernel"}
+
+
+GRIDS = {
+    "contiguous": (torch.empty(512, 64, 32, 32), 1),
+    "channels_last": (torch.empty(512, 64, 32, 32).to(memory_format=torch.channels_last), 1),
+    "groups": (torch.empty(64, 64, 16, 16).to(memory_format=torch.channels_last), 16),
+    "linear": (torch.empty(4096, 512, dtype=torch.float16), 1),
+}
+
+
+@pytest.mark.parametrize("layout", GRIDS)
+def test_quantize_grid(compiled, layout):
+    x, groups = GRIDS[layout]
+    quantize.quantize_grid(x, t(), "e4m3", "fp16", len(x), groups)
+    kernel = compiled["_grid_kernel"]
+    if layout != "linear":
+        assert {("ld", 128), ("st", 128)} <= accesses(kernel)
+    assert "atom.global.gpu.relaxed" in kernel.asm["ptx"]
+
+
+def test_grid_sums_and_histogram(compiled):
+    quantize.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
+    quantize.histogram(torch.empty(64, 64, 14, 14, dtype=torch.bfloat16), "fp16")
+    quantize.histogram(torch.empty(64, 64, 14, 14).transpose(0, 3), "e6m9")
+    assert compiled.keys() == {"_grid_kernel", "_histogram_kernel"}
+
+
+@pytest.mark.parametrize("dims", [0, 2])
+def test_count(compiled, dims):
+    geometry = make(32, 64, 96, 2, *((value,) * dims for value in (14, 3, 2, 1, 1)))
+    shapes = {"big": geometry.big, "small": geometry.small}
+    channels = {"big": 64, "small": 96}
+    counts = {
+        side: [torch.empty(2, channels[side], *grid).int(), torch.empty(2, 32, 2, *grid).int()]
+        for side, grid in shapes.items()
+    }
+    counter = torch.zeros(count.WIDTH, dtype=torch.int64)
+    for side in shapes:
+        weight = torch.empty(2, channels[side], *geometry.kernel).int()
+        count.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
+        count.add_grid_step(counter, counts["big"], counts["small"], geometry.pack(), side)
+    assert compiled.keys() == {"_weight_step_kernel", "_grid_step_kernel"}
+
+
+def uses_tensor_cores(kernel):
+    return any(word in kernel.asm["ptx"] for word in ("wgmma.mma_async", "mma.sync.aligned"))
+
+
+@pytest.mark.parametrize("chunk", [None, 16, 64, 100])
+def test_matmul(compiled, chunk):
+    a = torch.empty(512, 1024, dtype=torch.float16)
+    matmul.matmul(a, a.T, chunk=chunk)
+    kernel = compiled["_product_kernel"]
+    assert uses_tensor_cores(kernel)
+    assert ".f32.f16.f16" in kernel.asm["ptx"]  # sums in FP32
+    assert "cp.async" in kernel.asm["ptx"]
+    # A chunk's sum must be added, and rounded, outside the tensor core.
+    assert kernel.asm["ttgir"].count("arith.addf") == kernel.asm["ttgir"].count("arith.truncf") == (chunk is not None)
+
+
+def test_matmul_that_skips(compiled):
+    a = torch.empty(512, 1024, dtype=torch.float16)
+    matmul.matmul(a, a.T, skip=True, chunk=64)
+    assert compiled.keys() == {"_occupancy_kernel", "_lists_kernel", "_product_kernel"}
+    assert uses_tensor_cores(compiled["_product_kernel"]) and "cp.async" in compiled["_product_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize(("layout", "chunk", "skip"), [("last", None, False), ("last", 64, True), ("first", 64, False)])
+def test_convolution(compiled, layout, chunk, skip):
+    geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1))
+    format_ = torch.channels_last if layout == "last" else torch.contiguous_format
+    big, small, weight = (
+        torch.empty(shape, dtype=torch.float16).to(memory_format=format_)
+        for shape in ((16, 64, 32, 32), (16, 128, 16, 16), (128, 64, 3, 3))
+    )
+    steps = (matmul.small_from_big, big, weight), (matmul.big_from_small, small, weight)
+    for step, *operands in (*steps, (matmul.weight_from_both, big, small)):
+        compiled.clear()
+        step(*operands, geometry.pack(), chunk=chunk, skip=skip)
+        kernel = compiled["_product_kernel"]
+        assert uses_tensor_cores(kernel)
+        if layout == "last" and chunk is None:
+            assert "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
+
+
+def test_without_a_gpu_the_wrappers_say_so():
+    x = torch.ones(4, 4)
+    assert not launch.INTERPRETED
+    with pytest.raises(RuntimeError, match="run on GPUs, but the tensors are on cpu"):
+        quantize.quantize(x, t(), "e4m3", "fp16")
+    with pytest.raises(RuntimeError, match="run on GPUs"):
+        matmul.matmul(x.half(), x.half())

@@ -1,0 +1,186 @@
+"""The rounding kernels in Triton's interpreter, against the reference, bit by bit.
+
+The interpreter is chosen when Triton is first imported, so that the checks run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lnpu_torch import counting, reference
+from lnpu_torch.precision import Rule
+
+pytest.importorskip("triton")
+RULES = [("e4m3", "fp16"), ("e5m2", "fp16"), ("e4m3", None), ("e5m2", None), (None, "fp16"), ("e4m3", "e6m9")]
+
+
+def interpret(file: str) -> None:
+    """Run a file's functions named check_* with Triton's interpreter."""
+    command = [sys.executable, "-m", "pytest", file, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-o", "python_functions=check_*", "-W", "ignore::RuntimeWarning"]  # numpy's, of infinities
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rounding_in_the_interpreter():
+    interpret(__file__)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The module, with few programs, and all memory that it allocates full of garbage."""
+    from lnpu_torch.kernels import quantize
+
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x):
+        return x if x.is_meta else x.fill_(torch.nan if x.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(empty_like(*args, **options)))
+    monkeypatch.setattr(quantize, "processors", lambda device: 1)
+    return quantize
+
+
+def threshold(value):
+    return torch.tensor(value, dtype=torch.int32)
+
+
+def identical(a, b):
+    """Equal, the sign of zero too; NaN equals NaN."""
+    a, b = a.float(), b.float()
+    same_nan = torch.equal(a.isnan(), b.isnan())
+    return same_nan and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.signbit(), b.signbit())
+
+
+def spread(*shape, seed=0):
+    """Numbers of all magnitudes, with zeros and everything special."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-45, 20, shape, generator=generator)
+    special = [0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-45, -1e-40, 3e38, -3e38, 65519.0, 65520.0]
+    flat = x.view(-1)
+    flat[: len(special)] = torch.tensor(special)[: len(flat)]
+    return x
+
+
+@pytest.mark.parametrize("seed", [None, 1234567890123456789], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize(("low", "high"), RULES)
+def check_values_and_groups(kernels, low, high, seed):
+    x, key = spread(63, 500), None if seed is None else torch.tensor(seed)
+    random = None if seed is None else reference.random_bits(x.shape, key, 3)
+    rule = Rule(low=low, high=high)
+    for value in (rule.threshold_range[0], -30, -1, 6, 63):
+        q, groups = reference.quantize(x, rule, threshold(value), random)
+        for dtype in (torch.float32, torch.float16)[: 1 if high == "e6m9" else 2]:
+            got = kernels.quantize(x, threshold(value), low, high, seed=key, stream=3, dtype=dtype, totals=True)
+            assert got[0].dtype == dtype and identical(got[0], q)
+            assert torch.equal(got[1], groups)
+            assert got[2].tolist() == [int((groups == group).sum()) for group in (0, 8, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def check_every_16_bit_input(kernels, dtype):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for value in (-9, 4):
+        q, groups = reference.quantize(x, Rule(), threshold(value))
+        got = kernels.quantize(x, threshold(value), "e4m3", "fp16")
+        assert identical(got[0], q) and torch.equal(got[1], groups)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "a part": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "rows and columns swapped": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+GRIDS = [  # shape, channel groups, samples that share a count
+    ((6, 6, 7, 9), 3, 2),
+    ((5, 8, 4, 4), 8, 5),
+    ((3, 20, 33), 1, 3),
+    ((9, 130), 1, 9),
+    ((2, 24, 2, 3, 2), 2, 1),
+    ((1, 1, 1, 1), 1, 1),
+    ((7, 3), 3, 7),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_groups", "share", "layout"),
+    [(*grid, layout) for grid in GRIDS for layout in LAYOUTS if layout != "channels_last" or len(grid[0]) == 4],
+)
+def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
+    monkeypatch.setattr(kernels, "BLOCK", 256)  # several tiles, though the grid is small
+    key = torch.tensor(5)
+    x = LAYOUTS[layout](spread(*shape))
+    inputs = ((x, None), (x, key), (x.half(), None), (x.bfloat16(), None))
+    for y, seed in inputs if layout in ("contiguous", "channels_last") else inputs[1:3]:
+        random = None if seed is None else reference.random_bits(y.shape, seed, 2)
+        q, groups = reference.quantize(y, Rule(), threshold(1), random)
+        position, sample = counting.per_position(groups, share), counting.per_sample(groups, channel_groups)
+        for single, half in ((False, True), (True, True), (True, False)) if seed is None else ((True, False),):
+            got = kernels.quantize_grid(
+                y, threshold(1), "e4m3", "fp16", share, channel_groups, single=single, half=half, seed=seed, stream=2
+            )
+            for values, wanted in zip(got, (single, half), strict=False):
+                assert (values is not None) == wanted
+                assert not wanted or (identical(values, q) and values.stride() == torch.empty_like(y).stride())
+            assert torch.equal(got[2], position) and torch.equal(got[3], sample)
+    counts = kernels.grid_sums(groups, share, channel_groups)
+    assert torch.equal(counts[0], position) and torch.equal(counts[1], sample)
+    counts = kernels.grid_sums(x, share, channel_groups, sample=False)
+    assert torch.equal(counts[0], counting.per_position(reference.float_groups(x), share)) and counts[1] is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def check_random_bits_follow_the_logical_order(kernels, layout):
+    x, key = LAYOUTS[layout](spread(3, 5, 7, 4)), torch.tensor(2**61 + 3)
+    q, _ = reference.quantize(x, Rule(), threshold(0), reference.random_bits(x.shape, key, 1))
+    got = kernels.quantize(x, threshold(0), "e4m3", "fp16", seed=key, stream=1, dtype=torch.float32)[0]
+    assert identical(got, q) and got.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("high", ["fp16", "e6m9"])
+def check_histogram(kernels, high):
+    large = spread(263, 500)  # more than a sample, so that elements are skipped
+    for x in (large, large.T, large[:, ::3].half(), spread(7, 3, 2).bfloat16(), torch.tensor(3.0), large[:0]):
+        assert torch.equal(kernels.histogram(x, high), reference.histogram(x, Rule(high=high)))
+
+
+def check_empty(kernels):
+    for shape in ((0,), (0, 3, 2, 2), (2, 0), (2, 3, 0, 4)):
+        x = torch.ones(shape)
+        values, groups, totals = kernels.quantize(x, threshold(0), "e4m3", "fp16", totals=True)
+        assert values.shape == groups.shape == x.shape and totals.tolist() == [0, 0, 0]
+        if x.dim() > 1:
+            _, groups = reference.quantize(x, Rule(), threshold(0))
+            got = kernels.quantize_grid(x, threshold(0), "e4m3", "fp16", len(x), 1)
+            assert torch.equal(got[2], counting.per_position(groups, len(x)))
+            assert torch.equal(got[3], torch.zeros(2, len(x), 1, *x.shape[2:], dtype=torch.int32))
+
+
+def check_what_is_refused(kernels):
+    x, t = torch.ones(4, 6), threshold(0)
+    with pytest.raises(TypeError, match="x is torch"):
+        kernels.quantize(x.double(), t, "e4m3", "fp16")
+    with pytest.raises(TypeError, match="threshold is torch"):
+        kernels.quantize(x, t.long(), "e4m3", "fp16")
+    with pytest.raises(TypeError, match="values is torch"):
+        kernels.quantize(x, t, "e4m3", "fp16", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="different devices: x on cpu, threshold on meta"):
+        kernels.quantize(x, t.to("meta"), "e4m3", "fp16")
+    with pytest.raises(ValueError, match="e6m9 do not fit float16"):
+        kernels.quantize(x, t, "e4m3", "e6m9")
+    with pytest.raises(ValueError, match="a low format, a high one, or both"):
+        kernels.quantize(x, t, None, None)
+    with pytest.raises(ValueError, match="must have one element, not 2"):
+        kernels.quantize(x, t.repeat(2), "e4m3", "fp16")
+    with pytest.raises(ValueError, match="6 channels do not divide by 4"):
+        kernels.quantize_grid(x, t, "e4m3", "fp16", 4, 4)
+    with pytest.raises(ValueError, match="4 samples do not divide by 3"):
+        kernels.grid_sums(x, 3, 1)

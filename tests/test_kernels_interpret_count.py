@@ -1,0 +1,83 @@
+"""The counting kernels in Triton's interpreter, against the plain sums, for all kinds of geometry."""
+
+import pytest
+import torch
+from test_counting import GEOMETRIES, make, operands
+from test_kernels_interpret import interpret
+
+from lnpu_torch import counting
+
+pytest.importorskip("triton")
+MORE = {
+    "several tiles": make(5, 40, 48, 2, (17, 19), (3, 3), (2, 1), (1, 1), (1, 1)),
+    "several tiles of positions": make(1, 2, 2, 1, (37, 31), (1, 2), (1, 1), (0, 1), (1, 1)),
+    "a large linear": make(63, 500, 1000, 1, (), (), (), (), ()),
+}
+
+
+def test_counting_in_the_interpreter():
+    interpret(__file__)
+
+
+@pytest.fixture(params=[512, 2], ids=["many programs", "few programs"])
+def kernels(request, monkeypatch):
+    from lnpu_torch.kernels import count
+
+    monkeypatch.setattr(count, "PROGRAMS", request.param)
+    return count
+
+
+def sums(geometry):
+    """Per grid its counts by position and by sample; and the weight's, as they meet the big and the small grid."""
+    big, small, weight = operands(geometry)
+    groups, share = geometry.groups, geometry.small_channels // geometry.groups
+    grids = [
+        (counting.per_position(x, geometry.batch).squeeze(1), counting.per_sample(x, groups)) for x in (big, small)
+    ]
+    weights = counting.per_position(weight, share).flatten(1, 2), counting.per_sample(weight, 1).squeeze(2)
+    return *grids, *weights
+
+
+@pytest.mark.parametrize("geometry", [*GEOMETRIES.values(), *MORE.values()], ids=[*GEOMETRIES, *MORE])
+def check_steps(kernels, geometry):
+    big, small, weight_of_big, weight_of_small = sums(geometry)
+    start = torch.arange(100, 100 + kernels.WIDTH)
+    for side, grid, weight in (("big", big, weight_of_big), ("small", small, weight_of_small)):
+        counter = start.clone()
+        kernels.add_weight_step(counter, grid[0], weight, geometry.pack(), side)
+        assert torch.equal(counter - start, counting.weight_step(grid[0], weight, geometry, side))
+    for first in ("big", "small"):
+        counter = start.clone()
+        kernels.add_grid_step(counter, big, small, geometry.pack(), first)
+        assert torch.equal(counter - start, counting.grid_step(big, small, geometry, first))
+
+
+def check_counts_beyond_int32(kernels):
+    geometry = make(2**12, 2**11, 2**11, 1, (), (), (), (), ())
+    position, weight = (torch.zeros(2, 2**11, dtype=torch.int32) for _ in range(2))
+    position[1], weight[1] = 2**12, 2**11
+    counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)
+    kernels.add_weight_step(counter, position, weight, geometry.pack(), "big")
+    assert counter[12] == geometry.slots == 2**34
+
+
+def check_width(kernels):
+    assert kernels.WIDTH == counting.WIDTH
+
+
+def check_what_is_refused(kernels):
+    geometry = GEOMETRIES["3x3"]
+    big, small, weight, _ = sums(geometry)
+    counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)
+    with pytest.raises(ValueError, match="side is 'big' or 'small'"):
+        kernels.add_weight_step(counter, big[0], weight, geometry.pack(), "input")
+    with pytest.raises(ValueError, match="first is 'big' or 'small'"):
+        kernels.add_grid_step(counter, big, small, geometry.pack(), "input")
+    with pytest.raises(ValueError, match=r"position .* does not fit the geometry"):
+        kernels.add_weight_step(counter, small[0], weight, geometry.pack(), "big")
+    with pytest.raises(ValueError, match="19 integers"):
+        kernels.add_weight_step(counter[1:], big[0], weight, geometry.pack(), "big")
+    with pytest.raises(TypeError, match="weight is torch"):
+        kernels.add_weight_step(counter, big[0], weight.long(), geometry.pack(), "big")
+    with pytest.raises(ValueError, match="0 to 3 dimensions"):
+        kernels.add_weight_step(counter, big[0], weight, geometry.pack()[1:], "big")

@@ -1,0 +1,163 @@
+"""The product kernels in Triton's interpreter, against `accumulate`.
+
+Operands are small integers, so that every sum within a chunk is exact in float32 whatever its order: neither the
+interpreter nor a tensor core adds in the order of the reference. The rounding between chunks is not exact, and is what
+is tested.
+"""
+
+import numpy
+import pytest
+import torch
+from test_counting import GEOMETRIES
+from test_kernels_interpret import interpret
+
+from lnpu_torch import accumulate
+from lnpu_torch.formats import FORMATS
+
+triton = pytest.importorskip("triton")
+LOOPS_FAIL = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+PLANE = {name: geometry for name, geometry in GEOMETRIES.items() if len(geometry.kernel) < 3}
+
+
+@pytest.mark.skipif(LOOPS_FAIL, reason="Triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4")
+def test_products_in_the_interpreter():
+    interpret(__file__)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    from lnpu_torch.kernels import matmul
+
+    empty = torch.empty
+
+    def poisoned(*args, **options):
+        x = empty(*args, **options)
+        return x.fill_(torch.nan if x.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    return matmul
+
+
+def integers(*shape, scale=1):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randint(-8, 9, shape, generator=generator)
+    return (x * scale * (torch.rand(shape, generator=generator) < 0.7)).half()
+
+
+def reduce(a, b, chunk):
+    a, b = a.float(), b.float()
+    return a @ b if chunk is None else accumulate.reduce(a, b, FORMATS["fp16"], chunk)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 10, 16, 48, 64, 100, 128, 1000])
+def check_matmul(kernels, chunk):
+    for m, n, k in ((63, 50, 100), (130, 140, 200), (17, 1, 3), (1, 2, 1)):
+        if chunk in (1, 10) and k > 100:
+            continue  # as many steps as chunks: slow, and nothing new
+        a, b = integers(m, k, scale=13), integers(k, n, scale=11)
+        expected = reduce(a, b, chunk)
+        assert torch.equal(kernels.matmul(a, b, chunk=chunk), expected)
+        turned = a.T.contiguous().T, b.T.contiguous().T
+        assert torch.equal(kernels.matmul(*turned, chunk=chunk, dtype=torch.float16), expected.half())
+
+
+def check_rounding_matters(kernels):
+    a, b = integers(64, 256, scale=5), integers(256, 64, scale=5)
+    results = [kernels.matmul(a, b, chunk=chunk) for chunk in (None, 16, 64)]
+    assert not any(torch.equal(results[i], results[i - 1]) for i in range(3))
+
+
+@pytest.mark.parametrize("chunk", [None, 32])
+def check_skipping(kernels, chunk):
+    a, b = integers(200, 320), integers(320, 150)
+    a[:128, 64:192] = 0
+    b[128:256, 128:] = 0
+    a[128:] = 0
+    expected = reduce(a, b, chunk)
+    assert torch.equal(kernels.matmul(a, b, chunk=chunk, skip=True), expected)
+    product = kernels._Product(kernels.MATMUL, a, b, (200, 150), 200, 150, 320)
+    counts, _ = product._lists(kernels.Tiles.of(200, 150, 320, chunk))
+    per_step = 1 if chunk is None else 2
+    assert counts.flatten().tolist() == [3 * per_step, 2 * per_step, 0, 0]
+
+
+def check_skipping_keeps_infinity_and_nan(kernels):
+    a, b = integers(20, 128), integers(128, 20)
+    a[:, :64] = 0
+    b[3, 5], b[7, 2], a[3, 100] = torch.inf, torch.nan, torch.inf
+    expected = reduce(a, b, None)
+    got = kernels.matmul(a, b, skip=True)
+    assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().sum() > 20
+    assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+
+
+def check_splits(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "processors", lambda device: 8)
+    a, b = integers(30, 2000), integers(2000, 20)
+    a[:, 300:900] = 0
+    for skip in (False, True):
+        assert torch.equal(kernels.matmul(a, b, skip=skip), reduce(a, b, None))
+    assert (
+        kernels._Product(kernels.MATMUL, a, b, (30, 20), 30, 20, 2000)._splits(1, kernels.Tiles.of(30, 20, 2000, None))
+        == 3
+    )
+
+
+STEPS = {
+    "small_from_big": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "weight"))),
+    "big_from_small": lambda g: (integers(*grid(g, "small")), integers(*grid(g, "weight"))),
+    "weight_from_both": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "small"))),
+}
+
+
+def grid(geometry, name):
+    return {
+        "big": (geometry.batch, geometry.big_channels, *geometry.big),
+        "small": (geometry.batch, geometry.small_channels, *geometry.small),
+        "weight": (geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel),
+    }[name]
+
+
+@pytest.mark.parametrize("geometry", PLANE.values(), ids=PLANE.keys())
+@pytest.mark.parametrize("step", STEPS)
+def check_convolution(kernels, step, geometry):
+    operands = STEPS[step](geometry)
+    last = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in operands]
+    for chunk, skip, layout in ((None, False, operands), (None, True, last), (16, False, last), (16, True, operands)):
+        form = FORMATS["fp32" if chunk is None else "fp16"]
+        floats = [x.float() for x in operands]
+        expected = getattr(accumulate, step)(*floats, geometry, form, chunk or 10**9)
+        got = getattr(kernels, step)(*layout, geometry.pack(), chunk=chunk, skip=skip)
+        assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
+def check_one_kernel_offset_per_tile(kernels):
+    """64 channels: a tile of the reduction lies within one kernel offset, which is computed once."""
+    from test_counting import make
+
+    geometry = make(1, 64, 64, 1, (4, 5), (2, 3), (1, 2), (1, 1), (1, 1))
+    for step in STEPS:
+        operands = STEPS[step](geometry)
+        expected = getattr(accumulate, step)(*(x.float() for x in operands), geometry, FORMATS["fp32"], 10**9)
+        last = [x.to(memory_format=torch.channels_last) for x in operands]
+        assert torch.equal(getattr(kernels, step)(*last, geometry.pack()), expected)
+
+
+def check_empty(kernels):
+    for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
+        a, b = torch.ones(m, k).half(), torch.ones(k, n).half()
+        assert torch.equal(kernels.matmul(a, b, skip=True), torch.zeros(m, n))
+
+
+def check_what_is_refused(kernels):
+    a = integers(4, 6)
+    with pytest.raises(ValueError, match="expected \\[M, K\\] and \\[K, N\\]"):
+        kernels.matmul(a, a)
+    with pytest.raises(TypeError, match="second is torch"):
+        kernels.matmul(a, a.T.float())
+    with pytest.raises(ValueError, match="at least one product"):
+        kernels.matmul(a, a.T, chunk=0)
+    with pytest.raises(ValueError, match="0 to 2 dimensions"):
+        kernels.small_from_big(a, a, GEOMETRIES["3d"].pack())
+    with pytest.raises(ValueError, match="big is \\[4, 6\\]; the geometry says"):
+        kernels.small_from_big(a, a, GEOMETRIES["3x3"].pack())
