@@ -12,9 +12,9 @@ from lnpu_torch.config import ConfigError  # noqa: E402
 from lnpu_torch.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.cost import CostCounter, price  # noqa: E402
 from lnpu_torch.counts import Counts  # noqa: E402
-from lnpu_torch.functional import quantize  # noqa: E402
 from lnpu_torch.precision import Precision, Rule  # noqa: E402
 from lnpu_torch.report import Report  # noqa: E402
+from lnpu_torch.rounding import quantize  # noqa: E402
 from lnpu_torch.rows import Row  # noqa: E402
 
 __version__ = "0.1.0"

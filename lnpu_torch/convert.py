@@ -11,12 +11,12 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lnpu_torch.config import ConfigError, nearest
+from lnpu_torch.config import ConfigError, listed, nearest
 from lnpu_torch.emulation import Emulation
 from lnpu_torch.nn import LAYERS, Emulated, ReLU, emulated_layers
-from lnpu_torch.precision import Precision, precision
+from lnpu_torch.precision import Precision, Rule, precision
 
-PrecisionLike = str | Path | Precision
+PrecisionLike = str | Path | Rule | Precision
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -30,7 +30,8 @@ def convert(
 
     Args:
         model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, not subclasses.
-        chosen: "fgmp", "fp8", "fp16", a `Precision`, a YAML file, or None to convert only what `overrides` name.
+        chosen: "fgmp", "fp8", "fp16", a YAML file, a `Rule` for all operands, a `Precision`, or None to convert only
+            what `overrides` name.
         overrides: precision by layer name or pattern ("fc", "layer1.*"); None leaves a layer in float. The last
             pattern that matches a layer holds.
 
@@ -46,16 +47,18 @@ def convert(
     for pattern, value in (overrides or {}).items():
         matches = [name for name in layers if fnmatchcase(name, pattern)]
         if not matches:
-            raise ConfigError(f"override {pattern!r} matches no layer that can be emulated{nearest(pattern, layers)}")
+            hint = nearest(pattern, layers) or f" (such as {listed(list(layers)[:3])})"
+            raise ConfigError(f"override {pattern!r} matches no layer that can be emulated{hint}")
         choice |= dict.fromkeys(matches, None if value is None else precision(value))
-    for module in model.modules():
-        if type(module) is nn.ReLU:
-            module.__class__ = ReLU
     for name, module in layers.items():
         _revert(module)
         wanted = choice[name]
         if wanted is not None:
             _convert(module, wanted)
+    if emulated_layers(model):
+        for module in model.modules():
+            if type(module) is nn.ReLU:
+                module.__class__ = ReLU
     return model
 
 
@@ -85,6 +88,13 @@ def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         layer.emulation.thresholds.copy_(state[name])
 
 
+UNSEEN = "Functional calls in a model's own forward (matmul, F.linear, attention) are not seen, nor counted."
+BYPASSED = (
+    "nn.TransformerEncoderLayer bypasses its layers in eval mode without gradients, emulated ones too: "
+    "call torch.backends.mha.set_fastpath_enabled(False)."
+)
+
+
 @dataclass(frozen=True)
 class CoverageRow:
     """One layer: whether it is emulated, and if not, why."""
@@ -98,9 +108,10 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which layers of a model are emulated. `str()` gives a table of those that are not."""
+    """Which layers of a model are emulated, and notes on what passes them by. `str()` gives a table of the rest."""
 
     rows: tuple[CoverageRow, ...]
+    notes: tuple[str, ...] = (UNSEEN,)
 
     @property
     def emulated(self) -> tuple[CoverageRow, ...]:
@@ -116,15 +127,13 @@ class Coverage:
         lines = [f"{len(self.emulated)} of {len(self.rows)} layers emulated{share}. In float:"]
         width = max((len(row.layer) for row in self.in_float), default=0)
         lines += [f"  {row.layer:<{width}}  {row.kind:<16}  {row.reason}" for row in self.in_float] or ["  none"]
-        lines.append(
-            "Functional calls in a model's own forward (matmul, F.linear, attention) are not seen, nor counted."
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def coverage(model: nn.Module) -> Coverage:
     """Which layers are emulated, and why the others stayed in float. Layers are modules with weights of their own."""
-    return Coverage(tuple(_rows(model)))
+    bypassed = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
+    return Coverage(tuple(_rows(model)), (UNSEEN, BYPASSED) if bypassed else (UNSEEN,))
 
 
 def _rows(model: nn.Module) -> Iterator[CoverageRow]:

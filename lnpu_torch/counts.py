@@ -123,7 +123,7 @@ class Counts(Frozen):
         data = parse_json(read_text(Path(path), "counts file"), str(path))
         if not isinstance(data, dict) or "version" not in data or "steps" not in data:
             raise ConfigError(f"{path}: not a counts file (no 'version' and 'steps')")
-        if data["version"] != VERSION:
+        if data["version"] is True or data["version"] != VERSION:
             raise ConfigError(f"{path}: counts of version {data['version']!r}; this lnpu_torch reads version {VERSION}")
         return validate(cls, data, str(path))
 

@@ -50,10 +50,6 @@ class Operand(NamedTuple):
     position: Tensor
     sample: Tensor
 
-    def reshaped(self, shape: torch.Size) -> Operand:
-        """The same with its values in another shape."""
-        return self._replace(values=self.values.reshape(shape))
-
 
 class Read(NamedTuple):
     """How a step reads an operand: by which rule (its JSON; None leaves it in float), and with which row's T.

@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
 from lnpu_torch import ops
-from lnpu_torch.config import ConfigError, listed, nearest
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.precision import PRESETS, Precision, Rule
 from lnpu_torch.products import Convolution, Linear
 
 
@@ -48,7 +45,7 @@ class _Emulated(torch.autograd.Function):
         chosen = emulation.choose("weight", weight, ["forward", *later])
         ws = call.weights(weight, chosen, seed, "forward")
 
-        values, weights = _alike(xs["forward"].values.reshape(input.shape), ws.values)
+        values, weights = _alike(call.values(xs["forward"].values, input, "forward", "input"), ws.values)
         output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
         counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
         ops.count_weight_step(emulation.counters[0], *counts, call.sizes, side)
@@ -56,7 +53,8 @@ class _Emulated(torch.autograd.Function):
         kept: list[Tensor | None] = [None] * 3
         if wants[1]:
             x = xs["grad_weight"]
-            kept = [x.kept, product.cut(x.position.squeeze(1)), product.cut(x.sample)]
+            values = call.values(x.kept, input, "grad_weight", "input")
+            kept = [values, product.cut(x.position.squeeze(1)), product.cut(x.sample)]
         row = emulation.reads["grad_input", "weight"].row
         ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
         ctx.call = call
@@ -64,8 +62,7 @@ class _Emulated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and grad_output.requires_grad:
-            raise RuntimeError("double backward through an emulated layer is not supported: revert it to torch's own")
+        _refuse_double_backward()
         weight, threshold, *kept, seed = ctx.saved_tensors
         call: _Call = ctx.call
         emulation, wants = call.emulation, call.wants
@@ -73,7 +70,9 @@ class _Emulated(torch.autograd.Function):
         grid = call.product.grid(grad_output)
         ts = emulation.choose("grad_output", grid, now)
         errors = emulation.quantize("grad_output", grid, ts, call.layout, seed, now=now, halves=call.halves)
-        errors = {step: error.reshaped(grad_output.shape) for step, error in errors.items()}
+        for step, error in errors.items():
+            values = call.values(error.values, grad_output, step, "grad_output")
+            errors[step] = error._replace(values=values)
 
         grads: list[Tensor | None] = [None, None, None]
         if wants[0]:
@@ -87,6 +86,13 @@ class _Emulated(torch.autograd.Function):
         if emulation.training:
             ops.commit_thresholds(emulation.thresholds)
         return (*grads, None, None, None, None)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():  # as it is in a backward with create_graph=True alone
+        raise RuntimeError(
+            "double backward (create_graph=True) through an emulated model is not supported: revert it to torch's own"
+        )
 
 
 class _Call:
@@ -114,6 +120,12 @@ class _Call:
             ops.on_gpu(input) and emulation.result_format == "fp16" and (direct or emulation.accumulator.form == "fp16")
         )
 
+    def values(self, rounded: Tensor, original: Tensor, step: str, operand: str) -> Tensor:
+        """An operand's values as the product takes them: what came in itself, if the step reads it in float."""
+        if self.emulation.reads[step, operand].rule is None:
+            return original
+        return rounded if rounded.shape == original.shape else rounded.reshape(original.shape)
+
     def weights(self, weight: Tensor, thresholds: dict[int, Tensor], seed: Tensor | None, step: str) -> Operand:
         """The weight as a step reads it."""
         layout = (self.geometry.small_channels // self.geometry.groups, 1)
@@ -136,7 +148,7 @@ class _Call:
         self, error: Operand, kept: Tensor | None, position: Tensor | None, sample: Tensor | None
     ) -> list[Tensor | None]:
         """The third step: gradients of weight and bias."""
-        x = error.values.new_empty(1).expand(self.shapes[0]) if kept is None else kept.reshape(self.shapes[0])
+        x = error.values.new_empty(1).expand(self.shapes[0]) if kept is None else kept
         operands, wanted = _alike(error.values, x), self.wants[1:]
         results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.emulation.accumulator)
         if position is not None and sample is not None:
@@ -213,8 +225,8 @@ class _PackedReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        _refuse_double_backward()
         (signs,) = ctx.saved_tensors
         return ctx.fast.relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
 
@@ -251,43 +263,3 @@ def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _over(weight: Operand, side: str) -> Tensor:
     """A weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]."""
     return weight.position.flatten(1, 2) if side == "big" else weight.sample.squeeze(2)
-
-
-def quantize(
-    x: Tensor, rule: str | Rule = "fgmp", *, threshold: int | None = None, return_groups: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Round a tensor as an operand would be, by `reference.quantize`. Gradients pass straight through.
-
-    Args:
-        x: any shape and floating dtype.
-        rule: "fgmp", "fp8", "fp16", or a `Rule`.
-        threshold: T; without it, the rule chooses one for x itself.
-        return_groups: also return each element's group (uint8: 0 zero, 8, 16).
-
-    Raises:
-        ConfigError: no such rule.
-        ValueError: the threshold is out of range, or the rule has none.
-    """
-    if not isinstance(rule, Rule):
-        if rule not in PRESETS:
-            raise ConfigError(f"unknown rule {rule!r}{nearest(rule, PRESETS)}; known: {listed(PRESETS)}, or a Rule")
-        rule = PRESETS[rule]
-    if threshold is not None:
-        rule = Rule(low=rule.low, high=rule.high, threshold=threshold, rounding=rule.rounding)
-    values, groups = _StraightThrough.apply(x, rule, return_groups)  # type: ignore[no-untyped-call]
-    return (values, groups) if return_groups else values
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: Rule, want_groups: bool) -> tuple[Tensor, Tensor]:
-        emulation = Emulation(Precision(input=rule), x.device)
-        text = rule.model_dump_json()
-        threshold = ops.next_threshold(x, emulation.thresholds, 0, text, False)
-        values, groups, _ = ops.quantize(x, threshold, emulation.seed(x), text, 0, want_groups)
-        ctx.mark_non_differentiable(groups)
-        return values.to(x.dtype), groups
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None

@@ -45,7 +45,10 @@ class Geometry:
 
     @property
     def slots(self) -> int:
-        """Multiplications of a dense convolution, padding included: torch's own flop count / 2."""
+        """Multiplications of a dense convolution, padding included.
+
+        Torch's own flop count / 2, but for the backward of grouped convolutions, which torch takes for dense ones.
+        """
         return self.per_offset * prod(self.kernel) * prod(self.small)
 
     @property

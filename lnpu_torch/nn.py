@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lnpu_torch import functional
 from lnpu_torch.emulation import Emulation
-from lnpu_torch.precision import Precision, precision
+from lnpu_torch.precision import Precision, Rule, precision
 
 
 class Emulated(nn.Module):
@@ -20,12 +20,12 @@ class Emulated(nn.Module):
     torch_class: ClassVar[type[nn.Module]]
     emulation: Emulation
 
-    def __init__(self, *args: Any, precision: str | Path | Precision = "fgmp", **kwargs: Any) -> None:
-        """As torch's class, and `precision`: a preset's name, a YAML file, or a `Precision`."""
+    def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
+        """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
         super().__init__(*args, **kwargs)
         self.start(precision)
 
-    def start(self, chosen: str | Path | Precision) -> None:
+    def start(self, chosen: str | Path | Rule | Precision) -> None:
         """Begin to emulate with this precision: counters at zero, every T still to be chosen."""
         self.emulation = Emulation(precision(chosen), next(self.parameters()).device)
 

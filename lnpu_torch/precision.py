@@ -115,17 +115,21 @@ class Precision(Frozen):
         return rule
 
 
-def precision(value: str | Path | Precision) -> Precision:
-    """A Precision from a preset's name ("fgmp", "fp8", "fp16"), a YAML file's path, or itself.
+def precision(value: str | Path | Rule | Precision) -> Precision:
+    """A Precision from a preset's name ("fgmp", "fp8", "fp16"), a YAML file's path, one rule for all, or itself.
 
     Raises:
         ConfigError: neither a preset nor a file; or the file's keys or values are wrong.
     """
     if isinstance(value, Precision):
         return value
-    if value in PRESETS:
-        rule = PRESETS[str(value)]
+    rule = PRESETS.get(value) if isinstance(value, str) else value
+    if isinstance(rule, Rule):
         return Precision(input=rule, weight=rule, grad_output=rule)
+    if not isinstance(value, str | Path):
+        raise ConfigError(
+            f"a precision is a name ({listed(PRESETS)}), a YAML file, a Rule or a Precision; got {value!r}"
+        )
     if not Path(value).is_file():
         raise ConfigError(
             f"unknown precision {str(value)!r}{nearest(str(value), PRESETS)}; known: {listed(PRESETS)}, or a YAML file"

@@ -180,3 +180,23 @@ def test_moving_and_casting_the_model_keeps_the_emulation():
     assert model[0].emulation.counters.dtype == torch.int64 and torch.equal(model[0].emulation.counters, counters)
     assert model(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
     assert model.to("meta")[0].emulation.counters.device.type == "meta"
+
+
+def test_relus_are_swapped_only_beside_emulated_layers():
+    model = lnpu.convert(small_model(), "fgmp", overrides={"*": None})
+    assert type(model[2]) is nn.ReLU
+    assert type(lnpu.convert(model, "fgmp")[2]) is lnpu.nn.ReLU
+    assert type(lnpu.revert(model)[2]) is nn.ReLU
+
+
+def test_coverage_warns_of_torchs_fast_path():
+    encoder = lnpu.convert(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), "fp8").eval()
+    assert "set_fastpath_enabled(False)" in str(lnpu.coverage(encoder))
+    x, enabled = torch.randn(2, 5, 8), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with lnpu.CostCounter(encoder) as cost, torch.no_grad():
+            encoder(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+    assert {entry.layer for entry in cost.counts.steps} == {"linear1", "linear2"}

@@ -17,7 +17,19 @@ PACKAGE = ROOT / "lnpu_torch"
 
 # A module imports only what stands before it in its row, and what ACROSS gives it.
 NUMERICS = ["config", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
-NUMERICS += ["loops", "cpu", "cpu_counting", "gpu", "ops", "products", "emulation", "functional", "nn", "convert"]
+NUMERICS += [
+    "loops",
+    "cpu",
+    "cpu_counting",
+    "gpu",
+    "ops",
+    "products",
+    "emulation",
+    "rounding",
+    "functional",
+    "nn",
+    "convert",
+]
 COST = ["config", "counts", "tables", "chip", "rows", "report", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}

@@ -17,11 +17,14 @@ CASES = {
     "linear": (nn.Linear, (7, 5), {}, (6, 7)),
     "linear 4d": (nn.Linear, (7, 5), {}, (2, 3, 2, 7)),
     "linear 3d no bias": (nn.Linear, (7, 5), {"bias": False}, (2, 3, 7)),
+    "linear permuted": (nn.Linear, (7, 5), {}, (2, 7, 3, 4)),
     "linear unbatched": (nn.Linear, (7, 5), {}, (7,)),
     "conv1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}, (3, 4, 17)),
     "conv2d": (nn.Conv2d, (3, 5, 3), {"padding": 1}, (2, 3, 7, 6)),
     "conv2d strides": (nn.Conv2d, (3, 5, (3, 2)), {"stride": (2, 3), "padding": (1, 0), "bias": False}, (2, 3, 9, 8)),
     "conv2d depthwise": (nn.Conv2d, (4, 8, 3), {"groups": 4, "padding": 2, "dilation": 2}, (2, 4, 7, 7)),
+    "conv2d batch of one": (nn.Conv2d, (8, 6, 3), {}, (1, 8, 9, 9)),
+    "transposed 2d batch of one": (nn.ConvTranspose2d, (8, 6, 3), {"groups": 2}, (1, 8, 9, 9)),
     "conv2d 1x1": (nn.Conv2d, (4, 8, 1), {}, (2, 4, 5, 5)),
     "conv2d unbatched": (nn.Conv2d, (3, 5, 3), {}, (3, 6, 6)),
     "conv2d same": (nn.Conv2d, (3, 4, (4, 3)), {"padding": "same", "dilation": (1, 2)}, (2, 3, 6, 7)),
@@ -45,7 +48,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def case(request):
     layer_class, args, kwargs, shape = request.param
     torch.manual_seed(1)
-    return layer_class(*args, **kwargs), torch.randn(shape)
+    x = torch.randn(shape)
+    return layer_class(*args, **kwargs), x.movedim(1, -1) if layer_class is nn.Linear and shape[-1] != 7 else x
 
 
 def run(layer, x, error=None):
@@ -68,6 +72,18 @@ def test_all_operands_in_float_is_torch_bit_for_bit(case, dtype):
     layer, x = layer.to(dtype), x.to(dtype)
     expected = run(layer, x)
     assert all_equal(run(lnpu.convert(layer, FLOAT), x), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 6, 3), nn.ConvTranspose2d(8, 6, 3, groups=2)])
+def test_channels_last_stays_torchs(layer, batch):
+    x = torch.randn(batch, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    expected = run(layer, x)
+    for precision in (FLOAT, "fgmp"):
+        ours = run(lnpu.convert(layer, precision), x)
+        assert [t.stride() for t in ours] == [t.stride() for t in expected]
+        assert precision == "fgmp" or all_equal(ours, expected)
+    lnpu.revert(layer)
 
 
 def test_all_operands_in_float_under_autocast(case):

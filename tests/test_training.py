@@ -86,12 +86,11 @@ def test_channels_last_counts_and_computes_alike():
     assert all(steps(x)[key].first == entry.first for key, entry in steps(y).items() if key[0] == "0")
 
 
-def test_double_backward_says_so():
-    layer = lnpu.nn.Linear(4, 4)
+@pytest.mark.parametrize("layer", [lnpu.nn.Linear(4, 4), lnpu.nn.Linear(4, 4, precision=Precision()), lnpu.nn.ReLU()])
+def test_double_backward_says_so(layer):
     x = torch.randn(2, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="double backward through an emulated layer is not supported"):
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"double backward .* is not supported"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 def test_what_nobody_asked_for_is_not_run():
@@ -154,6 +153,23 @@ def test_wrong_inputs_are_named():
         layer(torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="expected 3D"):
         lnpu.nn.Conv2d(3, 4, 3)(torch.ones(3, 3))
+
+
+def test_what_is_no_precision_is_refused_and_a_rule_is_one():
+    layer = lnpu.convert(nn.Linear(2, 2), Rule(low=None))
+    assert layer.emulation.precision == lnpu.nn.Linear(2, 2, precision="fp16").emulation.precision
+    with pytest.raises(ConfigError, match="a precision is a name"):
+        lnpu.convert(nn.Linear(2, 2), 3)
+
+
+def test_what_cannot_be_rounded_is_named():
+    for x in (torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.complex64), [1.0]):
+        with pytest.raises(TypeError, match="floats can be rounded"):
+            lnpu.quantize(x)
+    with pytest.raises(TypeError, match="a threshold is an integer"):
+        lnpu.quantize(torch.ones(2), threshold=1.5)
+    with pytest.raises(ValueError, match="without FP8 has no threshold"):
+        lnpu.quantize(torch.ones(2), "fp16", threshold=1)
 
 
 def test_counting_a_float_model_says_what_to_do():

@@ -1,0 +1,63 @@
+"""Rounding a tensor as an operand would be, apart from any layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lnpu_torch import ops
+from lnpu_torch.config import ConfigError, listed, nearest
+from lnpu_torch.emulation import Emulation
+from lnpu_torch.precision import PRESETS, Precision, Rule
+
+
+def quantize(
+    x: Tensor, rule: str | Rule = "fgmp", *, threshold: int | None = None, return_groups: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Round a tensor as an operand would be, by `reference.quantize`. Gradients pass straight through.
+
+    Args:
+        x: any shape and floating dtype.
+        rule: "fgmp", "fp8", "fp16", or a `Rule`.
+        threshold: T, an integer; without it, the rule chooses one for x itself.
+        return_groups: also return each element's group (uint8: 0 zero, 8, 16).
+
+    Raises:
+        ConfigError: no such rule.
+        TypeError: x is no floating-point tensor, or the threshold no integer.
+        ValueError: the threshold is out of range, or the rule has none.
+    """
+    if not isinstance(rule, Rule):
+        if not isinstance(rule, str) or rule not in PRESETS:
+            raise ConfigError(
+                f"unknown rule {rule!r}{nearest(str(rule), PRESETS)}; known: {listed(PRESETS)}, or a Rule"
+            )
+        rule = PRESETS[rule]
+    if not (isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+        raise TypeError(f"a tensor of 16, 32 or 64-bit floats can be rounded, not {getattr(x, 'dtype', type(x))}")
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int):
+            raise TypeError(f"a threshold is an integer, T = 4 e + k, not {threshold!r}")
+        if not rule.low:
+            raise ValueError("a rule without FP8 has no threshold")
+        rule.check_threshold(threshold)
+        rule = Rule(low=rule.low, high=rule.high, threshold=threshold, rounding=rule.rounding)
+    values, groups = _StraightThrough.apply(x, rule, return_groups)  # type: ignore[no-untyped-call]
+    return (values, groups) if return_groups else values
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: Rule, want_groups: bool) -> tuple[Tensor, Tensor]:
+        emulation = Emulation(Precision(input=rule), x.device)
+        text = rule.model_dump_json()
+        threshold = ops.next_threshold(x, emulation.thresholds, 0, text, False)
+        values, groups, _ = ops.quantize(x, threshold, emulation.seed(x), text, 0, want_groups)
+        ctx.mark_non_differentiable(groups)
+        return values.to(x.dtype), groups
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
