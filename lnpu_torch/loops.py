@@ -209,49 +209,36 @@ def _sum(row, first, stride, count):
 def meetings(big, small, big_meets, small_meets, strides, both):
     """Pairs of non-zeros of two grids [samples, D, H, W] under all kernel offsets, added to `both` [2, 2].
 
-    Both grids come as [2, ...], FP8 and wide. What a window holds of the big grid is summed up first.
+    Both grids come as [2, ...], FP8 and wide. What a window holds of the big grid is summed up first, dimension by
+    dimension: over depth and height into a row of the big grid, then along it.
     """
-    seen = np.empty((2, *small.shape[3:]), np.int64)
+    columns = np.empty((2, big.shape[4]), np.int32)
+    seen = np.empty((2, small.shape[4]), np.int32)
     for n in range(big.shape[1]):
         for p in range(small.shape[2]):
-            seen[:] = 0
-            for r in range(big_meets.shape[1]):
-                i = p - small_meets[0, r, 0]
-                if 0 <= i < small_meets[0, r, 1]:
-                    plane = big[:, n, big_meets[0, r, 0] + i * strides[0]]
-                    _see(plane, seen, big_meets, small_meets, strides)
-            for a in range(2):
-                for b in range(2):
-                    both[a, b] += _dot(seen[a], small[b, n, p])
-
-
-@compiled
-def _see(plane, seen, big_meets, small_meets, strides):
-    for a in range(2):
-        for s in range(big_meets.shape[1]):
-            for j in range(small_meets[1, s, 1]):
-                source = plane[a, big_meets[1, s, 0] + j * strides[1]]
-                target = seen[a, small_meets[1, s, 0] + j]
+            for q in range(small.shape[3]):
+                columns[:] = 0
+                for r in range(big_meets.shape[1]):
+                    i = p - small_meets[0, r, 0]
+                    for s in range(big_meets.shape[1]):
+                        j = q - small_meets[1, s, 0]
+                        if 0 <= i < small_meets[0, r, 1] and 0 <= j < small_meets[1, s, 1]:
+                            d, h = big_meets[0, r, 0] + i * strides[0], big_meets[1, s, 0] + j * strides[1]
+                            for k in range(columns.shape[1]):
+                                columns[0, k] += big[0, n, d, h, k]
+                                columns[1, k] += big[1, n, d, h, k]
+                seen[:] = 0
                 for t in range(big_meets.shape[1]):
-                    count = small_meets[2, t, 1]
-                    from_ = source[big_meets[2, t, 0] :]
-                    into = target[small_meets[2, t, 0] : small_meets[2, t, 0] + count]
-                    if strides[2] == 1:
-                        for k in range(count):
-                            into[k] += from_[k]
-                    else:
-                        for k in range(count):
-                            into[k] += from_[k * strides[2]]
-
-
-@compiled
-def _dot(a, b):
-    total = 0
-    for j in range(a.shape[0]):
-        left, right = a[j], b[j]
-        for k in range(len(left)):
-            total += left[k] * right[k]
-    return total
+                    first, start, stride = small_meets[2, t, 0], big_meets[2, t, 0], strides[2]
+                    for k in range(small_meets[2, t, 1]):
+                        seen[0, first + k] += columns[0, start + k * stride]
+                        seen[1, first + k] += columns[1, start + k * stride]
+                for a in range(2):
+                    for b in range(2):
+                        total = 0
+                        for k in range(seen.shape[1]):
+                            total += np.int64(seen[a, k]) * small[b, n, p, q, k]
+                        both[a, b] += total
 
 
 @compiled

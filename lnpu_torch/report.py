@@ -27,6 +27,7 @@ SHORT = {"forward": "forward (FF)", "grad_input": "grad_input (EP)", "grad_weigh
 class Report:
     """A priced run on one chip. `str()` is a table; a rich console prints it too.
 
+    `grouped` says whether a row is a layer's step (None), a "layer" or a "step"; the total is the same whichever.
     `band` says what the ends of `energy_range_pj` stand for, None if the chip gives no range; `notes` are
     printed below the table.
     """
@@ -36,11 +37,16 @@ class Report:
     parts: tuple[Part, ...]
     band: str | None
     notes: tuple[str, ...]
+    grouped: Literal["layer", "step"] | None = None
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """One row per layer and step, in the model's order."""
-        return tuple(part.row for part in self.parts)
+        """One row per layer and step (or per group), in the model's order."""
+        groups: dict[tuple[str, ...], list[Part]] = {}
+        for part in self.parts:
+            key = (part.layer, part.step) if self.grouped is None else (getattr(part, self.grouped),)
+            groups.setdefault(key, []).append(part)
+        return tuple(self._sum(group).row for group in groups.values())
 
     @property
     def total(self) -> Row:
@@ -67,14 +73,7 @@ class Report:
         """The same report with one row per layer, or per step. Raises ValueError for another key."""
         if key not in ("layer", "step"):
             raise ValueError(f"a report is grouped by 'layer' or 'step', not {key!r}")
-        groups: dict[str, list[Part]] = {}
-        for part in self.parts:
-            groups.setdefault(getattr(part, key), []).append(part)
-        parts = (
-            add(group, group[0].layer, group[0].kind, ALL) if key == "layer" else add(group, ALL, ALL, group[0].step)
-            for group in groups.values()
-        )
-        return replace(self, parts=tuple(parts))
+        return replace(self, grouped=key)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, exact: what `to_json` writes."""
@@ -107,6 +106,12 @@ class Report:
     def _blocks(self) -> list[RenderableType]:
         return [_table(self), *map(Text, _footer(self))]
 
+    def _sum(self, group: list[Part]) -> Part:
+        """The parts of one row; what differs within it is "all"."""
+        first, by = group[0], self.grouped
+        layer, kind = (ALL, ALL) if by == "step" else (first.layer, first.kind)
+        return add(group, layer, kind, ALL if by == "layer" else first.step)
+
     @property
     def _total(self) -> Part:
         return add(self.parts, "total", ALL, ALL)
@@ -119,7 +124,7 @@ class Comparison:
     """
 
     def __init__(self, reports: Sequence[Report]) -> None:
-        keys = [[(part.layer, part.step) for part in report.parts] for report in reports]
+        keys = [[(row.layer, row.step) for row in report.rows] for report in reports]
         if not reports or any(other != keys[0] for other in keys):
             raise ValueError("reports of one run, grouped alike, can stand side by side; these differ")
         self.reports = tuple(reports)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,20 @@ class Part:
         )
 
 
+FLOATS = ("cycles", "energy_pj", "low_pj", "high_pj")
+
+
 def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
     """One part for several, under these names."""
     added = [field.name for field in fields(Part) if field.name not in ("layer", "kind", "step", "pairs")]
     pairs: Counter[str] = Counter()
     for part in parts:
         pairs.update(part.pairs)
-    sums = {name: sum(getattr(part, name) for part in parts) for name in added}
+    columns = {name: [getattr(part, name) for part in parts] for name in added}
+    # floats are summed exactly and rounded once, so that their order does not matter
+    sums: dict[str, Any] = {
+        name: math.fsum(values) if name in FLOATS else sum(values) for name, values in columns.items()
+    }
     return Part(layer, kind, step, pairs=dict(pairs), **sums)
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from rich.console import Console
 
 from lnpu_torch.config import ConfigError
 from lnpu_torch.cost import price
-from lnpu_torch.report import Comparison, csv_text, json_text
-from lnpu_torch.rows import FIELDS, NOT_MODELLED, Row
+from lnpu_torch.report import Comparison, Report, csv_text, json_text
+from lnpu_torch.rows import FIELDS, NOT_MODELLED, Part, Row
 from lnpu_torch.tables import si
 
 FIELDS_EXPECTED = [
@@ -207,3 +208,34 @@ def test_only_reports_of_one_run_stand_side_by_side() -> None:
 )
 def test_numbers_with_units(value: float | None, unit: str, text: str) -> None:
     assert si(value, unit) == text
+
+
+def test_totals_do_not_depend_on_the_grouping() -> None:
+    """To the last digit, though sums of floats in another order would differ there."""
+    energies = (0.1, 0.2, 0.3, 1e16, -1e16, 0.7, 1e-3)
+    parts = tuple(
+        Part(
+            f"l{i % 3}",
+            "Linear",
+            ("forward", "grad_input")[i % 2],
+            0,
+            0,
+            0,
+            0,
+            {},
+            0,
+            0,
+            0,
+            energy,
+            energy,
+            energy,
+            energy,
+        )
+        for i, energy in enumerate(energies)
+    )
+    totals = [
+        Report("c", 1.0, order, None, ()).by(key).total.energy_pj
+        for order in (parts, parts[::-1])
+        for key in ("layer", "step")
+    ]
+    assert totals == [math.fsum(energies)] * 4
