@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -169,7 +168,7 @@ def peak_of_one_variant(options: argparse.Namespace) -> int:
     """The most resident memory of three steps, less what the process had before the model was built."""
     warm = stepper(variant("resnet18_cifar", "cpu", options.precision), 2, "cpu")
     warm()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     step = stepper(
         variant(options.models[0], "cpu", options.precision if options.memory_of == "emulated" else None),
         options.batch,
@@ -177,7 +176,13 @@ def peak_of_one_variant(options: argparse.Namespace) -> int:
     )
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> int:
+    """Bytes of resident memory now (VmRSS) or at the most (VmHWM); getrusage's would include the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024
 
 
 def gpu_peak(step: Callable[[], None]) -> int:
