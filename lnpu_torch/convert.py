@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnpu_torch.config import ConfigError, listed, nearest
-from lnpu_torch.emulation import Emulation
 from lnpu_torch.nn import LAYERS, Emulated, ReLU, emulated_layers
 from lnpu_torch.precision import Precision, Rule, precision
 
@@ -141,7 +140,7 @@ def _rows(model: nn.Module) -> Iterator[CoverageRow]:
         if any(isinstance(part, parametrize.ParametrizationList) for part in _ancestors(model, name)):
             continue
         owned = list(module.parameters(recurse=parametrize.is_parametrized(module)))
-        if isinstance(module, nn.Module) and (owned or type(module) in LAYERS):
+        if owned or type(module) in LAYERS:
             count = sum(p.numel() for p in owned if not isinstance(p, nn.parameter.UninitializedParameter))
             kind = type(module).__name__.removeprefix("Parametrized")
             yield CoverageRow(name or "(model)", kind, isinstance(module, Emulated), _reason(module), count)
@@ -188,7 +187,7 @@ def _convert(module: nn.Module, chosen: Precision) -> None:
 
 
 def _revert(module: nn.Module) -> None:
+    if isinstance(module, Emulated):
+        del module.emulation
     if isinstance(module, Emulated | ReLU):
         module.__class__ = module.torch_class  # type: ignore[assignment]
-    if isinstance(getattr(module, "emulation", None), Emulation):
-        del module.emulation

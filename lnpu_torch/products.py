@@ -172,5 +172,4 @@ class Convolution:
 
 def _unread(like: Tensor, shape: torch.Size) -> Tensor:
     """What stands in for an operand that a step does not read: of its shape, and in the same memory format."""
-    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return like.new_empty(shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=ops.memory_format(like))
