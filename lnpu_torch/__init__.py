@@ -10,9 +10,10 @@ from lnpu_torch import functional, nn  # noqa: E402
 from lnpu_torch.chip import Chip, chip  # noqa: E402
 from lnpu_torch.config import ConfigError  # noqa: E402
 from lnpu_torch.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
-from lnpu_torch.cost import CostCounter, price  # noqa: E402
+from lnpu_torch.cost import CostCounter  # noqa: E402
 from lnpu_torch.counts import Counts  # noqa: E402
 from lnpu_torch.precision import Precision, Rule  # noqa: E402
+from lnpu_torch.pricing import price  # noqa: E402
 from lnpu_torch.report import Report  # noqa: E402
 from lnpu_torch.rounding import quantize  # noqa: E402
 from lnpu_torch.rows import Row  # noqa: E402

@@ -103,12 +103,6 @@ class Chip(Frozen):
         fp8, fp16 = self.macs_per_cycle.fp8, self.macs_per_cycle.fp16
         return (fp8_macs / fp8.value if fp8 else 0.0) + fp16_macs / fp16.value
 
-    def energy_pj(self, fp8_macs: int, fp16_macs: int, skipped: int, fp16_to_fp8: float | None = None) -> float:
-        """Energy of these multiplications and skipped slots, in pJ, at the chip's ratio or at another."""
-        line = self.energy
-        ratio = line.fp16_to_fp8.value if fp16_to_fp8 is None else fp16_to_fp8
-        return line.fp8_mac_pj.value * (fp8_macs + ratio * fp16_macs) + line.skipped_slot_pj.value * skipped
-
     def values(self) -> dict[str, Tagged[Any]]:
         """Every tagged value under its dotted key, as in the YAML."""
         return dict(_tagged(self, ""))
@@ -151,7 +145,7 @@ def chips_table(chips: Sequence[Chip]) -> Table:
             *(skip.forward.value, skip.grad_input.value, skip.grad_weight.value),
             f"{each.operating_point.clock_hz.value / 1e6:g}",
             *(f"{fp8.value}" if fp8 else "-", f"{each.macs_per_cycle.fp16.value}"),
-            *(f"{line.fp8_mac_pj.value:g}" if fp8 else "-", f"{each.energy_pj(0, 1, 0):g}"),
+            *(f"{line.fp8_mac_pj.value:g}" if fp8 else "-", f"{line.fp8_mac_pj.value * line.fp16_to_fp8.value:g}"),
             f"{line.skipped_slot_pj.value:g}",
         )
     return table

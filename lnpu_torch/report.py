@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lnpu_torch.config import write_text
-from lnpu_torch.rows import FIELDS, NOT_MODELLED, Part, Row, add, share
+from lnpu_torch.rows import FIELDS, Part, Row, add, share
 from lnpu_torch.tables import add_row, plain, plain_table, si
+from lnpu_torch.units import pj
 
 ALL = "all"
 SHORT = {"forward": "forward (FF)", "grad_input": "grad_input (EP)", "grad_weight": "grad_weight (WG)"}
@@ -61,7 +62,8 @@ class Report:
     @property
     def energy_range_pj(self) -> tuple[float, float]:
         """The total energy at either end of the band, in pJ."""
-        return self._total.low_pj, self._total.high_pj
+        low, high = self._total.range_zj
+        return pj(low), pj(high)
 
     @property
     def tflops_per_watt(self) -> float | None:
@@ -94,7 +96,7 @@ class Report:
         write_text(path, json_text(self))
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows as CSV, without the total; `pairs` is JSON, None an empty cell. Raises ConfigError."""
+        """Write the rows as CSV, without the total; a mapping is JSON, None an empty cell. Raises ConfigError."""
         write_text(path, csv_text(self))
 
     def __rich__(self) -> RenderableType:
@@ -136,12 +138,13 @@ class Comparison:
         return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
-        return [self._energies(), self._totals(), *map(Text, (LACKING, *self._notes()))]
+        return [self._energies(), self._totals(), *map(Text, self._notes())]
 
     def _notes(self) -> Iterator[str]:
         """Each note once, with the chips it holds for unless it holds for all."""
-        for note in dict.fromkeys(note for report in self.reports for note in report.notes):
-            chips = [report.chip for report in self.reports if note in report.notes]
+        notes = [[*_lacking(report), *report.notes] for report in self.reports]
+        for note in dict.fromkeys(note for each in notes for note in each):
+            chips = [report.chip for report, each in zip(self.reports, notes, strict=True) if note in each]
             yield note if len(chips) == len(self.reports) else f"{', '.join(chips)}: {note}"
 
     def _energies(self) -> Table:
@@ -184,7 +187,8 @@ def csv_text(report: Report | Sequence[Report]) -> str:
     writer.writeheader()
     for each in [report] if isinstance(report, Report) else report:
         for row in each.rows:
-            writer.writerow({"chip": each.chip, **asdict(row), "pairs": json.dumps(row.pairs)})
+            cells = {name: json.dumps(cell) if isinstance(cell, dict) else cell for name, cell in asdict(row).items()}
+            writer.writerow({"chip": each.chip, **cells})
     return text.getvalue()
 
 
@@ -201,7 +205,11 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 """The table's columns of numbers: heading, field of Row, how it is written."""
 
-LACKING = f"not modelled yet, and not in these figures: {', '.join(NOT_MODELLED)}"
+
+def _lacking(report: Report) -> list[str]:
+    """Names what no model covers, if anything is counted at all."""
+    missing = report.total.not_modelled if report.parts else ()
+    return [f"not modelled, and not in these figures: {', '.join(missing)}"] if missing else []
 
 
 def _table(report: Report) -> Table:
@@ -221,7 +229,7 @@ def _footer(report: Report) -> list[str]:
         f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too)",
         *([f"energy band: {_band(report)}, {report.band}"] if report.band else []),
         f"executed, streamed operand first: {pairs}",
-        LACKING,
+        *_lacking(report),
         *report.notes,
     ]
 

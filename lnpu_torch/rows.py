@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar
+
+from lnpu_torch.units import pj
+
+Key = TypeVar("Key", bound=str)
+Component = Literal["mac", "sram", "simd", "dram"]
+COMPONENTS: tuple[Component, ...] = ("mac", "sram", "simd", "dram")
+"""What energy is spent on; "dram" is outside the chip, and outside TFLOPS/W."""
+
+ON_CHIP: tuple[Component, ...] = ("mac", "sram", "simd")
 
 
 @dataclass(frozen=True)
@@ -15,8 +24,12 @@ class Row:
 
     `pairs` splits `executed` by the groups of the two operands, the streamed one first ("fp8*fp16"; "zero" where zeros
     were multiplied). `zero_share` is zeros over elements of the streamed operand, `fp8_share` FP8 elements over its
-    non-zeros; None where there are none. None in `utilisation`, `sram_bits`, `dram_bits` and `dram_energy_pj` means
-    not modelled. Raises ValueError if the slots or the pairs do not add up.
+    non-zeros; None where there are none. `energy_pj` is the chip's: MACs, SRAM and SIMD core, as far as these are
+    modelled; `dram_energy_pj` is apart. `dense_dram_bits` is what DRAM would move if all were dense FP16.
+
+    `energy_zj` has the exact energies by component, of which those in pJ are the nearest floats. None in
+    `utilisation`, in a number of bits or in an energy, and a component that `energy_zj` lacks, means that no model
+    covers it. Raises ValueError if the slots or the pairs do not add up.
     """
 
     layer: str
@@ -33,9 +46,14 @@ class Row:
     cycles: float
     utilisation: float | None
     energy_pj: float
+    mac_energy_pj: float | None
+    sram_energy_pj: float | None
+    simd_energy_pj: float | None
     sram_bits: int | None
     dram_bits: int | None
+    dense_dram_bits: int | None
     dram_energy_pj: float | None
+    energy_zj: dict[str, int]
 
     def __post_init__(self) -> None:
         name = f"{self.layer} {self.step}"
@@ -44,39 +62,62 @@ class Row:
         if sum(self.pairs.values()) != self.executed:
             raise ValueError(f"{name}: pairs do not add up to executed")
 
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        """Names of the fields that no model filled."""
+        return tuple(name for name in MODELLED if getattr(self, name) is None)
+
 
 FIELDS = [field.name for field in fields(Row)]
-NOT_MODELLED = ("utilisation", "sram_bits", "dram_bits", "dram_energy_pj")
-"""Fields of Row that no cost model fills yet."""
+MODELLED = (
+    "utilisation",
+    *("mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
+    *("sram_bits", "dram_bits", "dense_dram_bits", "dram_energy_pj"),
+)
+"""Fields of Row that are None where no model fills them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one row is made of, everything in it a sum: parts add up where shares do not.
+    """What a row is made of, everything in it a sum: parts add up where shares do not.
 
-    `zero`, `fp8` and `wide` are elements of the streamed operand; `low_pj` and `high_pj` the energy at either end of
-    the report's band.
+    `zero`, `fp8` and `wide` are elements of the streamed operand. `ideal_cycles` are those with every lane busy, None
+    where utilisation is not modelled. `energy` is in zJ by component, and `bits` the traffic ("sram_read",
+    "sram_write", "dram_read", "dram_write", "dense_dram"): a key that is missing is not modelled, or not in this part.
+    `band` is what either end of the report's band adds to the energy, in zJ.
     """
 
     layer: str
     kind: str
     step: str
-    slots: int
-    skipped: int
-    padding: int
-    not_run: int
-    pairs: dict[str, int]
-    zero: int
-    fp8: int
-    wide: int
-    cycles: float
-    energy_pj: float
-    low_pj: float
-    high_pj: float
+    slots: int = 0
+    skipped: int = 0
+    padding: int = 0
+    not_run: int = 0
+    pairs: dict[str, int] = field(default_factory=dict)
+    zero: int = 0
+    fp8: int = 0
+    wide: int = 0
+    cycles: float = 0.0
+    ideal_cycles: float | None = None
+    energy: dict[Component, int] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
+    band: tuple[int, int] = (0, 0)
+
+    @property
+    def chip_zj(self) -> int:
+        """Energy of what is modelled of the chip, in zJ; DRAM is apart."""
+        return sum(self.energy.get(component, 0) for component in ON_CHIP)
+
+    @property
+    def range_zj(self) -> tuple[int, int]:
+        """`chip_zj` at either end of the report's band."""
+        return self.chip_zj + self.band[0], self.chip_zj + self.band[1]
 
     @property
     def row(self) -> Row:
         """The row, with its shares."""
+        energy = {component: pj(zj) for component, zj in self.energy.items()}
         return Row(
             layer=self.layer,
             kind=self.kind,
@@ -90,26 +131,49 @@ class Part:
             zero_share=share(self.zero, self.zero + self.fp8 + self.wide),
             fp8_share=share(self.fp8, self.fp8 + self.wide),
             cycles=self.cycles,
-            energy_pj=self.energy_pj,
-            **dict.fromkeys(NOT_MODELLED),
+            utilisation=None if self.ideal_cycles is None else share(self.ideal_cycles, self.cycles),
+            energy_pj=pj(self.chip_zj),
+            mac_energy_pj=energy.get("mac"),
+            sram_energy_pj=energy.get("sram"),
+            simd_energy_pj=energy.get("simd"),
+            sram_bits=self._bits("sram_read", "sram_write"),
+            dram_bits=self._bits("dram_read", "dram_write"),
+            dense_dram_bits=self._bits("dense_dram"),
+            dram_energy_pj=energy.get("dram"),
+            energy_zj={component: self.energy[component] for component in COMPONENTS if component in self.energy},
         )
 
+    def _bits(self, *kinds: str) -> int | None:
+        known = [self.bits[kind] for kind in kinds if kind in self.bits]
+        return sum(known) if known else None
 
-FLOATS = ("cycles", "energy_pj", "low_pj", "high_pj")
+
+SUMS = ("slots", "skipped", "padding", "not_run", "zero", "fp8", "wide")
 
 
 def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
-    """One part for several, under these names."""
-    added = [field.name for field in fields(Part) if field.name not in ("layer", "kind", "step", "pairs")]
-    pairs: Counter[str] = Counter()
-    for part in parts:
-        pairs.update(part.pairs)
-    columns = {name: [getattr(part, name) for part in parts] for name in added}
-    # floats are summed exactly and rounded once, so that their order does not matter
-    sums: dict[str, Any] = {
-        name: math.fsum(values) if name in FLOATS else sum(values) for name, values in columns.items()
-    }
-    return Part(layer, kind, step, pairs=dict(pairs), **sums)
+    """One part for several, under these names. Cycles are summed exactly and rounded once, whatever their order."""
+    ideal = [part.ideal_cycles for part in parts if part.ideal_cycles is not None]
+    return Part(
+        layer=layer,
+        kind=kind,
+        step=step,
+        **{name: sum(getattr(part, name) for part in parts) for name in SUMS},
+        pairs=_added(part.pairs for part in parts),
+        cycles=math.fsum(part.cycles for part in parts),
+        ideal_cycles=math.fsum(ideal) if ideal else None,
+        energy=_added(part.energy for part in parts),
+        bits=_added(part.bits for part in parts),
+        band=(sum(part.band[0] for part in parts), sum(part.band[1] for part in parts)),
+    )
+
+
+def _added(tables: Iterable[dict[Key, int]]) -> dict[Key, int]:
+    """One table for several: a key is there if it is in any."""
+    total: Counter[Key] = Counter()
+    for table in tables:
+        total.update(table)
+    return dict(total)
 
 
 def share(part: float, whole: float) -> float | None:

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 from lnpu_torch.chip import chip, chip_table, chips, chips_table
 from lnpu_torch.config import CONFIGS, ConfigError, builtin_names
+from lnpu_torch.energies import event_energies
 from lnpu_torch.tables import plain
+from lnpu_torch.units import pj
 
 
 @pytest.mark.parametrize("name", builtin_names("chips"))
@@ -39,10 +41,11 @@ def test_the_built_in_chips() -> None:
 
 def test_energy_line_and_rates() -> None:
     lnpu = chip("lnpu")
-    assert lnpu.energy_pj(1, 0, 0) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
-    assert lnpu.energy_pj(1, 0, 9) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # per slot at 90 % zeros
-    assert lnpu.energy_pj(0, 1, 0) == 2 * lnpu.energy_pj(1, 0, 0)
-    assert lnpu.energy_pj(0, 1, 0, fp16_to_fp8=4.0) == 4 * lnpu.energy_pj(1, 0, 0)
+    energies = event_energies(lnpu)
+    assert pj(energies.fp8_mac) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
+    assert pj(energies.fp8_mac + 9 * energies.skipped_slot) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
+    assert energies.fp16_mac == 2 * energies.fp8_mac
+    assert energies.fp16_band == (0, 2 * energies.fp8_mac)  # from twice to four times
     assert lnpu.cycles(1536, 0) == lnpu.cycles(0, 768) == 1
     assert chip("lnpu-fp16").cycles(0, 1536) == 2
 

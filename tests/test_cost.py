@@ -12,8 +12,9 @@ from handmade import counts, network, step, variant
 import lnpu_torch as lnpu
 from lnpu_torch.chip import Chip
 from lnpu_torch.config import ConfigError, builtin_names
-from lnpu_torch.cost import CostCounter, price
+from lnpu_torch.cost import CostCounter
 from lnpu_torch.counts import Counts
+from lnpu_torch.pricing import price
 from lnpu_torch.rows import Row
 
 E8, E16, SKIP = 0.575, 1.15, 0.024  # pJ, as in lnpu.yaml

@@ -30,7 +30,8 @@ NUMERICS += [
     "nn",
     "convert",
 ]
-COST = ["config", "counts", "tables", "chip", "rows", "report", "counters", "cost", "cli"]
+COST = ["config", "units", "counts", "tables", "chip", "energies", "rows", "report", "pricing"]
+COST += ["counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}

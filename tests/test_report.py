@@ -12,9 +12,9 @@ from handmade import counts, network, step
 from rich.console import Console
 
 from lnpu_torch.config import ConfigError
-from lnpu_torch.cost import price
+from lnpu_torch.pricing import price
 from lnpu_torch.report import Comparison, Report, csv_text, json_text
-from lnpu_torch.rows import FIELDS, NOT_MODELLED, Part, Row
+from lnpu_torch.rows import FIELDS, MODELLED, Part, Row
 from lnpu_torch.tables import si
 
 FIELDS_EXPECTED = [
@@ -32,16 +32,22 @@ FIELDS_EXPECTED = [
     "cycles",
     "utilisation",
     "energy_pj",
+    "mac_energy_pj",
+    "sram_energy_pj",
+    "simd_energy_pj",
     "sram_bits",
     "dram_bits",
+    "dense_dram_bits",
     "dram_energy_pj",
+    "energy_zj",
 ]
 
 
 def test_a_row_has_these_fields() -> None:
     assert FIELDS_EXPECTED == FIELDS == [field.name for field in dataclasses.fields(Row)]
     (row, *_) = price(network(), "lnpu").rows
-    assert [name for name in FIELDS if getattr(row, name) is None] == list(NOT_MODELLED)
+    assert [name for name in FIELDS if getattr(row, name) is None] == list(row.not_modelled)
+    assert list(row.not_modelled) == [name for name in MODELLED if name != "mac_energy_pj"]
 
 
 def test_a_row_that_does_not_add_up_is_refused() -> None:
@@ -99,6 +105,7 @@ def test_json_and_csv_hold_the_rows_exactly(tmp_path: Path) -> None:
     assert list(lines[0]) == FIELDS
     for line, row in zip(lines, report.rows, strict=True):
         assert json.loads(line.pop("pairs")) == row.pairs
+        assert json.loads(line.pop("energy_zj")) == row.energy_zj
         for name, cell in line.items():
             value = getattr(row, name)
             assert cell == ("" if value is None else str(value))
@@ -126,7 +133,7 @@ def test_the_table() -> None:
     assert lines[5] == ["conv1", "Conv2d", "grad_input", "(EP)", "55", "0", "0", "0", "55", "-", "-", "0", "0", "J"]
     assert lines[4][-2:] == ["36.61", "pJ"]
     assert any(line[:3] == ["total", "all", "all"] for line in lines)
-    assert f"not modelled yet, and not in these figures: {', '.join(NOT_MODELLED)}" in text
+    assert "not modelled, and not in these figures: utilisation, " in text
     assert "energy band: " in text
     assert "2 ... 4 times" in text
     assert "fp8*fp8 " in text
@@ -176,7 +183,7 @@ def test_chips_side_by_side() -> None:
     assert text.count("not memory traffic") == 1
     assert "\ncycles assume" in text  # it holds for both, so no chip is named
     assert "dense-fp16: this chip has no FP8" in text
-    assert f"not modelled yet, and not in these figures: {', '.join(NOT_MODELLED)}" in text
+    assert "not modelled, and not in these figures: utilisation, " in text
 
 
 def test_only_reports_of_one_run_stand_side_by_side() -> None:
@@ -212,30 +219,25 @@ def test_numbers_with_units(value: float | None, unit: str, text: str) -> None:
 
 def test_totals_do_not_depend_on_the_grouping() -> None:
     """To the last digit, though sums of floats in another order would differ there."""
-    energies = (0.1, 0.2, 0.3, 1e16, -1e16, 0.7, 1e-3)
+    numbers = (0.1, 0.2, 0.3, 1e16, -1e16, 0.7, 1e-3)
     parts = tuple(
-        Part(
-            f"l{i % 3}",
-            "Linear",
-            ("forward", "grad_input")[i % 2],
-            0,
-            0,
-            0,
-            0,
-            {},
-            0,
-            0,
-            0,
-            energy,
-            energy,
-            energy,
-            energy,
-        )
-        for i, energy in enumerate(energies)
+        Part(layer=f"l{i % 3}", kind="Linear", step=("forward", "grad_input")[i % 2], cycles=number, energy={"mac": zj})
+        for i, (number, zj) in enumerate(zip(numbers, (1, 10**30, 3, -(10**30), 5, 6, 7), strict=True))
     )
     totals = [
-        Report("c", 1.0, order, None, ()).by(key).total.energy_pj
-        for order in (parts, parts[::-1])
-        for key in ("layer", "step")
+        Report("c", 1.0, order, None, ()).by(key).total for order in (parts, parts[::-1]) for key in ("layer", "step")
     ]
-    assert totals == [math.fsum(energies)] * 4
+    assert [total.cycles for total in totals] == [math.fsum(numbers)] * 4
+    assert [total.energy_zj for total in totals] == [{"mac": 22}] * 4
+
+
+def test_components_add_up_and_a_part_may_lack_some() -> None:
+    conv = Part(layer="conv", kind="Conv2d", step="forward", energy={"mac": 3 * 10**9, "dram": 7 * 10**9})
+    norm = Part(layer="norm", kind="BatchNorm2d", step="forward", energy={"simd": 2 * 10**9}, cycles=8, ideal_cycles=6)
+    report = Report("c", 1.0, (conv, norm), None, ())
+    assert [row.energy_pj for row in report.rows] == [3.0, 2.0]
+    assert (report.rows[0].simd_energy_pj, report.rows[1].mac_energy_pj) == (None, None)
+    total = report.total
+    assert (total.energy_pj, total.mac_energy_pj, total.simd_energy_pj, total.dram_energy_pj) == (5.0, 3.0, 2.0, 7.0)
+    assert (total.sram_energy_pj, report.rows[1].utilisation) == (None, 0.75)
+    assert "simd" not in str(report).split("not modelled")[1]

@@ -1,0 +1,106 @@
+"""Prices what a run did on a chip: counts times energies. Pure; it knows no model, no rounding and no rendering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lnpu_torch.chip import Chip
+from lnpu_torch.chip import chip as read_chip
+from lnpu_torch.counts import OPERANDS, Counts, StepCounts
+from lnpu_torch.energies import Energies, event_energies
+from lnpu_torch.report import Report
+from lnpu_torch.rows import Part
+
+MODELLED = (
+    "cycles assume that every multiplier is busy. Only MACs are priced: not memory traffic, and not what is no MAC "
+    "(normalisation, activations, pooling, the optimizer's update)"
+)
+
+
+def price(counts: Counts, chip: str | Path | Chip) -> Report:
+    """What the counted work costs on a chip. Pure: one saved run can be priced on any number of chips.
+
+    Args:
+        counts: what a run did, as from `CostCounter.counts` or `Counts.load`.
+        chip: a built-in chip's name, a YAML file's path, or a Chip.
+
+    Raises:
+        ConfigError: no such chip, or its file is wrong.
+    """
+    chip = read_chip(chip)
+    ratio, energies = chip.energy.fp16_to_fp8.range, event_energies(chip)
+    return Report(
+        chip=chip.name,
+        clock_hz=chip.operating_point.clock_hz.value,
+        parts=tuple(_part(entry, chip, energies) for entry in counts.steps),
+        band=f"energy of an FP16 MAC {ratio[0]:g} ... {ratio[1]:g} times an FP8 MAC's" if ratio else None,
+        notes=tuple(_notes(counts, chip)),
+    )
+
+
+def _part(entry: StepCounts, chip: Chip, energies: Energies) -> Part:
+    """One step of one layer: what of it is executed, what is skipped, and what both cost."""
+    policy = getattr(chip.skip, entry.step).value
+    streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
+    pairs = _executed(entry, policy)
+    skipped = entry.slots - entry.padding - entry.not_run - sum(pairs.values())
+    fp8_macs, fp16_macs, idle = _work(entry, chip, policy, pairs, skipped)
+    zero, fp8, wide = streamed.elements
+    return Part(
+        layer=entry.layer,
+        kind=entry.kind,
+        step=entry.step,
+        slots=entry.slots,
+        skipped=skipped,
+        padding=entry.padding,
+        not_run=entry.not_run,
+        pairs={"*".join(pair): macs for pair, macs in pairs.items()},
+        zero=zero,
+        fp8=fp8,
+        wide=wide,
+        cycles=chip.cycles(fp8_macs, fp16_macs),
+        energy={"mac": energies.fp8_mac * fp8_macs + energies.fp16_mac * fp16_macs + energies.skipped_slot * idle},
+        band=(energies.fp16_band[0] * fp16_macs, energies.fp16_band[1] * fp16_macs),
+    )
+
+
+def _executed(entry: StepCounts, policy: str) -> dict[tuple[str, str], int]:
+    """Multiplications that are executed, by the groups of the streamed and of the other operand."""
+    first, second = OPERANDS[entry.step]
+    run = {
+        (a, b): entry.pairs[i][j]
+        for i, a in enumerate(("zero", "fp8", entry.first.wide))
+        for j, b in enumerate(("zero", "fp8", entry.second.wide))
+        if not (a == "zero" and policy in (first, "both")) and not (b == "zero" and policy in (second, "both"))
+    }
+    return {(b, a): macs for (a, b), macs in run.items()} if policy == second else run
+
+
+def _work(
+    entry: StepCounts, chip: Chip, policy: str, pairs: dict[tuple[str, str], int], skipped: int
+) -> tuple[int, int, int]:
+    """FP8 multiplications, FP16 multiplications and skipped slots, padding among them as the chip treats it."""
+    first, second = OPERANDS[entry.step]
+    fp8 = sum(macs for pair, macs in pairs.items() if chip.runs_fp8(*pair))
+    fp16 = sum(pairs.values()) - fp8
+    if chip.padding.value == "free":
+        return fp8, fp16, skipped
+    if policy in (first, "both"):  # padding is a zero of the first operand
+        return fp8, fp16, skipped + entry.padding
+    # executed: zero times a value that is not known, taken as FP16
+    if chip.runs_fp8(*(("fp16", "zero") if policy == second else ("zero", "fp16"))):
+        return fp8 + entry.padding, fp16, skipped
+    return fp8, fp16 + entry.padding, skipped
+
+
+def _notes(counts: Counts, chip: Chip) -> list[str]:
+    """What a reader of the report must know about how it came about."""
+    operands = [operand for entry in counts.steps for operand in (entry.first, entry.second)]
+    tags = ", ".join(f"{count} {tag}" for tag, count in chip.tags().items())
+    point = chip.operating_point
+    notes = [MODELLED, f"constants at {point.voltage_v.value:g} V, {point.clock_hz.value / 1e6:g} MHz: {tags}"]
+    if any(operand.wide == "fp32" for operand in operands):
+        notes.append("fp32, an operand left in float, is priced as FP16")
+    if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
+        notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
+    return notes
