@@ -11,9 +11,11 @@ from lnpu_torch.chip import Chip, chip  # noqa: E402
 from lnpu_torch.config import ConfigError  # noqa: E402
 from lnpu_torch.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.cost import CostCounter  # noqa: E402
+from lnpu_torch.counters import uncounted  # noqa: E402
 from lnpu_torch.counts import Counts  # noqa: E402
 from lnpu_torch.precision import Precision, Rule  # noqa: E402
 from lnpu_torch.pricing import price  # noqa: E402
+from lnpu_torch.ranks import SharedThresholds  # noqa: E402
 from lnpu_torch.report import Report  # noqa: E402
 from lnpu_torch.rounding import quantize  # noqa: E402
 from lnpu_torch.rows import Row  # noqa: E402
@@ -28,6 +30,7 @@ __all__ = [
     "Report",
     "Row",
     "Rule",
+    "SharedThresholds",
     "chip",
     "convert",
     "coverage",
@@ -38,4 +41,5 @@ __all__ = [
     "quantize",
     "revert",
     "thresholds",
+    "uncounted",
 ]

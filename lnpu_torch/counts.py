@@ -81,10 +81,12 @@ class StepCounts(Frozen):
 class Counts(Frozen):
     """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
 
-    Sum two of the same model with `+` (epochs, ranks); price one with `lnpu_torch.price`.
+    Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
+    `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
 
     version: Literal[1] = 1
+    extrapolated: bool = False
     steps: tuple[StepCounts, ...]
 
     @model_validator(mode="after")
@@ -96,6 +98,14 @@ class Counts(Frozen):
     def __add__(self, other: Counts) -> Counts:
         return Counts.merge([self, other])
 
+    def __mul__(self, times: int) -> Counts:
+        """The same work so many times over, by doubling."""
+        parts, doubled = [], self
+        while times:
+            parts += [doubled] if times & 1 else []
+            doubled, times = doubled + doubled, times >> 1
+        return Counts.merge(parts)
+
     @classmethod
     def merge(cls, parts: Iterable[Counts]) -> Counts:
         """The sum of counts of one model, as from several epochs or ranks.
@@ -103,11 +113,11 @@ class Counts(Frozen):
         Raises:
             ConfigError: a layer's kind or number format differs between the parts.
         """
-        merged: dict[tuple[str, Step], StepCounts] = {}
+        parts, merged = list(parts), dict[tuple[str, Step], StepCounts]()
         for entry in (entry for part in parts for entry in part.steps):
             key = (entry.layer, entry.step)
             merged[key] = merged[key] + entry if key in merged else entry
-        return cls(steps=tuple(merged.values()))
+        return cls(steps=tuple(merged.values()), extrapolated=any(part.extrapolated for part in parts))
 
     def save(self, path: str | Path) -> None:
         """Write versioned JSON, whole or not at all. Raises ConfigError."""

@@ -140,8 +140,7 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
     """`reference.choose_threshold`; compiled for a contiguous float32 tensor and a rule that looks at its histogram."""
     if not (rule.adaptive and x.is_contiguous() and x.dtype == torch.float32):
         return reference.choose_threshold(x, rule, fallback)
-    smallest, largest = rule.threshold_range
-    counts = loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)
+    counts, smallest = _histogram(x, rule), rule.threshold_range[0]
     total, above = counts.sum(), counts[::-1].cumsum()[::-1][1:]
     if not total:
         return fallback.clone()
@@ -153,6 +152,18 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         fits = np.flatnonzero(error @ counts <= (rule.max_error or 0.0) ** 2 * (signal @ counts))
         best = (above == above[fits[-1] if len(fits) else 0]).argmax()
     return torch.tensor(int(best) + smallest, dtype=torch.int32)
+
+
+def histogram(x: Tensor, rule: Rule) -> Tensor:
+    """`reference.histogram`; compiled for a contiguous float32 tensor."""
+    if not (x.is_contiguous() and x.dtype == torch.float32):
+        return reference.histogram(x, rule)
+    return torch.from_numpy(_histogram(x, rule))
+
+
+def _histogram(x: Tensor, rule: Rule) -> np.ndarray[Any, Any]:
+    smallest, largest = rule.threshold_range
+    return loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=16)

@@ -74,12 +74,15 @@ class Emulation:
         self.accumulator = Accumulator(chosen.accumulate, chosen.chunk)
         self.result_format: str = chosen.result
         self.training = False
+        self.counting = True
+        self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
         self.thresholds = new_thresholds().to(device)
         self.counters = new_counters().to(device)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors, as `nn.Module._apply` does."""
         self.thresholds, self.counters = fn(self.thresholds), fn(self.counters)
+        self.histograms = None if self.histograms is None else fn(self.histograms)
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""
@@ -92,6 +95,10 @@ class Emulation:
     def choose(self, operand: str, x: Tensor, steps: Sequence[str]) -> dict[int, Tensor]:
         """The T of every row by which these steps read an operand; in training also chooses the ones to come."""
         reads = {read.row: read for (step, name), read in self.reads.items() if name == operand and step in steps}
+        if self.training and self.histograms is not None:
+            for row, read in reads.items():
+                if read.rule is not None:
+                    ops.add_histogram(x, self.histograms, row, read.rule)
         return {
             row: ops.next_threshold(x, self.thresholds, row, read.rule, self.training)
             for row, read in reads.items()

@@ -47,14 +47,17 @@ class _Emulated(torch.autograd.Function):
 
         values, weights = _alike(call.values(xs["forward"].values, input, "forward", "input"), ws.values)
         output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
-        counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
-        ops.count_weight_step(emulation.counters[0], *counts, call.sizes, side)
+        if emulation.counting:
+            counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
+            ops.count_weight_step(emulation.counters[0], *counts, call.sizes, side)
 
         kept: list[Tensor | None] = [None] * 3
         if wants[1]:
             x = xs["grad_weight"]
             values = call.values(x.kept, input, "grad_weight", "input")
-            kept = [values, product.cut(x.position.squeeze(1)), product.cut(x.sample)]
+            kept = [values, None, None]
+            if emulation.counting:
+                kept[1:] = product.cut(x.position.squeeze(1)), product.cut(x.sample)
         row = emulation.reads["grad_input", "weight"].row
         ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
         ctx.call = call
@@ -77,11 +80,11 @@ class _Emulated(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None]
         if wants[0]:
             grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
-        else:
+        elif emulation.counting:
             ops.count_not_run(emulation.counters[1], call.geometry.slots)
         if wants[1] or wants[2]:
             grads[1:] = call.grad_weight(errors["grad_weight"], *kept)
-        if not wants[1]:
+        if emulation.counting and not wants[1]:
             ops.count_not_run(emulation.counters[2], call.geometry.slots)
         if emulation.training:
             ops.commit_thresholds(emulation.thresholds)
@@ -139,9 +142,10 @@ class _Call:
         values = self.product.grad_input(
             *_alike(error.values, weights.values), self.shapes[0], self.emulation.accumulator
         )
-        side = self.product.output_side
-        counts = error.position.squeeze(1), _over(weights, side)
-        ops.count_weight_step(self.emulation.counters[1], *counts, self.sizes, side)
+        if self.emulation.counting:
+            side = self.product.output_side
+            counts = error.position.squeeze(1), _over(weights, side)
+            ops.count_weight_step(self.emulation.counters[1], *counts, self.sizes, side)
         return self.emulation.result("grad_input", values, self.dtypes[0])
 
     def grad_weight(

@@ -76,7 +76,13 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
     """`reference.choose_threshold`."""
     if not rule.adaptive:
         return reference.choose_threshold(x, rule, fallback)
-    return reference.choose_by_histogram(kernels.histogram(x, rule.high), rule, fallback)
+    return reference.choose_by_histogram(histogram(x, rule), rule, fallback)
+
+
+def histogram(x: Tensor, rule: Rule) -> Tensor:
+    """`reference.histogram`."""
+    counts: Tensor = kernels.histogram(x, rule.high)
+    return counts
 
 
 def accumulates(a: Tensor, b: Tensor, form: str, dims: int) -> bool:

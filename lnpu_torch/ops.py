@@ -225,6 +225,19 @@ def _(x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Tensor:
     return states.new_empty(())
 
 
+@torch.library.custom_op("lnpu::add_histogram", mutates_args=("histograms",))
+def add_histogram(x: Tensor, histograms: Tensor, row: int, rule: str) -> None:
+    """Add to a row what the choice of x's T rests on, so that several ranks' can be summed (int32 [rows, bins])."""
+    parsed = _rule(rule)
+    if parsed.adaptive:
+        counts = (_fast(x, parsed) or reference).histogram(x, parsed)
+    elif parsed.threshold is None and parsed.high is None:
+        counts = reference.largest_bin(x, parsed)
+    else:
+        return  # this T is none of x's
+    histograms[row, : len(counts)] += counts.to(histograms.dtype)
+
+
 @torch.library.custom_op("lnpu::commit_thresholds", mutates_args=("states",))
 def commit_thresholds(states: Tensor) -> None:
     """Put the T's to come into use: [..., 2], after the layer's backward."""

@@ -16,6 +16,8 @@ MODELLED = (
     "(normalisation, activations, pooling, the optimizer's update)"
 )
 
+EXTRAPOLATED = "extrapolated: only some of the steps were counted, and the others taken to be like them"
+
 
 def price(counts: Counts, chip: str | Path | Chip) -> Report:
     """What the counted work costs on a chip. Pure: one saved run can be priced on any number of chips.
@@ -98,7 +100,8 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
     operands = [operand for entry in counts.steps for operand in (entry.first, entry.second)]
     tags = ", ".join(f"{count} {tag}" for tag, count in chip.tags().items())
     point = chip.operating_point
-    notes = [MODELLED, f"constants at {point.voltage_v.value:g} V, {point.clock_hz.value / 1e6:g} MHz: {tags}"]
+    notes = [EXTRAPOLATED] if counts.extrapolated else []
+    notes += [MODELLED, f"constants at {point.voltage_v.value:g} V, {point.clock_hz.value / 1e6:g} MHz: {tags}"]
     if any(operand.wide == "fp32" for operand in operands):
         notes.append("fp32, an operand left in float, is priced as FP16")
     if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):

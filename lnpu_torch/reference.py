@@ -114,6 +114,18 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
     return seen.new_zeros(largest - smallest + 2).index_add_(0, bins.to(torch.int64), seen)
 
 
+def largest_bin(x: Tensor, rule: Rule) -> Tensor:
+    """What uniform FP8's T rests on, in the form of a `histogram`: one count in the bin of the T that x asks for.
+
+    The highest bin with a count in it, over several tensors, is the T for all of them. Float64 [bins], all zero where
+    x has no finite non-zero element.
+    """
+    smallest, largest = rule.threshold_range
+    t = choose_threshold(x, rule, torch.tensor(UNSET, dtype=torch.int32, device=x.device))
+    bins = torch.arange(smallest - 1, largest + 1, device=x.device)
+    return (bins == t).to(torch.float64)
+
+
 def strided_sample(x: Tensor) -> Tensor:
     """At most SAMPLE elements of x, evenly spread in logical order, whatever x's strides."""
     step = sample_step(x.numel())

@@ -256,6 +256,23 @@ def test_counters_nest_and_start_anew() -> None:
         assert outer.counts == inner.counts
 
 
+def test_what_is_extrapolated_says_so_wherever_it_goes(tmp_path: Path) -> None:
+    model, train = _linear()
+    with CostCounter(model) as cost:
+        train()
+    once = cost.counts
+    with cost:
+        for _ in range(5):
+            train()
+    assert once * 5 == cost.counts and once * 1 == once
+    guessed = (once * 5).model_copy(update={"extrapolated": True})
+    (guessed + once).save(tmp_path / "counts.json")
+    loaded = Counts.load(tmp_path / "counts.json")
+    assert loaded.extrapolated and not (once + once).extrapolated
+    assert any("extrapolated" in note for note in price(loaded, "lnpu").notes)
+    assert not any("extrapolated" in note for note in price(once, "lnpu").notes)
+
+
 def test_counter_before_its_block() -> None:
     model, _ = _linear()
     with pytest.raises(RuntimeError, match="inside `with CostCounter"):

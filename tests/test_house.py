@@ -28,6 +28,7 @@ NUMERICS += [
     "rounding",
     "functional",
     "nn",
+    "ranks",
     "convert",
 ]
 COST = ["config", "units", "counts", "tables", "chip", "energies", "rows", "report", "pricing"]

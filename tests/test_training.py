@@ -1,5 +1,7 @@
 """Emulated layers inside other people's training: compiled, autocast, frozen, nested counters, odd inputs."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,23 @@ def test_counters_nest_and_add_up():
     rest = lnpu.Counts.merge([inner.counts, other.counts])
     assert steps(outer)["0", "forward"].slots == 3 * steps(inner)["0", "forward"].slots
     assert len(rest.steps) == len(outer.counts.steps)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_uncounted_steps_compute_as_ever_and_count_nothing(compiled):
+    counted, sampled = model(), model()
+    run = torch.compile(sampled, backend="aot_eager") if compiled else sampled
+    with lnpu.CostCounter(sampled) as cost:
+        for seed in range(3):
+            counted(batch(seed)).sum().backward()
+            with lnpu.uncounted(sampled) if seed != 1 else contextlib.nullcontext():
+                run(batch(seed)).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(counted.parameters(), sampled.parameters(), strict=True))
+    states = lnpu.thresholds(sampled)
+    assert all(torch.equal(state, states[name]) for name, state in lnpu.thresholds(counted).items())
+    assert {(entry.calls, entry.slots > 0) for entry in steps(cost).values()} == {(1, True)}
+    assert all(layer.emulation.counting for layer in emulated_layers(sampled).values())
 
 
 def test_empty_batch():

@@ -1,0 +1,83 @@
+"""Lets the ranks of a process group choose their T's together. It knows T's and one all-reduce, no models' training."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from lnpu_torch.config import ConfigError
+from lnpu_torch.emulation import READS
+from lnpu_torch.nn import emulated_layers
+from lnpu_torch.precision import Rule
+from lnpu_torch.reference import choose_by_histogram
+
+
+class SharedThresholds:
+    """Ranks that train one model hold the same T's: chosen from what all of them have seen.
+
+        shared = lnpu.SharedThresholds(model)  # on every rank, once the process group is up and the model in its place
+        loss.backward()
+        shared.merge()  # after every backward: one all-reduce, of 4 bytes x 6 x 165 bins a layer
+
+    Each rank's own choice, with which a tensor begins in its first step, is replaced in `merge`. Counters stay each
+    rank's own: gather `CostCounter.counts` and sum them with `Counts.merge`.
+
+    Raises:
+        ConfigError: no process group is initialised, or no layer of the model is emulated.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        self._emulations = [layer.emulation for layer in emulated_layers(model).values()]
+        if not self._emulations:
+            raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ConfigError("there are no ranks to share T's with: call torch.distributed.init_process_group() first")
+        self._group, self._places = group, self._rules()
+        if self._places:
+            shape = (len(READS), max(map(_bins, self._places)))
+            for each in self._emulations:
+                each.histograms = torch.zeros(shape, dtype=torch.int32, device=each.thresholds.device)
+
+    def merge(self) -> None:
+        """Put into use, on every rank, the T's that suit what all ranks have seen since the last call."""
+        if not self._places:
+            return
+        seen = [each.histograms for each in self._emulations if each.histograms is not None]
+        counts = torch.stack(seen)  # [layers, reads, bins]
+        dist.all_reduce(counts, group=self._group)
+        states = torch.stack([each.thresholds for each in self._emulations])  # [layers, reads, 2]
+        for rule, (layers, rows) in self._places.items():
+            chosen = _choose(counts[layers, rows, : _bins(rule)], rule, states[layers, rows, 0])
+            states[layers, rows] = chosen[:, None]
+        torch._foreach_copy_([each.thresholds for each in self._emulations], list(states.unbind()))
+        torch._foreach_zero_(seen)
+
+    def _rules(self) -> dict[Rule, Tensor]:
+        """Where each rule that looks at its tensors is used: [2, n], which layers, and which rows of them."""
+        places: dict[Rule, set[tuple[int, int]]] = {}
+        for index, each in enumerate(self._emulations):
+            for (step, operand), read in each.reads.items():
+                rule = each.precision.rule(step, operand)
+                if rule is not None and rule.low is not None and rule.threshold is None:
+                    places.setdefault(rule, set()).add((index, read.row))
+        device = self._emulations[0].thresholds.device
+        return {rule: torch.tensor(sorted(found), device=device).T for rule, found in places.items()}
+
+
+def _bins(rule: Rule) -> int:
+    """Length of a rule's `reference.histogram`."""
+    smallest, largest = rule.threshold_range
+    return largest - smallest + 2
+
+
+def _choose(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+    """The T's that suit histograms [n, bins]; `fallback` [n] where one is empty."""
+    if rule.adaptive:
+        each = partial(choose_by_histogram, rule=rule)
+        return torch.vmap(lambda counts, fallback: each(counts, fallback=fallback))(counts.double(), fallback)
+    highest = (counts > 0).to(torch.int32).flip(1).argmax(1)
+    chosen = rule.threshold_range[1] - highest
+    return torch.where(counts.any(1), chosen, fallback).to(torch.int32)

@@ -1,0 +1,87 @@
+"""Ranks that share their T's hold the same ones, chosen as one process would from everything that they saw."""
+
+import pytest
+import torch
+from processes import on_ranks
+from torch import distributed as dist
+from torch import nn
+
+import lnpu_torch as lnpu
+from lnpu_torch import ConfigError, Precision, Rule
+from lnpu_torch.ranks import _choose
+from lnpu_torch.reference import UNSET, choose_threshold, histogram, largest_bin
+
+MIXED = Precision(input=Rule(threshold=3), weight=Rule(), grad_output=Rule(high=None))
+
+
+def model(precision):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    return lnpu.convert(net, precision)
+
+
+def batches(count):
+    """Batches of 8: the halves of one differ in size, and so does each batch from the last."""
+    random = torch.Generator().manual_seed(1)
+    size = torch.tensor([1.0, 64.0]).repeat_interleave(4).reshape(8, 1, 1, 1)
+    return torch.randn(count, 8, 3, 8, 8, generator=random) * size * 3.0 ** torch.arange(count).reshape(-1, 1, 1, 1, 1)
+
+
+def shared_steps(precision, count):
+    """T's of a rank after each of `count` steps, and its counts of all of them."""
+    net, rank = model(precision), dist.get_rank()
+    shared, seen = lnpu.SharedThresholds(net), []
+    with lnpu.CostCounter(net) as cost:
+        for images in batches(count):
+            net(images[4 * rank : 4 * rank + 4]).square().sum().backward()
+            shared.merge()
+            seen.append(lnpu.thresholds(net))
+    return seen, cost.counts
+
+
+def test_ranks_choose_as_one_process_would_from_all_they_saw():
+    """Small tensors are looked at whole, so that the ranks' samples together are the one process's."""
+    (first, _), (second, _) = on_ranks(shared_steps, "fgmp", 1)
+    alone = model("fgmp")
+    alone(batches(1)[0]).square().sum().backward()
+    expected = lnpu.thresholds(alone)
+    assert all(torch.equal(first[0][name], second[0][name]) for name in expected)
+    # what a rank computes with in its first step is its own T, so that only the first layer's input is alike
+    assert torch.equal(first[0]["0"][0], expected["0"][0])
+    assert torch.equal(first[0]["0"][1], expected["0"][1])
+    assert first[0]["0"][0, 0] == first[0]["0"][0, 1] != UNSET
+
+
+def shared_steps_of_all(precisions):
+    return [shared_steps(precision, 3) for precision in precisions]
+
+
+def test_ranks_hold_equal_thresholds_after_every_step():
+    precisions = ["fgmp", "fp8", MIXED, "fp16"]
+    ranks = on_ranks(shared_steps_of_all, precisions)
+    for precision, (first, counts), (second, others) in zip(precisions, *ranks, strict=True):
+        for one, other in zip(first, second, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        assert (precision == "fp16") == torch.equal(first[0]["3"], first[2]["3"])
+        alone, both = model(precision), lnpu.Counts.merge([counts, others])
+        with lnpu.CostCounter(alone) as cost:
+            for images in batches(3):
+                alone(images).square().sum().backward()
+        assert [entry.slots for entry in both.steps] == [entry.slots for entry in cost.counts.steps]
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(fp16_share=0.1), Rule(high="e6m9"), Rule(high=None)])
+def test_the_choice_from_a_histogram_is_the_choice_from_its_tensor(rule):
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1000, generator=random) * size for size in (1.0, 1e-3, 300.0, 1e6, 1e-12, 0.0)]
+    sees = histogram if rule.adaptive else largest_bin
+    counts = torch.stack([sees(x, rule) for x in tensors]).to(torch.int32)
+    fallback = torch.full((len(tensors),), 7, dtype=torch.int32)
+    assert _choose(counts, rule, fallback).tolist() == [int(choose_threshold(x, rule, fallback[0])) for x in tensors]
+
+
+def test_without_ranks_there_is_nothing_to_share():
+    with pytest.raises(ConfigError, match="init_process_group"):
+        lnpu.SharedThresholds(model("fgmp"))
+    with pytest.raises(ConfigError, match="no layer of this model is emulated"):
+        lnpu.SharedThresholds(nn.Linear(2, 2))
