@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lnpu_torch.config import ConfigError
-from lnpu_torch.counts import OPERANDS, STEPS, Counts, Operand, Step, StepCounts
+from lnpu_torch.counts import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
 from lnpu_torch.nn import Emulated, emulated_layers
 
 
@@ -20,6 +20,7 @@ class Layer:
     kind: str
     wide: dict[tuple[str, str], str]
     counters: Tensor
+    call_sizes: Tensor
 
 
 Snapshot = dict[str, Layer]
@@ -35,7 +36,12 @@ def snapshot(model: nn.Module) -> Snapshot:
     if not layers:
         raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
     return {
-        name: Layer(layer.torch_class.__name__, _wide(layer), layer.emulation.counters.clone())
+        name: Layer(
+            layer.torch_class.__name__,
+            _wide(layer),
+            layer.emulation.counters.clone(),
+            layer.emulation.call_sizes.clone(),
+        )
         for name, layer in layers.items()
     }
 
@@ -61,16 +67,18 @@ def difference(before: Snapshot, after: Snapshot) -> Counts:
     """What was done between two snapshots. A layer that is not in the first began at zero."""
     entries = []
     for name, layer in after.items():
-        counters = layer.counters.cpu()
+        counters, sizes = layer.counters.cpu(), layer.call_sizes.clone()
         if name in before:
             counters = counters - before[name].counters.cpu()
-        for step, values in zip(STEPS, counters.tolist(), strict=True):
-            if any(values):
-                entries.append(_entry(name, layer, step, values))
+            sizes[:, -1] -= before[name].call_sizes[:, -1]
+        for index, step in enumerate(STEPS):
+            if counters[index].any():
+                entries.append(_entry(name, layer, step, counters[index], sizes[index]))
     return Counts(steps=tuple(entries))
 
 
-def _entry(name: str, layer: Layer, step: Step, values: list[int]) -> StepCounts:
+def _entry(name: str, layer: Layer, step: Step, rows: Tensor, sizes: Tensor) -> StepCounts:
+    values = rows.sum(0).tolist()
     calls, slots, padding, not_run = values[:4]
     table, first, second = values[4:13], values[13:16], values[16:19]
     wide = [layer.wide[step, operand] for operand in OPERANDS[step]]
@@ -86,8 +94,21 @@ def _entry(name: str, layer: Layer, step: Step, values: list[int]) -> StepCounts
             "pairs": tuple(tuple(table[i : i + 3]) for i in (0, 3, 6)),
             "first": Operand(wide=wide[0], elements=tuple(first)),  # type: ignore[arg-type]
             "second": Operand(wide=wide[1], elements=tuple(second)),  # type: ignore[arg-type]
+            "by_size": _by_size(rows.tolist(), sizes.tolist()),
         }
     )
+
+
+def _by_size(rows: list[list[int]], sizes: list[list[int]]) -> tuple[Calls, ...]:
+    """A step's calls by their size; those of further sizes as if all were of their mean size."""
+    calls = []
+    for row, (values, size) in enumerate(zip(rows, sizes, strict=False)):
+        count, mixed = values[0], row == len(sizes) - 1
+        if count:
+            size = [-(-total // count) for total in size] if mixed else size
+            parts = {"sizes": tuple(size), "first": tuple(values[13:16]), "second": tuple(values[16:19])}
+            calls.append(Calls.model_validate({"count": count, **parts}))
+    return tuple(sorted(calls, key=lambda each: each.sizes))
 
 
 def _wide(layer: Emulated) -> dict[tuple[str, str], str]:

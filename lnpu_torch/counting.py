@@ -17,6 +17,29 @@ from lnpu_torch.geometry import Geometry, part
 WIDTH = 19
 """Integers that describe one step: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
 
+SIZES = 8
+"""Sizes of calls (batches, as a rule) that each step counts apart; calls of further sizes are counted together."""
+
+MIXED, NOT_RUN, ROWS = SIZES, SIZES + 1, SIZES + 2
+"""Rows of a step's counters: one for each size of call, one for all further sizes, one for what nobody asked for."""
+
+
+def row_of(sizes: Tensor, call: Sequence[int]) -> int:
+    """The row of a step's counters that a call belongs to, by its size; a size that is new is noted.
+
+    Args:
+        sizes: int64 [SIZES + 1, 3], on the host: what each row stands for, zeros where it is free; in the last row
+            the sum over all calls of further sizes.
+        call: elements of both operands and of the result.
+    """
+    for row, known in enumerate(sizes[:SIZES].tolist()):
+        if not any(known):
+            sizes[row] = torch.tensor(call)
+        if known == [*call] or not any(known):
+            return row
+    sizes[MIXED] += torch.tensor(call)
+    return MIXED
+
 
 def masks(groups: Tensor) -> Tensor:
     """FP8 and FP16 masks [2, ...] of a tensor of groups [...]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -36,11 +37,26 @@ class Operand(Frozen):
     elements: Triple
 
 
+class Calls(Frozen):
+    """A step's calls of one size, such as those with full batches, or the one with the last, smaller batch.
+
+    `sizes` are the elements of both operands and of the result in one call; `first` and `second` say how the
+    operands' elements fell into groups, summed over these calls.
+    """
+
+    count: Annotated[int, Field(ge=1)]
+    sizes: Triple
+    first: Triple
+    second: Triple
+
+
 class StepCounts(Frozen):
     """One step of one layer, summed over all its calls.
 
     `pairs[i][j]` is the number of multiplications, inside the image, of a first operand of group i with a
     second operand of group j; groups are (zero, fp8, wide). Every skip policy is a sum over this table.
+    `by_size` has the calls that were run by their size, which is what fits into a chip's SRAM or does not; it is empty
+    where that was not recorded.
     """
 
     layer: str
@@ -53,6 +69,15 @@ class StepCounts(Frozen):
     pairs: tuple[Triple, Triple, Triple]
     first: Operand
     second: Operand
+    by_size: tuple[Calls, ...] = ()
+
+    @model_validator(mode="after")
+    def _sizes_close(self) -> Self:
+        for which in ("first", "second") if self.by_size else ():
+            parts = [getattr(each, which) for each in self.by_size]
+            if reduce(_add, parts) != getattr(self, which).elements:
+                raise ValueError(f"{self.layer} {self.step}: {which} elements are not the sum of those by size")
+        return self
 
     @model_validator(mode="after")
     def _closes(self) -> Self:
@@ -74,6 +99,7 @@ class StepCounts(Frozen):
                 "second": self.second.model_copy(
                     update={"elements": _add(self.second.elements, other.second.elements)}
                 ),
+                "by_size": _merge_sizes(self, other),
             }
         )
 
@@ -136,6 +162,22 @@ class Counts(Frozen):
         if data["version"] is True or data["version"] != VERSION:
             raise ConfigError(f"{path}: counts of version {data['version']!r}; this lnpu_torch reads version {VERSION}")
         return validate(cls, data, str(path))
+
+
+def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:
+    """The calls of both by size; none, if those of either were not recorded."""
+    if any(sum(entry.first.elements) and not entry.by_size for entry in (a, b)):
+        return ()
+    merged: dict[Triple, Calls] = {}
+    for each in (*a.by_size, *b.by_size):
+        known = merged.get(each.sizes)
+        merged[each.sizes] = _add_calls(known, each) if known else each
+    return tuple(merged[sizes] for sizes in sorted(merged))
+
+
+def _add_calls(a: Calls, b: Calls) -> Calls:
+    sums = {"first": _add(a.first, b.first), "second": _add(a.second, b.second)}
+    return a.model_copy(update={"count": a.count + b.count, **sums})
 
 
 def _add(a: Triple, b: Triple) -> Triple:

@@ -35,8 +35,13 @@ def new_thresholds() -> Tensor:
 
 
 def new_counters() -> Tensor:
-    """Counters of a layer that has done nothing: int64 [len(STEPS), counting.WIDTH]."""
-    return torch.zeros(len(STEPS), counting.WIDTH, dtype=torch.int64)
+    """Counters of a layer that has done nothing: int64 [len(STEPS), counting.ROWS, counting.WIDTH]."""
+    return torch.zeros(len(STEPS), counting.ROWS, counting.WIDTH, dtype=torch.int64)
+
+
+def new_call_sizes() -> Tensor:
+    """The sizes of call that the rows of new counters stand for, none yet: int64 [len(STEPS), SIZES + 1, 3]."""
+    return torch.zeros(len(STEPS), counting.SIZES + 1, 3, dtype=torch.int64)
 
 
 class Operand(NamedTuple):
@@ -78,11 +83,17 @@ class Emulation:
         self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
         self.thresholds = new_thresholds().to(device)
         self.counters = new_counters().to(device)
+        self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors, as `nn.Module._apply` does."""
         self.thresholds, self.counters = fn(self.thresholds), fn(self.counters)
         self.histograms = None if self.histograms is None else fn(self.histograms)
+
+    def counter(self, step: str) -> tuple[Tensor, Tensor]:
+        """A step's counters, and the sizes of call that their rows stand for."""
+        index = STEPS.index(step)
+        return self.counters[index], self.call_sizes[index]
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""

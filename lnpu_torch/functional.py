@@ -49,7 +49,7 @@ class _Emulated(torch.autograd.Function):
         output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
         if emulation.counting:
             counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
-            ops.count_weight_step(emulation.counters[0], *counts, call.sizes, side)
+            ops.count_weight_step(*emulation.counter("forward"), *counts, call.sizes, side)
 
         kept: list[Tensor | None] = [None] * 3
         if wants[1]:
@@ -81,11 +81,11 @@ class _Emulated(torch.autograd.Function):
         if wants[0]:
             grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
         elif emulation.counting:
-            ops.count_not_run(emulation.counters[1], call.geometry.slots)
+            ops.count_not_run(emulation.counter("grad_input")[0], call.geometry.slots)
         if wants[1] or wants[2]:
             grads[1:] = call.grad_weight(errors["grad_weight"], *kept)
         if emulation.counting and not wants[1]:
-            ops.count_not_run(emulation.counters[2], call.geometry.slots)
+            ops.count_not_run(emulation.counter("grad_weight")[0], call.geometry.slots)
         if emulation.training:
             ops.commit_thresholds(emulation.thresholds)
         return (*grads, None, None, None, None)
@@ -145,7 +145,7 @@ class _Call:
         if self.emulation.counting:
             side = self.product.output_side
             counts = error.position.squeeze(1), _over(weights, side)
-            ops.count_weight_step(self.emulation.counters[1], *counts, self.sizes, side)
+            ops.count_weight_step(*self.emulation.counter("grad_input"), *counts, self.sizes, side)
         return self.emulation.result("grad_input", values, self.dtypes[0])
 
     def grad_weight(
@@ -159,7 +159,8 @@ class _Call:
             sides = {self.product.input_side: (position, sample)}
             sides[self.product.output_side] = (error.position.squeeze(1), error.sample)
             first = self.product.input_side
-            ops.count_grid_step(self.emulation.counters[2], sides["big"], sides["small"], self.sizes, first)
+            counter = self.emulation.counter("grad_weight")
+            ops.count_grid_step(*counter, sides["big"], sides["small"], self.sizes, first)
         return [
             None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype)
             for result, dtype in zip(results, self.dtypes[1:], strict=True)

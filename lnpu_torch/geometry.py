@@ -68,6 +68,11 @@ class Geometry:
         """Elements of the "big" grid, the "small" grid or the "weight"."""
         return prod(self.shape(tensor))
 
+    def call_sizes(self, first: str, second: str) -> tuple[int, int, int]:
+        """Elements of a step's two operands and of its result, which is the tensor that is left."""
+        (result,) = {"big", "small", "weight"} - {first, second}
+        return self.elements(first), self.elements(second), self.elements(result)
+
     def pack(self) -> list[int]:
         """The sizes as one list, for the signature of an op; `unpack` is its inverse."""
         grids = (self.big, self.small, self.kernel, self.stride, self.padding, self.dilation)

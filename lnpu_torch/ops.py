@@ -244,18 +244,23 @@ def commit_thresholds(states: Tensor) -> None:
     states[..., 0] = states[..., 1]
 
 
-@torch.library.custom_op("lnpu::count_weight_step", mutates_args=("counter",))
-def count_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
-    """Add `counting.weight_step` to a counter, int64 [counting.WIDTH]."""
-    _counting(position).add_weight_step(counter, position, weight, geometry, side)
-
-
-@torch.library.custom_op("lnpu::count_grid_step", mutates_args=("counter",))
-def count_grid_step(
-    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+@torch.library.custom_op("lnpu::count_weight_step", mutates_args=("counters", "sizes"))
+def count_weight_step(
+    counters: Tensor, sizes: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
 ) -> None:
-    """Add `counting.grid_step` to a counter, int64 [counting.WIDTH]."""
-    _counting(big[0]).add_grid_step(counter, big, small, geometry, first)
+    """Add `counting.weight_step` to the row of a step's counters, int64 [ROWS, WIDTH], that `counting.row_of` tells."""
+    row = counting.row_of(sizes, Geometry.unpack(geometry).call_sizes(side, "weight"))
+    _counting(position).add_weight_step(counters[row], position, weight, geometry, side)
+
+
+@torch.library.custom_op("lnpu::count_grid_step", mutates_args=("counters", "sizes"))
+def count_grid_step(
+    counters: Tensor, sizes: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+) -> None:
+    """Add `counting.grid_step` to a step's counters, as `count_weight_step` does."""
+    second = "small" if first == "big" else "big"
+    row = counting.row_of(sizes, Geometry.unpack(geometry).call_sizes(first, second))
+    _counting(big[0]).add_grid_step(counters[row], big, small, geometry, first)
 
 
 def _counting(sums: Tensor) -> ModuleType:
@@ -265,10 +270,10 @@ def _counting(sums: Tensor) -> ModuleType:
     return _module("gpu" if on_gpu(sums) else "cpu_counting") or counting
 
 
-@torch.library.custom_op("lnpu::count_not_run", mutates_args=("counter",))
-def count_not_run(counter: Tensor, slots: int) -> None:
-    """Add a step that nobody asked for, such as the first layer's grad_input."""
-    counter[:4] += counter.new_tensor((1, slots, 0, slots))
+@torch.library.custom_op("lnpu::count_not_run", mutates_args=("counters",))
+def count_not_run(counters: Tensor, slots: int) -> None:
+    """Add a step that nobody asked for, such as the first layer's grad_input, to that step's counters."""
+    counters[counting.NOT_RUN, :4] += counters.new_tensor((1, slots, 0, slots))
 
 
 @torch.library.custom_op("lnpu::accumulate", mutates_args=())

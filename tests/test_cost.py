@@ -175,6 +175,9 @@ def test_merged_counts_are_priced_as_their_sum() -> None:
         counts(step()) + counts(step(wide=("fp16", "fp32")))
 
 
+BY_SIZE = {"count": 1, "sizes": [10, 8, 6], "first": [5, 3, 2], "second": [0, 6, 2]}
+
+
 def _step_key(key: str, value: object) -> Callable[[dict[str, Any]], str]:
     def edit(data: dict[str, Any]) -> str:
         data["steps"][0][key] = value
@@ -194,6 +197,8 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], str], str]] = [
     (_step_key("padding", 11), "slots 55 are not pairs"),
     (_step_key("padding", -1), "padding"),
     (_step_key("calls", 1.5), "calls"),
+    (_step_key("by_size", [{**BY_SIZE, "first": [5, 3, 1]}]), "first elements are not the sum"),
+    (_step_key("by_size", [{**BY_SIZE, "count": 0}]), "count"),
     (_step_key("step", "sideways"), "'sideways'"),
     (_step_key("pairs", [[1, 2, 3]]), "pairs"),
 ]

@@ -96,12 +96,13 @@ def test_counted_steps(geometry):
     ]
     counters = []
     for name in ("auto", "reference"):
-        counter = torch.zeros(3, counting.WIDTH, dtype=torch.int64)
+        counter = torch.zeros(3, counting.ROWS, counting.WIDTH, dtype=torch.int64)
+        sizes = torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64)
         with ops.backend(name):
             weights = (over_small(weight, geometry.groups), over_big(weight))
-            ops.count_weight_step(counter[0], grids[0][0], weights[0], geometry.pack(), "big")
-            ops.count_weight_step(counter[1], grids[1][0], weights[1], geometry.pack(), "small")
-            ops.count_grid_step(counter[2], grids[0], grids[1], geometry.pack(), "small")
+            ops.count_weight_step(counter[0], sizes[0], grids[0][0], weights[0], geometry.pack(), "big")
+            ops.count_weight_step(counter[1], sizes[1], grids[1][0], weights[1], geometry.pack(), "small")
+            ops.count_grid_step(counter[2], sizes[2], grids[0], grids[1], geometry.pack(), "small")
         counters.append(counter)
     assert torch.equal(*counters)
     assert counters[0].sum() > 0
@@ -147,7 +148,8 @@ def test_opcheck():
     g = GEOMETRIES["groups"]
     big, small, weight = operands(g)
     grids = [[per_position(groups), counting.per_sample(groups, g.groups)] for groups in (big, small)]
-    counter = torch.zeros(counting.WIDTH, dtype=torch.int64)
+    counter = torch.zeros(counting.ROWS, counting.WIDTH, dtype=torch.int64)
+    sizes = torch.zeros(counting.SIZES + 1, 3, dtype=torch.int64)
     calls = {
         ops.quantize: [
             (x, scalar(1), None, text, 0, True),
@@ -161,8 +163,8 @@ def test_opcheck():
         ops.round_result_: [(x.clone(), "fp16")],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
-        ops.count_weight_step: [(counter, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],
-        ops.count_grid_step: [(counter, grids[0], grids[1], g.pack(), "big")],
+        ops.count_weight_step: [(counter, sizes, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],
+        ops.count_grid_step: [(counter, sizes, grids[0], grids[1], g.pack(), "big")],
         ops.count_not_run: [(counter, 10)],
     }
     for op, arguments in calls.items():

@@ -114,6 +114,39 @@ def test_without_gradients_only_forward_is_counted():
     assert {step for _, step in steps(cost)} == {"forward"}
 
 
+def test_calls_are_counted_by_their_size():
+    net = model()
+    with lnpu.CostCounter(net) as cost:
+        parts = []
+        for seed, size in enumerate((4, 4, 3, 4)):  # batches, the third of them smaller
+            with lnpu.CostCounter(net) as part:
+                net(batch(seed)[:size]).sum().backward()
+            parts.append(part.counts)
+    rows = steps(cost)
+    image, weight, result = 3 * 8 * 8, 8 * 3 * 9, 8 * 8 * 8
+    calls = [(each.count, each.sizes) for each in rows["0", "forward"].by_size]
+    assert calls == [(1, (3 * image, weight, 3 * result)), (3, (4 * image, weight, 4 * result))]
+    assert rows["0", "grad_weight"].by_size[0].sizes == (3 * image, 3 * result, weight)
+    assert rows["2", "grad_input"].by_size[1].sizes == (4 * 8 * 9, 8 * 4 * 9, 4 * result)
+    assert rows["0", "grad_input"].by_size == ()  # nobody asked for it
+    assert lnpu.Counts.merge(parts) == lnpu.Counts.merge(parts[::-1]) == cost.counts
+
+
+def test_further_sizes_of_calls_are_counted_together():
+    layer = lnpu.nn.Linear(6, 2)
+    with torch.no_grad():
+        for rows in range(1, 10):
+            layer(torch.ones(rows, 6))
+        with lnpu.CostCounter(layer) as cost:
+            for rows in (3, 10, 20, 21):
+                layer(torch.ones(rows, 6))
+    calls = [(each.count, each.sizes) for each in steps(cost)["", "forward"].by_size]
+    assert calls == [
+        (1, (18, 12, 6)),
+        (3, (17 * 6, 12, 17 * 2)),
+    ]  # 8 sizes are told apart; 10, 20, 21 are 17 in the mean
+
+
 def test_counters_nest_and_add_up():
     net = model()
     with lnpu.CostCounter(net) as outer:
