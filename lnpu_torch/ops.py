@@ -21,6 +21,7 @@ from lnpu_torch.config import listed
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.precision import Rule
+from lnpu_torch.registry import fake, op
 
 Backend = Literal["auto", "reference", "triton"]
 _chosen: list[Backend] = ["auto"]
@@ -88,7 +89,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-@torch.library.custom_op("lnpu::quantize", mutates_args=())
+@op()
 def quantize(
     x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_groups: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +109,7 @@ def quantize(
     return values, groups if want_groups else groups.new_empty(0), totals
 
 
-@quantize.register_fake
+@fake("quantize")
 def _(
     x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_groups: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +117,7 @@ def _(
     return torch.empty_like(x, dtype=reference.compute_dtype(x)), groups, x.new_empty(3, dtype=torch.int64)
 
 
-@torch.library.custom_op("lnpu::round_and_count", mutates_args=())
+@op()
 def round_and_count(
     x: Tensor,
     threshold: Tensor,
@@ -145,7 +146,7 @@ def round_and_count(
     return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample
 
 
-@round_and_count.register_fake
+@fake("round_and_count")
 def _(
     x: Tensor,
     threshold: Tensor,
@@ -162,7 +163,7 @@ def _(
     return values[0], values[1], *_empty_counts(x, layout, wanted[2])
 
 
-@torch.library.custom_op("lnpu::count_float", mutates_args=())
+@op()
 def count_float(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
     """Counts of an operand left in float, as `round_and_count` gives them: its non-zeros are in the wide group."""
     groups = reference.float_groups(x)
@@ -170,7 +171,7 @@ def count_float(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor,
     return counting.per_position(groups, layout[0]), by_sample
 
 
-@count_float.register_fake
+@fake("count_float")
 def _(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
     return _empty_counts(x, layout, sample)
 
@@ -182,7 +183,7 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
     return x.new_empty((2, blocks, channels, *grid), dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("lnpu::round_result_", mutates_args=("x",))
+@op(["x"])
 def round_result_(x: Tensor, form: str) -> None:
     """Round a step's result to a format in place, nearest, overflow to infinity."""
     fast = _fast(x) if x.device.type == "cpu" and not on_gpu(x) else None
@@ -194,18 +195,18 @@ def round_result_(x: Tensor, form: str) -> None:
         x.copy_(reference.round_to(x, FORMATS[form]))
 
 
-@torch.library.custom_op("lnpu::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@op((), torch.Tag.nondeterministic_seeded)
 def draw_seed(x: Tensor) -> Tensor:
     """A key for `reference.random_bits`, from torch's generator of x's device: the same compiled or not."""
     return torch.randint(2**62, (), device=x.device)
 
 
-@draw_seed.register_fake
+@fake("draw_seed")
 def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("lnpu::next_threshold", mutates_args=("states",))
+@op(["states"])
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Tensor:
     """The T to use for x now. In training also chooses the next one, from x.
 
@@ -220,12 +221,12 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
     return torch.where(used == reference.UNSET, parsed.threshold_range[0], used)
 
 
-@next_threshold.register_fake
+@fake("next_threshold")
 def _(x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Tensor:
     return states.new_empty(())
 
 
-@torch.library.custom_op("lnpu::add_histogram", mutates_args=("histograms",))
+@op(["histograms"])
 def add_histogram(x: Tensor, histograms: Tensor, row: int, rule: str) -> None:
     """Add to a row what the choice of x's T rests on, so that several ranks' can be summed (int32 [rows, bins])."""
     parsed = _rule(rule)
@@ -238,13 +239,13 @@ def add_histogram(x: Tensor, histograms: Tensor, row: int, rule: str) -> None:
     histograms[row, : len(counts)] += counts.to(histograms.dtype)
 
 
-@torch.library.custom_op("lnpu::commit_thresholds", mutates_args=("states",))
+@op(["states"])
 def commit_thresholds(states: Tensor) -> None:
     """Put the T's to come into use: [..., 2], after the layer's backward."""
     states[..., 0] = states[..., 1]
 
 
-@torch.library.custom_op("lnpu::count_weight_step", mutates_args=("counters", "sizes"))
+@op(["counters", "sizes"])
 def count_weight_step(
     counters: Tensor, sizes: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
 ) -> None:
@@ -253,7 +254,7 @@ def count_weight_step(
     _counting(position).add_weight_step(counters[row], position, weight, geometry, side)
 
 
-@torch.library.custom_op("lnpu::count_grid_step", mutates_args=("counters", "sizes"))
+@op(["counters", "sizes"])
 def count_grid_step(
     counters: Tensor, sizes: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
@@ -270,13 +271,13 @@ def _counting(sums: Tensor) -> ModuleType:
     return _module("gpu" if on_gpu(sums) else "cpu_counting") or counting
 
 
-@torch.library.custom_op("lnpu::count_not_run", mutates_args=("counters",))
+@op(["counters"])
 def count_not_run(counters: Tensor, slots: int) -> None:
     """Add a step that nobody asked for, such as the first layer's grad_input, to that step's counters."""
     counters[counting.NOT_RUN, :4] += counters.new_tensor((1, slots, 0, slots))
 
 
-@torch.library.custom_op("lnpu::accumulate", mutates_args=())
+@op()
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
     """A product of `lnpu_torch.accumulate`, by name; its accumulator is rounded to a format every `chunk` products."""
     shape, gpu = Geometry.unpack(geometry), _module("gpu") if on_gpu(a) else None
@@ -287,7 +288,7 @@ def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form
     return result.contiguous()  # type: ignore[no-any-return]
 
 
-@accumulate.register_fake
+@fake("accumulate")
 def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
     compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
     return a.new_empty(Geometry.unpack(geometry).shape(product.split("_")[0]), dtype=compute)

@@ -22,6 +22,7 @@ NUMERICS += [
     "cpu",
     "cpu_counting",
     "gpu",
+    "registry",
     "ops",
     "products",
     "emulation",
