@@ -325,7 +325,7 @@ def _put(at, value, mask, SHARED: tl.constexpr):
 def _histogram_kernel(
     x_ptr, out_ptr, count, step, sizes, strides, smallest, largest, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Adds the quarter-binades of every step-th element to out, float64 [largest - smallest + 1].
+    """Adds the quarter-binades of every step-th element to out, int64 [largest - smallest + 1].
 
     sizes, strides: of x's dimensions, the last first, which is the order in which elements are numbered.
     """
@@ -341,7 +341,7 @@ def _histogram_kernel(
     seen = mask & (magnitude > 0) & (magnitude < 0x7F800000)
     counts = tl.histogram(tl.where(seen, bins, BINS - 1), BINS)
     places = tl.arange(0, BINS)
-    tl.atomic_add(out_ptr + places, counts.to(tl.float64), mask=places <= largest - smallest, sem="relaxed")
+    tl.atomic_add(out_ptr + places, counts.to(tl.int64), mask=places <= largest - smallest, sem="relaxed")
 
 
 def quantize(
@@ -474,13 +474,13 @@ def histogram(x: Tensor, high: str | None) -> Tensor:
         high: name of the rule's high format; with `reference` it sets the range of the bins.
 
     Returns:
-        float64 [bins], whole numbers.
+        int64 [bins].
     """
     check_dtype(FLOATS, x=x)
     check_device(x=x)
     wide = FORMATS[high or "fp16"]
     smallest, largest = 4 * (wide.ulp_exponent - 1) - 1, 4 * wide.max_exponent + 3
-    out = torch.zeros(largest - smallest + 1, dtype=torch.float64, device=x.device)
+    out = torch.zeros(largest - smallest + 1, dtype=torch.int64, device=x.device)
     count = x.numel()
     if count == 0:
         return out

@@ -148,7 +148,7 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         fits = np.flatnonzero(above <= rule.fp16_share * total)
         best = fits[0] if len(fits) else len(above) - 1
     else:
-        error, signal = _error_table(rule)
+        error, signal = _error_table(rule, int(np.flatnonzero(counts)[-1] + smallest - 1) >> 2)
         fits = np.flatnonzero(error @ counts <= (rule.max_error or 0.0) ** 2 * (signal @ counts))
         best = (above == above[fits[-1] if len(fits) else 0]).argmax()
     return torch.tensor(int(best) + smallest, dtype=torch.int32)
@@ -166,9 +166,9 @@ def _histogram(x: Tensor, rule: Rule) -> np.ndarray[Any, Any]:
     return loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=16)
-def _error_table(rule: Rule) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    error, signal = error_table(rule.low or "", rule.high or "", torch.device("cpu"))
+@lru_cache(maxsize=128)
+def _error_table(rule: Rule, top: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    error, signal = error_table(rule, torch.tensor(top))
     return error.numpy(), signal.numpy()
 
 

@@ -169,7 +169,7 @@ def histogram(x, step, smallest, largest):
         magnitude = int32(_bits(x[i * step]) & MAGNITUDE)
         quarter = min(max((magnitude >> 21) - 4 * 127, smallest), largest) - smallest
         counts[i & 3, quarter] += 0 < magnitude < INFINITY
-    return counts.sum(0).astype(np.float64)
+    return counts.sum(0).astype(np.int64)
 
 
 @compiled

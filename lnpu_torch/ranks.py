@@ -77,7 +77,7 @@ def _choose(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
     """The T's that suit histograms [n, bins]; `fallback` [n] where one is empty."""
     if rule.adaptive:
         each = partial(choose_by_histogram, rule=rule)
-        return torch.vmap(lambda counts, fallback: each(counts, fallback=fallback))(counts.double(), fallback)
+        return torch.vmap(lambda counts, fallback: each(counts, fallback=fallback))(counts.long(), fallback)
     highest = (counts > 0).to(torch.int32).flip(1).argmax(1)
     chosen = rule.threshold_range[1] - highest
     return torch.where(counts.any(1), chosen, fallback).to(torch.int32)

@@ -105,12 +105,12 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
     """How many elements of x's sample lie in each quarter-binade [tau(T), tau(T+1)), zeros and non-finite left out.
 
     Returns:
-        float64 [bins], for T from one below the rule's smallest to its largest; the ends take what lies beyond.
+        int64 [bins], for T from one below the rule's smallest to its largest; the ends take what lies beyond.
     """
     smallest, largest = rule.threshold_range
     values = strided_sample(x).to(compute_dtype(x)).abs()
     bins = _quarter_binade(values).clamp(smallest - 1, largest) - (smallest - 1)
-    seen = (values.isfinite() & (values > 0)).to(torch.float64)
+    seen = (values.isfinite() & (values > 0)).to(torch.int64)
     return seen.new_zeros(largest - smallest + 2).index_add_(0, bins.to(torch.int64), seen)
 
 
@@ -204,29 +204,52 @@ def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
     total = counts.sum()
     above = counts.flip(0).cumsum(0).flip(0)[1:]  # elements in FP16, for each T
     if rule.fp16_share is not None:
-        best = (above <= rule.fp16_share * total).to(torch.int32).argmax()
-        best = torch.where(above[-1] <= rule.fp16_share * total, best, len(above) - 1)
+        best = (above <= rule.fp16_share * total.double()).to(torch.int32).argmax()
+        best = torch.where(above[-1] <= rule.fp16_share * total.double(), best, len(above) - 1)
     else:
-        error, signal = error_table(rule.low or "", rule.high or "", counts.device)
-        fits = (error @ counts) <= (rule.max_error or 0.0) ** 2 * (signal @ counts)
+        error, signal = error_table(rule, top_binade(counts, rule))
+        error, signal = (error * counts).sum(1), (signal * counts).sum()
+        fits = error.double() <= (rule.max_error or 0.0) ** 2 * signal.double()
         order = torch.arange(len(above), device=counts.device)
         furthest = torch.where(fits, order, 0).max()
         best = (above == above[furthest]).to(torch.int32).argmax()  # same groups, tightest window
     return torch.where(total > 0, best + rule.threshold_range[0], fallback).to(torch.int32)
 
 
-@lru_cache(maxsize=64)
-def error_table(low: str, high: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Expected squared error of an element of each bin under each T [T, bin], and its mean square [bin]."""
-    rule = Rule.model_validate({"low": low, "high": high})
+def top_binade(counts: Tensor, rule: Rule) -> Tensor:
+    """The binade of the largest element in a `histogram`, int64 []; the lowest there is if that is empty."""
+    binades = (torch.arange(len(counts), device=counts.device) + (rule.threshold_range[0] - 1)) >> 2
+    return torch.where(counts > 0, binades, binades[0]).max()
+
+
+RANGE = 14
+"""Predicted squared errors are counted in units of 4^-RANGE / 48 of the square of the top binade's smallest number."""
+
+
+def error_table(rule: Rule, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Expected squared error of an element of each bin under each T [T, bin], and its mean square [bin]; int64.
+
+    Both in units of 4^(top - RANGE) / 48, in which squared errors of evenly spread elements (ulp^2 / 12) and mean
+    squares over a quarter-binade (4^e S / 48) are whole numbers; an error below one unit counts as 0. So sums are exact
+    and the same in any order: below 2^63 over 2^27 elements, which are the samples of 2,048 ranks.
+
+    Args:
+        top: binade of the largest element, int64 [].
+    """
     smallest, largest = rule.threshold_range
-    bins = torch.arange(smallest - 1, largest + 1, device=device)
-    t = torch.arange(smallest, largest + 1, device=device)[:, None]
-    lower, width = tau(bins, torch.float64), _power(bins >> 2, torch.float64) / 4
-    square = lower**2 + lower * width + width**2 / 3
-    small, wide = FORMATS[low], FORMATS[high]
-    window = window_exponent(rule, t) - small.max_exponent
-    low_ulp = torch.maximum(bins >> 2, window + small.min_exponent) - small.mantissa
-    high_ulp = (bins >> 2).clamp(min=wide.min_exponent) - wide.mantissa
-    ulp = torch.where(bins < t, low_ulp, high_ulp)
-    return torch.minimum(_power(2 * ulp, torch.float64) / 12, square), square
+    low, wide, unit = FORMATS[rule.low or "e4m3"], rule.wide, top - RANGE
+    bins = torch.arange(smallest - 1, largest + 1, device=top.device)
+    t = torch.arange(smallest, largest + 1, device=top.device)[:, None]
+    e, k = bins >> 2, bins & 3
+    square = 3 * k * k + 27 * k + 61  # 48 (a^2 + a/4 + 1/48), where a = 1 + k/4
+    window = window_exponent(rule, t) - low.max_exponent
+    low_ulp = torch.maximum(e, window + low.min_exponent) - low.mantissa
+    high_ulp = e.clamp(min=wide.min_exponent) - wide.mantissa
+    over = torch.where(bins < t, low_ulp, high_ulp) + 1 - e  # 48 ulp^2 / 12 = 4^e 4^over
+    error = torch.minimum(1 << (2 * over.clamp(0, 4)), square)  # at most the element itself, rounded to zero
+    return _units(error, e + over.clamp(max=0) - unit), _units(square, e - unit)
+
+
+def _units(factor: Tensor, power: Tensor) -> Tensor:
+    """factor * 4^power, or 0 where the power is negative; bins above the top binade, which are empty, get anything."""
+    return torch.where(power < 0, 0, factor << (2 * power.clamp(0, RANGE)))
