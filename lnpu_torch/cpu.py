@@ -148,7 +148,7 @@ def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         fits = np.flatnonzero(above <= rule.fp16_share * total)
         best = fits[0] if len(fits) else len(above) - 1
     else:
-        error, signal = _error_table(rule, int(np.flatnonzero(counts)[-1] + smallest - 1) >> 2)
+        error, signal = _error_table(rule, (int(np.flatnonzero(counts)[-1] + smallest - 1) >> 2) - reference.RANGE)
         fits = np.flatnonzero(error @ counts <= (rule.max_error or 0.0) ** 2 * (signal @ counts))
         best = (above == above[fits[-1] if len(fits) else 0]).argmax()
     return torch.tensor(int(best) + smallest, dtype=torch.int32)
@@ -167,8 +167,8 @@ def _histogram(x: Tensor, rule: Rule) -> np.ndarray[Any, Any]:
 
 
 @lru_cache(maxsize=128)
-def _error_table(rule: Rule, top: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    error, signal = error_table(rule, torch.tensor(top))
+def _error_table(rule: Rule, unit: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    error, signal = error_table(rule, torch.tensor(unit))
     return error.numpy(), signal.numpy()
 
 

@@ -5,7 +5,6 @@ Faster implementations are held against this module bit by bit; it calls none of
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd
 
 import torch
@@ -207,7 +206,7 @@ def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         best = (above <= rule.fp16_share * total.double()).to(torch.int32).argmax()
         best = torch.where(above[-1] <= rule.fp16_share * total.double(), best, len(above) - 1)
     else:
-        error, signal = error_table(rule, top_binade(counts, rule))
+        error, signal = error_table(rule, top_binade(counts, rule) - torch.where(total > SAMPLE, 14, RANGE))
         error, signal = (error * counts).sum(1), (signal * counts).sum()
         fits = error.double() <= (rule.max_error or 0.0) ** 2 * signal.double()
         order = torch.arange(len(above), device=counts.device)
@@ -222,24 +221,25 @@ def top_binade(counts: Tensor, rule: Rule) -> Tensor:
     return torch.where(counts > 0, binades, binades[0]).max()
 
 
-RANGE = 14
-"""Predicted squared errors are counted in units of 4^-RANGE / 48 of the square of the top binade's smallest number."""
+RANGE = 19
+"""Predicted squared errors are counted in units of 4^(top - RANGE) / 48, where the largest element is in binade top."""
 
 
-def error_table(rule: Rule, top: Tensor) -> tuple[Tensor, Tensor]:
+def error_table(rule: Rule, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Expected squared error of an element of each bin under each T [T, bin], and its mean square [bin]; int64.
 
-    Both in units of 4^(top - RANGE) / 48, in which squared errors of evenly spread elements (ulp^2 / 12) and mean
-    squares over a quarter-binade (4^e S / 48) are whole numbers; an error below one unit counts as 0. So sums are exact
-    and the same in any order: below 2^63 over 2^27 elements, which are the samples of 2,048 ranks.
+    Both in units of 4^unit / 48, in which squared errors of evenly spread elements (ulp^2 / 12) and mean squares over
+    a quarter-binade (4^e S / 48) are whole numbers; an error below one unit counts as 0. With the unit RANGE binades
+    below the top, sums over a sample of SAMPLE elements stay below 2^62, and so are the same in any order; 14 binades
+    below, sums over the samples of 1,024 ranks.
 
     Args:
-        top: binade of the largest element, int64 [].
+        unit: int64 [].
     """
     smallest, largest = rule.threshold_range
-    low, wide, unit = FORMATS[rule.low or "e4m3"], rule.wide, top - RANGE
-    bins = torch.arange(smallest - 1, largest + 1, device=top.device)
-    t = torch.arange(smallest, largest + 1, device=top.device)[:, None]
+    low, wide = FORMATS[rule.low or "e4m3"], rule.wide
+    bins = torch.arange(smallest - 1, largest + 1, device=unit.device)
+    t = torch.arange(smallest, largest + 1, device=unit.device)[:, None]
     e, k = bins >> 2, bins & 3
     square = 3 * k * k + 27 * k + 61  # 48 (a^2 + a/4 + 1/48), where a = 1 + k/4
     window = window_exponent(rule, t) - low.max_exponent

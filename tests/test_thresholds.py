@@ -7,7 +7,17 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError, Precision, Rule
-from lnpu_torch.reference import SAMPLE, UNSET, choose_threshold, histogram, quantize, strided_sample, tau
+from lnpu_torch.reference import (
+    RANGE,
+    SAMPLE,
+    UNSET,
+    choose_threshold,
+    error_table,
+    histogram,
+    quantize,
+    strided_sample,
+    tau,
+)
 
 UNSEEN = torch.tensor(UNSET, dtype=torch.int32)
 
@@ -264,3 +274,14 @@ def test_chunk_matters():
     for value in products.tolist():
         expected = np.float16(np.float64(expected) + value)
     assert outputs[0][0, 0].item() == pytest.approx(float(expected) + layer.bias[0].item(), rel=2**-9, abs=2**-10)
+
+
+def test_predictions_are_whole_numbers_that_cannot_overflow():
+    """So that sums are equal in any order: the largest sum over a sample, and over the samples of 1,024 ranks."""
+    for rule in (Rule(), Rule(low="e5m2"), Rule(high="e6m9")):
+        for top in range(rule.threshold_range[0] // 4, rule.wide.max_exponent + 1):
+            for elements, reach in ((SAMPLE, RANGE), (SAMPLE * 1024, 14)):
+                error, signal = error_table(rule, torch.tensor(top - reach))
+                seen = torch.arange(len(signal)) + rule.threshold_range[0] - 1 < 4 * (top + 1)
+                assert max(error[:, seen].max().item(), signal[seen].max().item()) * elements < 2**63
+                assert signal.min() >= 0 and (error <= signal)[:, seen].all()
