@@ -1,65 +1,69 @@
-"""Chip: rates, energies and skip policy of one accelerator, every value tagged. It knows nothing of what was run."""
+"""Chip: rates, energies, memories and skip policy of one accelerator, all tagged. It knows nothing of what was run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
-from rich.table import Table
+from pydantic import model_validator
 
-from lnpu_torch.config import ConfigError, Frozen, builtin_names, find, parse_yaml, read_text, validate
-from lnpu_torch.tables import add_row, plain_table
-
-Tag = Literal["published", "derived", "assumed"]
-Value = TypeVar("Value")
-Energy = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Rate = Annotated[int, Field(gt=0)]
-
-
-class Tagged(Frozen, Generic[Value]):
-    """A value, and what it rests on: stated in `source`, derived from it by a formula, or assumed by us."""
-
-    value: Value
-    tag: Tag
-    source: Annotated[str, Field(min_length=1)]
-
-
-class Ratio(Tagged[Positive]):
-    """A ratio that is known only to lie in `range`; reports show the band."""
-
-    range: tuple[Positive, Positive] | None = None
-
-    @model_validator(mode="after")
-    def _inside(self) -> Self:
-        if self.range and not self.range[0] <= self.value <= self.range[1]:
-            raise ValueError(f"value {self.value} is outside its range {list(self.range)}")
-        return self
-
-
-class OperatingPoint(Frozen):
-    """Where the energies hold, and how long a cycle is."""
-
-    voltage_v: Tagged[Positive]
-    clock_hz: Tagged[Positive]
+from lnpu_torch.bottom_up import BottomUp
+from lnpu_torch.config import (
+    ConfigError,
+    Frozen,
+    builtin_names,
+    find,
+    listed,
+    nearest,
+    parse_yaml,
+    read_text,
+    validate,
+)
+from lnpu_torch.operating_point import OperatingPoint
+from lnpu_torch.tagged import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
 
 
 class MacsPerCycle(Frozen):
     """Multiply-accumulates that the whole chip starts in one cycle; `fp8` is None on a chip without FP8."""
 
-    fp8: Tagged[Rate] | None
-    fp16: Tagged[Rate]
+    fp8: Tagged[Natural] | None
+    fp16: Tagged[Natural]
 
 
-class EnergyLine(Frozen):
-    """Energy of one slot: a multiplication in FP8, one that is skipped, and FP16's over FP8's."""
+class Energy(Frozen):
+    """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
-    fp8_mac_pj: Tagged[Energy]
-    skipped_slot_pj: Tagged[Energy]
-    fp16_to_fp8: Ratio
+    A slot: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
+    moved from or to DRAM.
+    """
+
+    fp8_mac_pj: Tagged[NotNegative]
+    skipped_slot_pj: Tagged[NotNegative]
+    fp16_to_fp8: Ranged
+    sram_read_pj_per_bit: Tagged[NotNegative]
+    sram_write_pj_per_bit: Tagged[NotNegative]
+    dram_pj_per_bit: Ranged
+
+
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_slot", "energy.fp16_to_fp8", "energy.sram")
+"""How the keys begin that only the calibrated model uses."""
+
+
+class Storage(Frozen):
+    """How an operand's elements lie in both memories: bits of a zero, of an FP8 and of an FP16 element.
+
+    `results`: "as_read", only what the next step reads is written, in that format; "through_dram", a step's own result
+    is written to DRAM in FP16 before, and read back. `partial_sum_bits` is what one element of a result takes while
+    it is summed up.
+    """
+
+    zero_bits: Tagged[Bits]
+    fp8_bits: Tagged[Bits]
+    fp16_bits: Tagged[Bits]
+    partial_sum_bits: Tagged[Natural]
+    results: Tagged[Literal["as_read", "through_dram"]]
 
 
 class Skip(Frozen):
@@ -73,6 +77,7 @@ class Skip(Frozen):
 class Chip(Frozen):
     """One accelerator at one operating point.
 
+    `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
     ("streamed"), those whose operands "both" are, or "never". `padding` says what a slot outside the image is: a zero
     of the step's first operand ("as_zero"), or not scheduled ("free").
@@ -80,18 +85,33 @@ class Chip(Frozen):
 
     name: str
     description: str
+    energy_model: Literal["calibrated", "bottom_up"] = "calibrated"
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
+    sram_bytes: Tagged[Natural]
     fp8_pairs: Tagged[Literal["streamed", "both", "never"]]
-    energy: EnergyLine
+    energy: Energy
+    storage: Storage
     skip: Skip
     padding: Tagged[Literal["as_zero", "free"]]
+    bottom_up: BottomUp | None = None
 
     @model_validator(mode="after")
     def _fp8_rate(self) -> Self:
         if (self.macs_per_cycle.fp8 is None) != (self.fp8_pairs.value == "never"):
             raise ValueError("macs_per_cycle.fp8 is null if, and only if, fp8_pairs is 'never'")
         return self
+
+    @model_validator(mode="after")
+    def _has_tables(self) -> Self:
+        if self.energy_model == "bottom_up" and self.bottom_up is None:
+            raise ValueError("energy_model is 'bottom_up', but there is no bottom_up")
+        return self
+
+    @property
+    def clock_hz(self) -> float:
+        """The clock at the chip's voltage."""
+        return self.operating_point.clock_hz
 
     def runs_fp8(self, streamed: str, other: str) -> bool:
         """Whether a product of these groups ("zero", "fp8", "fp16", "fp32") runs as FP8; a zero is an FP8 code."""
@@ -105,23 +125,40 @@ class Chip(Frozen):
 
     def values(self) -> dict[str, Tagged[Any]]:
         """Every tagged value under its dotted key, as in the YAML."""
-        return dict(_tagged(self, ""))
+        return tagged_values(self)
 
     def tags(self) -> dict[str, int]:
-        """How many values are published, derived and assumed."""
-        count = Counter(entry.tag for entry in self.values().values())
+        """How many of the values that its energy model uses are published, derived and assumed."""
+        unused = CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
+        count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(unused))
         return {tag: count[tag] for tag in ("published", "derived", "assumed")}
 
+    def having(self, values: Mapping[str, Any]) -> Chip:
+        """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
 
-def chip(name_or_path: str | Path | Chip) -> Chip:
+        Raises:
+            ConfigError: the chip has no such key, or the value is not one that the key can have.
+        """
+        data = self.model_dump()
+        for key, value in values.items():
+            _set(data, self, key, value)
+        return validate(Chip, data, self.name)
+
+
+def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
     """A Chip from a built-in name ("lnpu", "dense-fp16", ...), a YAML file's path, or itself.
 
     A file may start from another with `like: NAME_OR_PATH` (a path as seen from the file) and give only what differs;
     a tagged value is replaced whole. The chip's name is the file's, unless it gives another.
 
+    Args:
+        voltage: run it at this voltage, in V, in place of its own.
+
     Raises:
         ConfigError: no such chip; a key is missing or unknown; a value, tag, source or unit is wrong. Names the key.
     """
+    if voltage is not None:
+        return chip(name_or_path).having({"operating_point.voltage_v": voltage})
     if isinstance(name_or_path, Chip):
         return name_or_path
     path = find("chips", name_or_path, "chip")
@@ -133,32 +170,19 @@ def chips() -> list[Chip]:
     return [chip(name) for name in builtin_names("chips")]
 
 
-def chips_table(chips: Sequence[Chip]) -> Table:
-    """One line per chip: its rates, energies and what it skips."""
-    rates = ["MHz", "MAC/cycle FP8", "FP16", "pJ/MAC FP8", "FP16", "skipped"]
-    table = plain_table("Chips", ["chip", "what it is", "skips FF", "EP", "WG"], rates)
-    for each in chips:
-        fp8, line, skip = each.macs_per_cycle.fp8, each.energy, each.skip
-        add_row(
-            table,
-            *(each.name, each.description),
-            *(skip.forward.value, skip.grad_input.value, skip.grad_weight.value),
-            f"{each.operating_point.clock_hz.value / 1e6:g}",
-            *(f"{fp8.value}" if fp8 else "-", f"{each.macs_per_cycle.fp16.value}"),
-            *(f"{line.fp8_mac_pj.value:g}" if fp8 else "-", f"{line.fp8_mac_pj.value * line.fp16_to_fp8.value:g}"),
-            f"{line.skipped_slot_pj.value:g}",
-        )
-    return table
-
-
-def chip_table(chip: Chip) -> Table:
-    """Every value of one chip, with its tag and source."""
-    table = plain_table(f"{chip.name}: {chip.description}", ["key", "value", "tag", "source"], [])
-    for key, entry in chip.values().items():
-        band = entry.range if isinstance(entry, Ratio) else None
-        value = f"{entry.value:.10g}" if isinstance(entry.value, float) else f"{entry.value}"
-        add_row(table, key, f"{value} ({band[0]:g} ... {band[1]:g})" if band else value, entry.tag, entry.source)
-    return table
+def _set(data: dict[str, Any], chip: Chip, key: str, value: Any) -> None:
+    """Put a value under a dotted key of a chip's plain data. Raises ConfigError if the chip has no such key."""
+    known = [*chip.values(), "energy_model"]
+    if key not in known:
+        raise ConfigError(f"{chip.name}: no key {key!r}{nearest(key, known)}; known: {listed(known)}")
+    *folders, last = key.split(".")
+    for folder in folders:
+        data = data[folder]
+    if key == "energy_model":
+        data[last] = value
+    else:
+        data[last] |= {"value": value, "tag": "assumed", "source": "set by hand"}
+        data[last].pop("range", None)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Any:
@@ -188,11 +212,3 @@ def _merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)) or "value" in base or "value" in over:
         return over
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
-
-
-def _tagged(model: Frozen, prefix: str) -> Iterator[tuple[str, Tagged[Any]]]:
-    for key, value in model:
-        if isinstance(value, Tagged):
-            yield prefix + key, value
-        elif isinstance(value, Frozen):
-            yield from _tagged(value, f"{prefix}{key}.")

@@ -17,10 +17,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.chip import chip_table, chips_table
+from lnpu_torch.catalogue import chip_table, chips_table
 from lnpu_torch.chip import chips as all_chips
+from lnpu_torch.comparison import Comparison
 from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
-from lnpu_torch.report import Comparison, Report, csv_text, json_text
+from lnpu_torch.report import Report, csv_text, json_text
 from lnpu_torch.tables import plain
 
 USER_ERROR = 2

@@ -156,7 +156,8 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             near = nearest(str(problem["loc"][-1]), known)
             lines.append(f"{where}: unknown key {key!r}{near}; known: {listed(known)}")
         else:
-            got = "" if problem["type"] == "missing" else f", got {repr(problem['input'])[:80]}"
+            told = problem["type"] == "missing" or isinstance(problem["input"], dict)
+            got = "" if told else f", got {repr(problem['input'])[:80]}"
             lines.append(f"{where}: {key}: {problem['msg']}{got}")
     return "\n".join(lines)
 

@@ -2,27 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lnpu_torch.bottom_up import BottomUp
 from lnpu_torch.chip import Chip
-from lnpu_torch.units import zj
+from lnpu_torch.units import Component, zj
 
 
 @dataclass(frozen=True)
 class Energies:
-    """Energy of one event each, in zJ; `fp16_band` is what the ends of the chip's ratio range add to an FP16 MAC."""
+    """Energy of one event each, in zJ: a multiplication or a skipped slot, a bit of SRAM or DRAM.
+
+    `fp16_band` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
+    """
 
     fp8_mac: int
     fp16_mac: int
-    fp16_band: tuple[int, int]
+    fp16_band: tuple[int, int] | None
     skipped_slot: int
+    sram_read_bit: int
+    sram_write_bit: int
+    dram_bit: int
+
+    def of_work(self, fp8_macs: int, fp16_macs: int, skipped: int) -> dict[Component, int]:
+        """Energy of these multiplications and skipped slots."""
+        return {"mac": self.fp8_mac * fp8_macs + self.fp16_mac * fp16_macs + self.skipped_slot * skipped}
+
+    def of_bits(self, bits: Mapping[str, int]) -> dict[Component, int]:
+        """Energy of the bits moved, as `traffic.bits_moved` names them; of none if none are known."""
+        if not bits:
+            return {}
+        sram = self.sram_read_bit * bits["sram_read"] + self.sram_write_bit * bits["sram_write"]
+        return {"sram": sram, "dram": self.dram_bit * (bits["dram_read"] + bits["dram_write"])}
+
+    def band(self, fp16_macs: int) -> tuple[int, int]:
+        """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
+        low, high = self.fp16_band or (0, 0)
+        return low * fp16_macs, high * fp16_macs
 
 
 def event_energies(chip: Chip) -> Energies:
-    """The chip's energies, each rounded once, to 1 zJ."""
-    line = chip.energy
-    ratio = line.fp16_to_fp8
-    low, high = ratio.range or (ratio.value, ratio.value)
-    fp16 = zj(line.fp8_mac_pj.value * ratio.value)
-    band = (zj(line.fp8_mac_pj.value * low) - fp16, zj(line.fp8_mac_pj.value * high) - fp16)
-    return Energies(zj(line.fp8_mac_pj.value), fp16, band, zj(line.skipped_slot_pj.value))
+    """The chip's energies by its energy model and at its voltage, each rounded once, to 1 zJ."""
+    if chip.energy_model == "bottom_up" and chip.bottom_up:
+        return _bottom_up(chip, chip.bottom_up)
+    energy, scale = chip.energy, chip.operating_point.energy_scale
+    fp8, ratio = energy.fp8_mac_pj.value * scale, energy.fp16_to_fp8
+    fp16 = zj(fp8 * ratio.value)
+    return Energies(
+        fp8_mac=zj(fp8),
+        fp16_mac=fp16,
+        fp16_band=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
+        skipped_slot=zj(energy.skipped_slot_pj.value * scale),
+        sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
+        sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
+        dram_bit=zj(energy.dram_pj_per_bit.value),
+    )
+
+
+def _bottom_up(chip: Chip, tables: BottomUp) -> Energies:
+    """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped slot reads one bit."""
+    voltage, circuits, storage = chip.operating_point.voltage_v.value, tables.arithmetic, chip.storage
+    scale, read = circuits.scale(voltage), tables.sram.read_pj_per_bit(voltage)
+    per_bit = read / tables.macs_per_read.value
+    add = circuits.accumulate_pj.value * scale
+    fp8_read = (storage.fp8_bits.value + storage.fp16_bits.value) * per_bit  # the other operand may be FP16
+    fp16_read = 2 * storage.fp16_bits.value * per_bit
+    return Energies(
+        fp8_mac=zj(circuits.fp8_multiply_pj.value * scale + add + fp8_read),
+        fp16_mac=zj(circuits.fp16_multiply_pj.value * scale + add + fp16_read),
+        fp16_band=None,
+        skipped_slot=zj(storage.zero_bits.value * per_bit),
+        sram_read_bit=zj(read),
+        sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
+        dram_bit=zj(chip.energy.dram_pj_per_bit.value),
+    )

@@ -10,13 +10,14 @@ from lnpu_torch.counts import OPERANDS, Counts, StepCounts
 from lnpu_torch.energies import Energies, event_energies
 from lnpu_torch.report import Report
 from lnpu_torch.rows import Part
-
-MODELLED = (
-    "cycles assume that every multiplier is busy. Only MACs are priced: not memory traffic, and not what is no MAC "
-    "(normalisation, activations, pooling, the optimizer's update)"
-)
+from lnpu_torch.traffic import bits_moved
 
 EXTRAPOLATED = "extrapolated: only some of the steps were counted, and the others taken to be like them"
+
+MODELS = {
+    "calibrated": "energy on the chip: a line through its two efficiencies",
+    "bottom_up": "energy on the chip: bottom-up, from tables of single circuits, not calibrated",
+}
 
 
 def price(counts: Counts, chip: str | Path | Chip) -> Report:
@@ -30,23 +31,29 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         ConfigError: no such chip, or its file is wrong.
     """
     chip = read_chip(chip)
-    ratio, energies = chip.energy.fp16_to_fp8.range, event_energies(chip)
+    energies, told = event_energies(chip), _who_reads_errors(counts)
     return Report(
         chip=chip.name,
-        clock_hz=chip.operating_point.clock_hz.value,
-        parts=tuple(_part(entry, chip, energies) for entry in counts.steps),
-        band=f"energy of an FP16 MAC {ratio[0]:g} ... {ratio[1]:g} times an FP8 MAC's" if ratio else None,
+        clock_hz=chip.clock_hz,
+        parts=tuple(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps),
+        band=_band(chip) if energies.fp16_band else None,
         notes=tuple(_notes(counts, chip)),
     )
 
 
-def _part(entry: StepCounts, chip: Chip, energies: Energies) -> Part:
-    """One step of one layer: what of it is executed, what is skipped, and what both cost."""
+def _who_reads_errors(counts: Counts) -> set[str]:
+    """The layers whose grad_input was run: that is where their error is read first."""
+    return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.slots > entry.not_run}
+
+
+def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool) -> Part:
+    """One step of one layer: what of it is executed, what is skipped, what is moved, and what all that costs."""
     policy = getattr(chip.skip, entry.step).value
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
     pairs = _executed(entry, policy)
     skipped = entry.slots - entry.padding - entry.not_run - sum(pairs.values())
-    fp8_macs, fp16_macs, idle = _work(entry, chip, policy, pairs, skipped)
+    work = _work(entry, chip, policy, pairs, skipped)
+    bits = bits_moved(entry, chip, error_is_new=error_is_new)
     zero, fp8, wide = streamed.elements
     return Part(
         layer=entry.layer,
@@ -60,10 +67,16 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies) -> Part:
         zero=zero,
         fp8=fp8,
         wide=wide,
-        cycles=chip.cycles(fp8_macs, fp16_macs),
-        energy={"mac": energies.fp8_mac * fp8_macs + energies.fp16_mac * fp16_macs + energies.skipped_slot * idle},
-        band=(energies.fp16_band[0] * fp16_macs, energies.fp16_band[1] * fp16_macs),
+        cycles=chip.cycles(*work[:2]),
+        energy=energies.of_work(*work) | energies.of_bits(bits),
+        bits=bits,
+        band=energies.band(work[1]),
     )
+
+
+def _band(chip: Chip) -> str:
+    low, high = chip.energy.fp16_to_fp8.range or (0.0, 0.0)
+    return f"energy of an FP16 MAC {low:g} ... {high:g} times an FP8 MAC's"
 
 
 def _executed(entry: StepCounts, policy: str) -> dict[tuple[str, str], int]:
@@ -99,9 +112,11 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
     """What a reader of the report must know about how it came about."""
     operands = [operand for entry in counts.steps for operand in (entry.first, entry.second)]
     tags = ", ".join(f"{count} {tag}" for tag, count in chip.tags().items())
-    point = chip.operating_point
+    voltage = chip.operating_point.voltage_v.value
     notes = [EXTRAPOLATED] if counts.extrapolated else []
-    notes += [MODELLED, f"constants at {point.voltage_v.value:g} V, {point.clock_hz.value / 1e6:g} MHz: {tags}"]
+    notes += [f"{MODELS[chip.energy_model]}; at {voltage:g} V, {chip.clock_hz / 1e6:.4g} MHz", f"constants: {tags}"]
+    if any(not entry.by_size and any(entry.first.elements) for entry in counts.steps):
+        notes.append("the sizes of some calls were not recorded: what these moved is not in the traffic")
     if any(operand.wide == "fp32" for operand in operands):
         notes.append("fp32, an operand left in float, is priced as FP16")
     if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +106,9 @@ class Report:
         return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
-        return [_table(self), *map(Text, _footer(self))]
+        compared = access if self.total.dram_bits is not None else None
+        tables = [_table("Work", self, WORK), _table("Energy", self, (*ENERGY, *ACCESS), compared)]
+        return [*tables, *map(Text, _footer(self))]
 
     def _sum(self, group: list[Part]) -> Part:
         """The parts of one row; what differs within it is "all"."""
@@ -117,60 +119,6 @@ class Report:
     @property
     def _total(self) -> Part:
         return add(self.parts, "total", ALL, ALL)
-
-
-class Comparison:
-    """Reports of one run on several chips, side by side; `str()` is a table, and a rich console prints it too.
-
-    Raises ValueError if the reports do not have the same rows.
-    """
-
-    def __init__(self, reports: Sequence[Report]) -> None:
-        keys = [[(row.layer, row.step) for row in report.rows] for report in reports]
-        if not reports or any(other != keys[0] for other in keys):
-            raise ValueError("reports of one run, grouped alike, can stand side by side; these differ")
-        self.reports = tuple(reports)
-
-    def __rich__(self) -> RenderableType:
-        return Group(*self._blocks())
-
-    def __str__(self) -> str:
-        return plain(*self._blocks())
-
-    def _blocks(self) -> list[RenderableType]:
-        return [self._energies(), self._totals(), *map(Text, self._notes())]
-
-    def _notes(self) -> Iterator[str]:
-        """Each note once, with the chips it holds for unless it holds for all."""
-        notes = [[*_lacking(report), *report.notes] for report in self.reports]
-        for note in dict.fromkeys(note for each in notes for note in each):
-            chips = [report.chip for report, each in zip(self.reports, notes, strict=True) if note in each]
-            yield note if len(chips) == len(self.reports) else f"{', '.join(chips)}: {note}"
-
-    def _energies(self) -> Table:
-        table = plain_table("Energy by chip", ["layer", "kind", "step"], [report.chip for report in self.reports])
-        for rows in zip(*(report.rows for report in self.reports), strict=True):
-            add_row(table, *_names(rows[0]), *(si(row.energy_pj, "pJ") for row in rows))
-        table.add_section()
-        add_row(table, "total", ALL, ALL, *(si(report.total.energy_pj, "pJ") for report in self.reports))
-        return table
-
-    def _totals(self) -> Table:
-        first = self.reports[0].total
-        right = ["energy", "energy band", "time", "TFLOPS/W", f"energy / {self.reports[0].chip}"]
-        table = plain_table("Totals", ["chip"], right)
-        for report in self.reports:
-            ratio = share(report.total.energy_pj, first.energy_pj)
-            add_row(
-                table,
-                report.chip,
-                si(report.total.energy_pj, "pJ"),
-                _band(report) if report.band else "-",
-                si(report.time_s, "s"),
-                _optional(report.tflops_per_watt, "{:.2f}"),
-                _optional(ratio, "{:.3f}"),
-            )
-        return table
 
 
 def json_text(report: Report | Sequence[Report]) -> str:
@@ -192,32 +140,76 @@ def csv_text(report: Report | Sequence[Report]) -> str:
     return text.getvalue()
 
 
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "slots": ("slots", si),
-    "executed": ("executed", si),
-    "skipped": ("skipped", si),
-    "padding": ("padding", si),
-    "not run": ("not_run", si),
-    "zero": ("zero_share", lambda value: _optional(value, "{:.1%}")),
-    "FP8": ("fp8_share", lambda value: _optional(value, "{:.1%}")),
-    "cycles": ("cycles", si),
-    "energy": ("energy_pj", lambda value: si(value, "pJ")),
+Column = tuple[str, str, Callable[[Any], str]]
+
+WORK: tuple[Column, ...] = (
+    ("slots", "slots", si),
+    ("executed", "executed", si),
+    ("skipped", "skipped", si),
+    ("padding", "padding", si),
+    ("not run", "not_run", si),
+    ("zero", "zero_share", lambda value: _optional(value, "{:.1%}")),
+    ("FP8", "fp8_share", lambda value: _optional(value, "{:.1%}")),
+    ("cycles", "cycles", si),
+    ("utilisation", "utilisation", lambda value: _optional(value, "{:.1%}")),
+)
+ENERGY: tuple[Column, ...] = (
+    ("MAC", "mac_energy_pj", lambda value: si(value, "pJ")),
+    ("SRAM", "sram_energy_pj", lambda value: si(value, "pJ")),
+    ("SIMD", "simd_energy_pj", lambda value: si(value, "pJ")),
+    ("chip", "energy_pj", lambda value: si(value, "pJ")),
+    ("DRAM", "dram_energy_pj", lambda value: si(value, "pJ")),
+)
+ACCESS: tuple[Column, ...] = (
+    ("SRAM access", "sram_bits", lambda value: si(value, "bit")),
+    ("DRAM access", "dram_bits", lambda value: si(value, "bit")),
+)
+"""The tables' columns of numbers: heading, field of Row, how it is written."""
+
+IN_WORDS = {
+    "utilisation": "utilisation (cycles are those of multipliers that never wait)",
+    "mac_energy_pj": "MACs",
+    "sram_energy_pj": "SRAM",
+    "simd_energy_pj": "what is no MAC (normalisation, activation, pooling, loss, the optimizer's update)",
+    "dram_energy_pj": "DRAM",
 }
-"""The table's columns of numbers: heading, field of Row, how it is written."""
+"""What a reader calls the fields that may be not modelled; the numbers of bits go with their energy."""
 
 
-def _lacking(report: Report) -> list[str]:
-    """Names what no model covers, if anything is counted at all."""
+def lacking(report: Report) -> list[str]:
+    """A line that names what no model covers, if anything was counted at all."""
     missing = report.total.not_modelled if report.parts else ()
-    return [f"not modelled, and not in these figures: {', '.join(missing)}"] if missing else []
+    words = [IN_WORDS[name] for name in missing if name in IN_WORDS]
+    return [f"not modelled, and not in these figures: {', '.join(words)}"] if words else []
 
 
-def _table(report: Report) -> Table:
-    table = plain_table(f"Energy on chip {report.chip}", ["layer", "kind", "step"], COLUMNS)
-    for row in report.rows:
-        add_row(table, *_cells(row))
-    table.add_section()
-    add_row(table, *_cells(report.total))
+def names(row: Row) -> tuple[str, str, str]:
+    """Layer, kind and step as tables show them."""
+    return row.layer or "(model)", row.kind, SHORT.get(row.step, row.step)
+
+
+def band(report: Report) -> str:
+    """Both ends of the energy, or "-"."""
+    return " ... ".join(si(energy, "pJ") for energy in report.energy_range_pj) if report.band else "-"
+
+
+def access(row: Row) -> str:
+    """The traffic with DRAM against dense FP16's, "-38.9 %", or "-"."""
+    ratio = share(row.dram_bits or 0, row.dense_dram_bits or 0)
+    return "-" if ratio is None else f"{ratio - 1:+.1%}"
+
+
+def _table(title: str, report: Report, columns: Sequence[Column], last: Callable[[Row], str] | None = None) -> Table:
+    """One line per row and the total. A column that is not modelled is left out, and `lacking` names it."""
+    total = report.total
+    shown = [column for column in columns if getattr(total, column[1]) is not None or not report.parts]
+    heads = [head for head, _, _ in shown] + (["to dense"] if last else [])
+    table = plain_table(f"{title} on chip {report.chip}", ["layer", "kind", "step"], heads)
+    for row in (*report.rows, total):
+        if row is total:
+            table.add_section()
+        numbers = [write(getattr(row, field)) for _, field, write in shown]
+        add_row(table, *names(row), *numbers, *([last(row)] if last else []))
     return table
 
 
@@ -225,25 +217,13 @@ def _footer(report: Report) -> list[str]:
     total = report.total
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
-        f"total: {si(total.energy_pj, 'pJ')}, {si(report.time_s, 's')} at {si(report.clock_hz, 'Hz')}, "
-        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too)",
-        *([f"energy band: {_band(report)}, {report.band}"] if report.band else []),
+        f"total: {si(total.energy_pj, 'pJ')} on the chip, {si(report.time_s, 's')} at {si(report.clock_hz, 'Hz')}, "
+        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)",
+        *([f"energy band: {band(report)}, {report.band}"] if report.band else []),
         f"executed, streamed operand first: {pairs}",
-        *_lacking(report),
+        *lacking(report),
         *report.notes,
     ]
-
-
-def _names(row: Row) -> tuple[str, str, str]:
-    return row.layer or "(model)", row.kind, SHORT.get(row.step, row.step)
-
-
-def _cells(row: Row) -> list[str]:
-    return [*_names(row), *(write(getattr(row, field)) for field, write in COLUMNS.values())]
-
-
-def _band(report: Report) -> str:
-    return " ... ".join(si(energy, "pJ") for energy in report.energy_range_pj)
 
 
 def _optional(value: float | None, form: str) -> str:

@@ -6,16 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from lnpu_torch.units import pj
+from lnpu_torch.units import COMPONENTS, ON_CHIP, Component, pj
 
 Key = TypeVar("Key", bound=str)
-Component = Literal["mac", "sram", "simd", "dram"]
-COMPONENTS: tuple[Component, ...] = ("mac", "sram", "simd", "dram")
-"""What energy is spent on; "dram" is outside the chip, and outside TFLOPS/W."""
-
-ON_CHIP: tuple[Component, ...] = ("mac", "sram", "simd")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,14 @@
-"""The unit that energies are counted in, and the one that they are shown in. Nothing else."""
+"""What energy is spent on, the unit that it is counted in, and the one that it is shown in. Nothing else."""
 
 from __future__ import annotations
+
+from typing import Literal
+
+Component = Literal["mac", "sram", "simd", "dram"]
+COMPONENTS: tuple[Component, ...] = ("mac", "sram", "simd", "dram")
+"""What energy is spent on; "dram" is outside the chip, and outside TFLOPS/W."""
+
+ON_CHIP: tuple[Component, ...] = ("mac", "sram", "simd")
 
 ZJ_PER_PJ = 10**9
 """Energies are whole zeptojoules (1e-21 J) until they are shown: sums of integers close to the last digit."""

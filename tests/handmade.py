@@ -21,18 +21,23 @@ def step(
     first: tuple[int, int, int] = (5, 3, 2),
     second: tuple[int, int, int] = (0, 6, 2),
     wide: tuple[str, str] = ("fp16", "fp16"),
+    result: int = 6,
+    calls: int = 1,
 ) -> StepCounts:
+    sizes = (sum(first) // calls, sum(second) // calls, result)
+    by_size = [{"count": calls, "sizes": sizes, "first": first, "second": second}] if any(first) else []
     data = {
         "layer": layer,
         "kind": "Conv2d",
         "step": step,
-        "calls": 1,
+        "calls": calls,
         "slots": sum(map(sum, pairs)) + padding + not_run,
         "padding": padding,
         "not_run": not_run,
         "pairs": pairs,
         "first": {"wide": wide[0], "elements": first},
         "second": {"wide": wide[1], "elements": second},
+        "by_size": by_size,
     }
     return validate(StepCounts, data, "handmade")
 
@@ -51,6 +56,11 @@ def network() -> Counts:
         step("grad_input", layer="fc", padding=0, pairs=((90, 0, 3), (0, 1, 0), (1, 1, 0)), wide=("fp16", "fp32")),
         step("grad_weight", layer="fc", padding=0),
     )
+
+
+def bottom_up() -> Chip:
+    """LNPU, by the bottom-up model."""
+    return chip("lnpu").having({"energy_model": "bottom_up"})
 
 
 def variant(**values: object) -> Chip:

@@ -9,8 +9,9 @@ import yaml
 from handmade import variant
 from pydantic import ValidationError
 
-from lnpu_torch.chip import chip, chip_table, chips, chips_table
-from lnpu_torch.config import CONFIGS, ConfigError, builtin_names
+from lnpu_torch.catalogue import chip_table, chips_table
+from lnpu_torch.chip import chip, chips
+from lnpu_torch.config import CONFIGS, ConfigError, builtin_names, parse_yaml
 from lnpu_torch.energies import event_energies
 from lnpu_torch.tables import plain
 from lnpu_torch.units import pj
@@ -20,8 +21,9 @@ from lnpu_torch.units import pj
 def test_every_chip_loads_and_says_what_each_value_rests_on(name: str) -> None:
     loaded = chip(name)
     assert loaded.name == name
-    assert len(loaded.values()) == sum(loaded.tags().values()) >= 10
-    assert all(len(entry.source) > 10 or entry.source == "as in forward" for entry in loaded.values().values())
+    both = [loaded.having({"energy_model": model}) for model in ("calibrated", "bottom_up")]
+    assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in both)  # each uses its own part
+    assert all(len(entry.source) > 10 for entry in loaded.values().values())
 
 
 def test_the_built_in_chips() -> None:
@@ -71,8 +73,7 @@ def test_a_chip_is_frozen_and_stands_for_itself() -> None:
 
 
 def _edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    data = yaml.safe_load((CONFIGS / "chips" / "lnpu.yaml").read_text())
-    data["operating_point"]["clock_hz"]["value"] = 5.0e7  # PyYAML alone reads 50.0e6 as text
+    data = parse_yaml((CONFIGS / "chips" / "lnpu.yaml").read_text(), "lnpu.yaml")
     edit(data)
     path.write_text(yaml.safe_dump(data))
     return path
@@ -103,10 +104,26 @@ BAD = [
     ("energy.fp8_mac_pj.range", [0.5, 0.6], ["energy.fp8_mac_pj.range", "unknown key"]),
     ("energy.fp16_to_fp8.range", [3.0, 4.0], ["energy.fp16_to_fp8", "outside its range"]),
     ("energy.fp16_to_fp8.value", 0.0, ["energy.fp16_to_fp8.value"]),
-    ("operating_point.clock_hz.value", "50 MHz", ["operating_point.clock_hz.value", "'50 MHz'"]),
-    ("operating_point.clock_hz.value", 0.0, ["operating_point.clock_hz.value"]),
+    ("operating_point.low.clock_hz.value", "50 MHz", ["operating_point.low.clock_hz.value", "'50 MHz'"]),
+    ("operating_point.low.clock_hz.value", 0.0, ["operating_point.low.clock_hz.value"]),
     ("operating_point.voltage_v.value", True, ["operating_point.voltage_v.value"]),
-    ("operating_point.clock_mhz", 50, ["clock_mhz", "nearest: clock_hz"]),
+    ("operating_point.low.clock_mhz", 50, ["clock_mhz", "nearest: clock_hz"]),
+    ("operating_point.high", ..., ["operating_point.high", "required"]),
+    ("operating_point.high.voltage_v.value", 0.7, ["operating_point", "0.78 is not below high.voltage_v 0.7"]),
+    ("operating_point.voltage_v.value", 1.2, ["operating_point", "1.2 is outside the chip's range, 0.78 ... 1.1 V"]),
+    ("energy.dram_pj_per_bit", ..., ["energy.dram_pj_per_bit", "required"]),
+    ("energy.dram_pj_per_bit.value", 7.0, ["energy.dram_pj_per_bit", "outside its range"]),
+    ("energy.sram_read_pj_per_bit.value", -0.1, ["energy.sram_read_pj_per_bit.value", "-0.1"]),
+    ("energy.sram_read_fj_per_bit", 319, ["sram_read_fj_per_bit", "nearest: sram_read_pj_per_bit"]),
+    ("sram_bytes.value", 0, ["sram_bytes.value"]),
+    ("sram_kb", 372, ["unknown key 'sram_kb'", "nearest: sram_bytes"]),
+    ("storage.zero_bits.value", -1, ["storage.zero_bits.value"]),
+    ("storage.results.value", "dense", ["storage.results.value", "'dense'"]),
+    ("storage", ..., ["storage", "required"]),
+    ("energy_model", "guess", ["energy_model", "'guess'"]),
+    ("bottom_up.macs_per_read.source", ..., ["bottom_up.macs_per_read.source", "required"]),
+    ("bottom_up.sram.bank_bytes.value", 1024, ["bottom_up.sram", "bank_bytes 1024 is outside the table"]),
+    ("bottom_up.sram.macros.value", [], ["bottom_up.sram", "in the order of their bytes"]),
     ("operating_point", 50, ["operating_point"]),
     ("macs_per_cycle.fp16.value", 768.5, ["macs_per_cycle.fp16.value"]),
     ("macs_per_cycle.fp8.value", 0, ["macs_per_cycle.fp8.value"]),
@@ -186,12 +203,24 @@ def test_tables_show_every_chip_and_every_value() -> None:
     listing = plain(chips_table(chips()))
     assert all(each.name in listing and each.description in listing for each in chips())
     lnpu_line = next(line for line in listing.splitlines() if line.startswith("  lnpu "))
-    assert lnpu_line.split()[-9:] == ["input", "grad_output", "input", "50", "1536", "768", "0.575", "1.15", "0.024"]
+    assert lnpu_line.split()[-11:] == [
+        "input",
+        "grad_output",
+        "input",
+        "0.78",
+        "50",
+        "1536",
+        "768",
+        "0.575",
+        "1.15",
+        "0.024",
+        "372",
+    ]
     dense_line = next(line for line in listing.splitlines() if line.startswith("  dense-fp16 "))
-    assert dense_line.split()[-6:] == ["50", "-", "768", "-", "1.15", "0.024"]
+    assert dense_line.split()[-8:] == ["0.78", "50", "-", "768", "-", "1.15", "0.024", "372"]
     shown = plain(chip_table(chip("lnpu")))
     for key, entry in chip("lnpu").values().items():
-        line = next(line for line in shown.splitlines() if f" {key} " in line)
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {key} "))
         assert entry.tag in line
         assert entry.source in line
     assert "50000000" in shown

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import counts, network, step, variant
+from handmade import bottom_up, counts, network, step, variant
 
 import lnpu_torch as lnpu
 from lnpu_torch.chip import Chip
@@ -30,7 +30,7 @@ def test_lnpu_skips_zero_inputs_and_streams_them_in_fp8() -> None:
     row = one(step())
     assert (row.slots, row.executed, row.skipped, row.padding, row.not_run) == (55, 39, 6, 10, 0)
     assert row.pairs == {"fp8*zero": 4, "fp8*fp8": 5, "fp8*fp16": 6, "fp16*zero": 7, "fp16*fp8": 8, "fp16*fp16": 9}
-    assert row.energy_pj == pytest.approx(15 * E8 + 24 * E16 + (6 + 10) * SKIP)
+    assert row.mac_energy_pj == pytest.approx(15 * E8 + 24 * E16 + (6 + 10) * SKIP)
     assert row.cycles == 15 / 1536 + 24 / 768
     assert (row.zero_share, row.fp8_share) == (5 / 10, 3 / 5)
     assert (row.layer, row.kind, row.step) == ("conv1", "Conv2d", "forward")
@@ -51,7 +51,7 @@ def test_skip_policies(
 ) -> None:
     row = one(step(), variant(skip__forward=policy))
     assert (row.executed, row.skipped) == (executed, 45 - executed)
-    assert row.energy_pj == pytest.approx(fp8 * E8 + fp16 * E16 + skipped * SKIP)
+    assert row.mac_energy_pj == pytest.approx(fp8 * E8 + fp16 * E16 + skipped * SKIP)
     assert row.cycles == pytest.approx(fp8 / 1536 + fp16 / 768)
     assert (row.zero_share, row.fp8_share) == (zero_share, fp8_share)
 
@@ -68,7 +68,7 @@ def test_a_skipped_second_operand_is_the_streamed_one(name: str, policy: str) ->
 @pytest.mark.parametrize(("skip", "fp8", "fp16", "skipped"), [("input", 9, 30, 16), ("none", 12, 33 + 10, 0)])
 def test_fp8_only_where_both_operands_are(skip: str, fp8: int, fp16: int, skipped: int) -> None:
     row = one(step(), variant(fp8_pairs="both", skip__forward=skip))
-    assert row.energy_pj == pytest.approx(fp8 * E8 + fp16 * E16 + skipped * SKIP)
+    assert row.mac_energy_pj == pytest.approx(fp8 * E8 + fp16 * E16 + skipped * SKIP)
     assert row.cycles == pytest.approx(fp8 / 1536 + fp16 / 768)
 
 
@@ -76,7 +76,7 @@ def test_fp8_only_where_both_operands_are(skip: str, fp8: int, fp16: int, skippe
 def test_free_padding_costs_nothing(skip: str) -> None:
     free = one(step(padding=10), variant(padding="free", skip__forward=skip))
     none = one(step(padding=0), variant(skip__forward=skip))
-    assert (free.energy_pj, free.cycles) == (none.energy_pj, none.cycles)
+    assert (free.energy_zj, free.cycles) == (none.energy_zj, none.cycles)
     assert (free.padding, none.padding) == (10, 0)
 
 
@@ -84,20 +84,20 @@ def test_a_dense_fp16_chip_multiplies_everything() -> None:
     row = one(step(), "dense-fp16")
     assert (row.executed, row.skipped, row.padding) == (45, 0, 10)
     assert row.pairs["zero*zero"] == 1
-    assert row.energy_pj == pytest.approx(55 * E16)
+    assert row.mac_energy_pj == pytest.approx(55 * E16)
     assert row.cycles == pytest.approx(55 / 768)
 
 
 def test_sparse_inference_skips_in_the_forward_step_only() -> None:
     forward, backward = one(step(), "sparse-inference"), one(step("grad_weight"), "sparse-inference")
-    assert forward.energy_pj == pytest.approx(39 * E16 + 16 * SKIP)
-    assert backward.energy_pj == pytest.approx(55 * E16)
+    assert forward.mac_energy_pj == pytest.approx(39 * E16 + 16 * SKIP)
+    assert backward.mac_energy_pj == pytest.approx(55 * E16)
 
 
 def test_fp16_chips_skip_alike_but_have_no_fp8_rate() -> None:
     ours, theirs = one(step()), one(step(), "lnpu-fp16")
     assert ours.pairs == theirs.pairs
-    assert theirs.energy_pj == pytest.approx(39 * E16 + 16 * SKIP)
+    assert theirs.mac_energy_pj == pytest.approx(39 * E16 + 16 * SKIP)
     assert theirs.cycles == pytest.approx(39 / 768)
 
 
@@ -117,8 +117,12 @@ def test_float_operands_are_named_and_priced_as_fp16() -> None:
 
 def test_notes_say_what_the_figures_rest_on() -> None:
     fgmp, fp16 = counts(step()), counts(step(first=(1, 0, 2), second=(0, 0, 1)))
-    assert any("0.78 V, 50 MHz: 0 published, 2 derived, 10 assumed" in note for note in price(fgmp, "lnpu").notes)
-    assert any("not memory traffic" in note for note in price(fgmp, "lnpu").notes)
+    assert any("at 0.78 V, 50 MHz" in note for note in price(fgmp, "lnpu").notes)
+    assert "constants: 0 published, 4 derived, 22 assumed" in price(fgmp, "lnpu").notes
+    assert any("bottom-up" in note for note in price(fgmp, bottom_up()).notes)
+    unknown = step().model_copy(update={"by_size": ()})
+    assert any("sizes of some calls were not recorded" in note for note in price(counts(unknown), "lnpu").notes)
+    assert one(unknown).dram_bits is one(unknown).sram_energy_pj is None
     assert any("no FP8" in note for note in price(fgmp, "lnpu-fp16").notes)
     assert not any("no FP8" in note for note in price(fgmp, "lnpu").notes)
     assert not any("no FP8" in note for note in price(fp16, "lnpu-fp16").notes)
@@ -138,7 +142,7 @@ def test_calibration_nine_zeros_in_ten() -> None:
 
 def test_energy_band_over_the_ratio_of_fp16_to_fp8() -> None:
     report = price(counts(step()), "lnpu")
-    assert report.energy_range_pj == pytest.approx((report.total.energy_pj, 15 * E8 + 24 * 4 * E8 + 16 * SKIP))
+    assert report.energy_range_pj == pytest.approx((report.total.energy_pj, report.total.energy_pj + 24 * 2 * E8))
     assert report.band == "energy of an FP16 MAC 2 ... 4 times an FP8 MAC's"
     ratio = variant().energy.fp16_to_fp8.model_copy(update={"range": None})
     fixed = variant().model_copy(update={"energy": variant().energy.model_copy(update={"fp16_to_fp8": ratio})})
@@ -152,10 +156,13 @@ def test_sums_close(name: str) -> None:
     report = price(network(), name)
     assert report.total.slots == sum(entry.slots for entry in network().steps)
     for grouped in (report.by("layer"), report.by("step")):
-        for field in ("slots", "executed", "skipped", "padding", "not_run"):
+        for field in ("slots", "executed", "skipped", "padding", "not_run", "sram_bits", "dram_bits"):
             assert sum(getattr(row, field) for row in grouped.rows) == getattr(report.total, field)
-        for field in ("cycles", "energy_pj"):
-            assert sum(getattr(row, field) for row in grouped.rows) == pytest.approx(getattr(report.total, field))
+        for part in ("mac", "sram", "dram"):  # to the last digit
+            assert sum(row.energy_zj[part] for row in grouped.rows) == report.total.energy_zj[part] > 0
+        on_chip = sum(row.energy_zj[part] for row in grouped.rows for part in ("mac", "sram"))
+        assert on_chip / 10**9 == report.total.energy_pj
+        assert sum(row.cycles for row in grouped.rows) == pytest.approx(report.total.cycles)
         assert grouped.total.pairs == report.total.pairs
         assert grouped.total.zero_share == report.total.zero_share
 

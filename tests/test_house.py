@@ -32,8 +32,8 @@ NUMERICS += [
     "ranks",
     "convert",
 ]
-COST = ["config", "units", "counts", "tables", "chip", "energies", "rows", "report", "pricing"]
-COST += ["counters", "cost", "cli"]
+COST = ["config", "units", "counts", "tables", "tagged", "operating_point", "bottom_up", "chip", "energies"]
+COST += ["traffic", "rows", "report", "comparison", "catalogue", "pricing", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}

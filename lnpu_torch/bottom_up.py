@@ -1,0 +1,103 @@
+"""Energies from tables of single circuits, for a model that no figure of the chip itself went into."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+from pydantic import model_validator
+
+from lnpu_torch.config import Frozen
+from lnpu_torch.tagged import Natural, NotNegative, Positive, Tagged
+
+Polynomial = tuple[float, float, float]
+"""Coefficients of V^2, V and 1."""
+
+
+class Process(Frozen):
+    """Energy of a process against voltage, as a polynomial whose unit cancels in a ratio of two (Stillmaker & Baas)."""
+
+    polynomial: Tagged[Polynomial]
+
+    def energy(self, voltage: float) -> float:
+        a, b, c = self.polynomial.value
+        return a * voltage**2 + b * voltage + c
+
+
+class Arithmetic(Frozen):
+    """Circuits in the process and at the voltage that they were measured in, and the chip's own process.
+
+    `fp8_multiply_pj` is the multiplication that runs at FP8's rate, `accumulate_pj` the addition after either.
+    """
+
+    fp8_multiply_pj: Tagged[NotNegative]
+    fp16_multiply_pj: Tagged[NotNegative]
+    accumulate_pj: Tagged[NotNegative]
+    measured_at_v: Tagged[Positive]
+    measured_in: Process
+    chip_in: Process
+
+    def scale(self, voltage: float) -> float:
+        """From the measured circuits to the chip's process at a voltage."""
+        return self.chip_in.energy(voltage) / self.measured_in.energy(self.measured_at_v.value)
+
+
+class Macro(Frozen):
+    """One SRAM block: its bytes, its width, and the energy of reading and of writing one word."""
+
+    bytes: Natural
+    word_bits: Natural
+    read_pj: Positive
+    write_pj: Positive
+
+    def __str__(self) -> str:
+        return f"{self.bytes} x {self.word_bits} b: {self.read_pj:g}/{self.write_pj:g} pJ"
+
+
+class Sram(Frozen):
+    """SRAM blocks of several sizes at one voltage, and the size of the chip's own.
+
+    Energy goes with the square of the voltage, and between two blocks as a power of their size.
+    """
+
+    macros: Tagged[tuple[Macro, ...]]
+    macros_at_v: Tagged[Positive]
+    bank_bytes: Tagged[Natural]
+
+    @model_validator(mode="after")
+    def _in_table(self) -> Self:
+        sizes = [macro.bytes for macro in self.macros.value]
+        if sorted(set(sizes)) != sizes or not sizes:
+            raise ValueError("macros do not stand in the order of their bytes")
+        if not sizes[0] <= self.bank_bytes.value <= sizes[-1]:
+            bank = self.bank_bytes.value
+            raise ValueError(f"bank_bytes {bank} is outside the table of macros, {sizes[0]} ... {sizes[-1]}")
+        return self
+
+    def read_pj_per_bit(self, voltage: float) -> float:
+        """Energy of reading one bit of a bank."""
+        return self._per_bit([macro.read_pj / macro.word_bits for macro in self.macros.value], voltage)
+
+    def write_pj_per_bit(self, voltage: float) -> float:
+        """Energy of writing one bit of a bank."""
+        return self._per_bit([macro.write_pj / macro.word_bits for macro in self.macros.value], voltage)
+
+    def _per_bit(self, energies: list[float], voltage: float) -> float:
+        bank, sizes = self.bank_bytes.value, [macro.bytes for macro in self.macros.value]
+        above = next(i for i, size in enumerate(sizes) if size >= bank)
+        low, high = max(above - 1, 0), above
+        share = math.log(bank / sizes[low]) / math.log(sizes[high] / sizes[low]) if high > low else 0.0
+        at_table = energies[low] * math.pow(energies[high] / energies[low], share)
+        return at_table * math.pow(voltage / self.macros_at_v.value, 2)
+
+
+class BottomUp(Frozen):
+    """Multipliers, adders and SRAM from tables.
+
+    `macs_per_read` is how many multiplications one value read from SRAM serves; a skipped slot costs its share of
+    reading the bit that says so.
+    """
+
+    arithmetic: Arithmetic
+    sram: Sram
+    macs_per_read: Tagged[Positive]

@@ -1,0 +1,49 @@
+"""How chips are shown: one line each, or every value of one with its tag and source. It prices nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lnpu_torch.chip import Chip
+from lnpu_torch.energies import event_energies
+from lnpu_torch.tables import add_row, plain_table
+from lnpu_torch.tagged import Ranged, Tagged
+from lnpu_torch.units import pj
+
+RATES = ["V", "MHz", "MAC/cycle FP8", "FP16", "pJ/MAC FP8", "FP16", "skipped", "SRAM KiB"]
+
+
+def chips_table(chips: Sequence[Chip]) -> Table:
+    """One line per chip: its rates, energies and what it skips."""
+    table = plain_table("Chips", ["chip", "what it is", "skips FF", "EP", "WG"], RATES)
+    for each in chips:
+        fp8, energies, skip = each.macs_per_cycle.fp8, event_energies(each), each.skip
+        add_row(
+            table,
+            *(each.name, each.description),
+            *(skip.forward.value, skip.grad_input.value, skip.grad_weight.value),
+            *(f"{each.operating_point.voltage_v.value:g}", f"{each.clock_hz / 1e6:.4g}"),
+            *(f"{fp8.value}" if fp8 else "-", f"{each.macs_per_cycle.fp16.value}"),
+            *(f"{pj(energies.fp8_mac):.4g}" if fp8 else "-", f"{pj(energies.fp16_mac):.4g}"),
+            *(f"{pj(energies.skipped_slot):.4g}", f"{each.sram_bytes.value / 1024:.4g}"),
+        )
+    return table
+
+
+def chip_table(chip: Chip) -> Table:
+    """Every value of one chip, with its tag and source."""
+    table = plain_table(f"{chip.name}: {chip.description}", ["key", "value", "tag", "source"], [])
+    for key, entry in chip.values().items():
+        add_row(table, key, _value(entry), entry.tag, entry.source)
+    return table
+
+
+def _value(entry: Tagged[Any]) -> str:
+    if isinstance(entry, Ranged) and entry.range:
+        return f"{entry.value:.10g} ({entry.range[0]:g} ... {entry.range[1]:g})"
+    if isinstance(entry.value, tuple):
+        return "\n".join(map(str, entry.value))
+    return f"{entry.value:.10g}" if isinstance(entry.value, float) else f"{entry.value}"

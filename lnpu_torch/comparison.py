@@ -1,0 +1,88 @@
+"""Comparison: priced runs of one and the same work, side by side. It prices nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lnpu_torch.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, names
+from lnpu_torch.rows import share
+from lnpu_torch.tables import add_row, plain, plain_table, si
+
+
+class Comparison:
+    """Reports of one run on several chips, side by side; `str()` is a table, and a rich console prints it too.
+
+    Raises ValueError if the reports do not have the same rows.
+    """
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        keys = [[(row.layer, row.step) for row in report.rows] for report in reports]
+        if not reports or any(other != keys[0] for other in keys):
+            raise ValueError("reports of one run, grouped alike, can stand side by side; these differ")
+        self.reports = tuple(reports)
+
+    def __rich__(self) -> RenderableType:
+        return Group(*self._blocks())
+
+    def __str__(self) -> str:
+        return plain(*self._blocks())
+
+    def _blocks(self) -> list[RenderableType]:
+        tables = [self._energies(), self._totals(), *([self._access()] if self._modelled(ACCESS) else [])]
+        return [*tables, *map(Text, self._notes())]
+
+    def _notes(self) -> Iterator[str]:
+        """Each note once, with the chips it holds for unless it holds for all."""
+        notes = [[*lacking(report), *report.notes] for report in self.reports]
+        for note in dict.fromkeys(note for each in notes for note in each):
+            chips = [report.chip for report, each in zip(self.reports, notes, strict=True) if note in each]
+            yield note if len(chips) == len(self.reports) else f"{', '.join(chips)}: {note}"
+
+    def _energies(self) -> Table:
+        table = plain_table("Energy by chip", ["layer", "kind", "step"], [report.chip for report in self.reports])
+        for rows in zip(*(report.rows for report in self.reports), strict=True):
+            add_row(table, *names(rows[0]), *(si(row.energy_pj, "pJ") for row in rows))
+        table.add_section()
+        add_row(table, "total", ALL, ALL, *(si(report.total.energy_pj, "pJ") for report in self.reports))
+        return table
+
+    def _totals(self) -> Table:
+        columns, first = self._modelled(ENERGY), self.reports[0]
+        heads = [*(head for head, _, _ in columns), "chip: band", "time", "TFLOPS/W", f"chip / {first.chip}"]
+        table = plain_table("Totals", ["chip"], heads)
+        for report in self.reports:
+            total, efficiency = report.total, report.tflops_per_watt
+            add_row(
+                table,
+                report.chip,
+                *(write(getattr(total, field)) for _, field, write in columns),
+                band(report),
+                si(report.time_s, "s"),
+                "-" if efficiency is None else f"{efficiency:.2f}",
+                _ratio(total.energy_pj, first.total.energy_pj),
+            )
+        return table
+
+    def _access(self) -> Table:
+        columns, first = self._modelled(ACCESS), self.reports[0]
+        heads = [*(head for head, _, _ in columns), "to dense FP16", f"DRAM / {first.chip}"]
+        table = plain_table("Memory access", ["chip"], heads)
+        for report in self.reports:
+            total = report.total
+            numbers = [write(getattr(total, field)) for _, field, write in columns]
+            add_row(table, report.chip, *numbers, access(total), _ratio(total.dram_bits, first.total.dram_bits))
+        return table
+
+    def _modelled(self, columns: Sequence[Column]) -> list[Column]:
+        """The columns that are modelled on any of the chips."""
+        totals = [report.total for report in self.reports]
+        return [column for column in columns if any(getattr(total, column[1]) is not None for total in totals)]
+
+
+def _ratio(part: float | None, whole: float | None) -> str:
+    ratio = None if part is None or whole is None else share(part, whole)
+    return "-" if ratio is None else f"{ratio:.3f}"

@@ -1,0 +1,47 @@
+"""Values that say what they rest on, and the kinds of number that a chip's file may hold. It knows no chip."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from lnpu_torch.config import Frozen
+
+Tag = Literal["published", "derived", "assumed"]
+Value = TypeVar("Value")
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Bits = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(gt=0)]
+
+
+class Tagged(Frozen, Generic[Value]):
+    """A value, and what it rests on: stated in `source`, derived from it by a formula, or assumed by us."""
+
+    value: Value
+    tag: Tag
+    source: Annotated[str, Field(min_length=1)]
+
+
+class Ranged(Tagged[Positive]):
+    """A number that is known only to lie in `range`."""
+
+    range: tuple[Positive, Positive] | None = None
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        if self.range and not self.range[0] <= self.value <= self.range[1]:
+            raise ValueError(f"value {self.value} is outside its range {list(self.range)}")
+        return self
+
+
+def tagged_values(model: Frozen, prefix: str = "") -> dict[str, Tagged[Any]]:
+    """Every tagged value in a model under its dotted key, as in the YAML."""
+    found: dict[str, Tagged[Any]] = {}
+    for key, value in model:
+        if isinstance(value, Tagged):
+            found[prefix + key] = value
+        elif isinstance(value, Frozen):
+            found |= tagged_values(value, f"{prefix}{key}.")
+    return found
