@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
 from lnpu_torch.nn import Emulated, emulated_layers
+from lnpu_torch.watch import unwatched
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def snapshot(model: nn.Module) -> Snapshot:
 def uncounted(model: nn.Module) -> Iterator[None]:
     """Within the block a model's emulated layers compute as ever, but count nothing, which is faster.
 
+    Nor does a `CostCounter` around it count this thread's operations on elements.
+
     A step's forward and backward belong into the same block. Under torch.compile each way is compiled once.
     """
     emulations = [layer.emulation for layer in emulated_layers(model).values()]
@@ -57,7 +60,8 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     try:
         for each in emulations:
             each.counting = False
-        yield
+        with unwatched():
+            yield
     finally:
         for each, was in zip(emulations, before, strict=True):
             each.counting = was

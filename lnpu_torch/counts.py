@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate, write_text
+from lnpu_torch.elements import Elements, NotCounted
+from lnpu_torch.elements import merge as merge_elements
 
 VERSION = 1
 """Version of the file format; a file of another version is refused."""
@@ -108,12 +110,14 @@ class Counts(Frozen):
     """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
 
     Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
+    `elements` is what ran besides multiply-accumulates, or why that was not counted.
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
 
     version: Literal[1] = 1
     extrapolated: bool = False
     steps: tuple[StepCounts, ...]
+    elements: Elements | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
@@ -143,7 +147,11 @@ class Counts(Frozen):
         for entry in (entry for part in parts for entry in part.steps):
             key = (entry.layer, entry.step)
             merged[key] = merged[key] + entry if key in merged else entry
-        return cls(steps=tuple(merged.values()), extrapolated=any(part.extrapolated for part in parts))
+        return cls(
+            steps=tuple(merged.values()),
+            elements=merge_elements([part.elements for part in parts]),
+            extrapolated=any(part.extrapolated for part in parts),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write versioned JSON, whole or not at all. Raises ConfigError."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch import ops
+from lnpu_torch import ops, relu_ops
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.products import Convolution, Linear
@@ -223,8 +223,8 @@ class _PackedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         out = x if inplace else torch.empty_like(x)
-        ctx.fast, ctx.format = ops.packed_relu(x), ops.memory_format(x)
-        ctx.save_for_backward(ctx.fast.relu(x, out))
+        ctx.format = ops.memory_format(x)
+        ctx.save_for_backward(relu_ops.packed_relu(x, out))
         if inplace:
             ctx.mark_dirty(x)
         return out
@@ -233,7 +233,7 @@ class _PackedReLU(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         _refuse_double_backward()
         (signs,) = ctx.saved_tensors
-        return ctx.fast.relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
+        return relu_ops.packed_relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
 
 
 def _emulate(

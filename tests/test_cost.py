@@ -276,7 +276,8 @@ def test_what_is_extrapolated_says_so_wherever_it_goes(tmp_path: Path) -> None:
     with cost:
         for _ in range(5):
             train()
-    assert once * 5 == cost.counts and once * 1 == once
+    assert (once * 5).steps == cost.counts.steps  # elements differ: later steps add to gradients that are there
+    assert once * 1 == once
     guessed = (once * 5).model_copy(update={"extrapolated": True})
     (guessed + once).save(tmp_path / "counts.json")
     loaded = Counts.load(tmp_path / "counts.json")

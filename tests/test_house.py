@@ -24,6 +24,7 @@ NUMERICS += [
     "gpu",
     "registry",
     "ops",
+    "relu_ops",
     "products",
     "emulation",
     "rounding",
@@ -32,8 +33,9 @@ NUMERICS += [
     "ranks",
     "convert",
 ]
-COST = ["config", "units", "counts", "tables", "tagged", "operating_point", "bottom_up", "chip", "energies"]
-COST += ["traffic", "rows", "report", "comparison", "catalogue", "pricing", "counters", "cost", "cli"]
+COST = ["config", "units", "elements", "counts", "tables", "tagged", "operating_point", "bottom_up", "chip", "energies"]
+COST += ["traffic", "rows", "report", "comparison", "catalogue", "pricing"]
+COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}

@@ -1,0 +1,86 @@
+"""What a run did besides multiply-accumulate: operations on elements, by kind and phase. It knows no chip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lnpu_torch.config import Frozen
+
+Kind = Literal["normalisation", "activation", "pooling", "loss", "optimizer", "other"]
+Phase = Literal["forward", "backward", "update"]
+KINDS: tuple[Kind, ...] = ("normalisation", "activation", "pooling", "loss", "optimizer", "other")
+PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+
+Count = Annotated[int, Field(ge=0)]
+SUMS = ("calls", "read", "written", "operations", "special")
+
+
+class ElementOp(Frozen):
+    """All calls of one torch op in one phase.
+
+    `read` and `written` are elements. `operations` are additions, multiplications, comparisons (with the selection that
+    they decide); `special` are functions that take a table or several operations: division, roots, exp, log, tanh ...
+    """
+
+    kind: Kind
+    phase: Phase
+    op: str
+    calls: Count
+    read: Count
+    written: Count
+    operations: Count
+    special: Count
+
+    @property
+    def key(self) -> tuple[Kind, Phase, str]:
+        return self.kind, self.phase, self.op
+
+    def __add__(self, other: ElementOp) -> ElementOp:
+        return self.model_copy(update={name: getattr(self, name) + getattr(other, name) for name in SUMS})
+
+
+class Elements(Frozen):
+    """What was counted, in the order of KINDS and PHASES.
+
+    `uncounted` names the ops that ran and were not counted, with their calls: those that no formula is known for, and
+    in training also the forward products of layers that are not emulated.
+    """
+
+    entries: tuple[ElementOp, ...] = ()
+    uncounted: dict[str, Annotated[int, Field(ge=1)]] = {}
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        if len({entry.key for entry in self.entries}) != len(self.entries):
+            raise ValueError("an op of one kind and phase stands twice")
+        return self
+
+
+class NotCounted(Frozen):
+    """Element operations were not counted, and why: as a clause that follows "not counted: "."""
+
+    reason: Annotated[str, Field(min_length=1)]
+
+
+def merge(parts: Sequence[Elements | NotCounted]) -> Elements | NotCounted:
+    """The sum of several runs; not counted if one of them is not."""
+    reasons = dict.fromkeys(part.reason for part in parts if isinstance(part, NotCounted))
+    if reasons:
+        return NotCounted(reason="; ".join(reasons))
+    merged: dict[tuple[Kind, Phase, str], ElementOp] = {}
+    uncounted: Counter[str] = Counter()
+    for part in parts:
+        assert isinstance(part, Elements)
+        uncounted.update(part.uncounted)
+        for entry in part.entries:
+            merged[entry.key] = merged[entry.key] + entry if entry.key in merged else entry
+    return Elements(entries=tuple(sorted(merged.values(), key=place)), uncounted=dict(sorted(uncounted.items())))
+
+
+def place(entry: ElementOp) -> tuple[int, int, str]:
+    """An entry's place in the order of KINDS and PHASES."""
+    return KINDS.index(entry.kind), PHASES.index(entry.phase), entry.op

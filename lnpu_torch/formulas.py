@@ -1,0 +1,202 @@
+"""Formulas for the operations that one call of a torch op is. They know ops' signatures, and not ops' names.
+
+An operation is an addition, a multiplication, or a comparison with the selection that it decides. A special function is
+one that a SIMD core looks up or iterates: division, roots, exp, log, tanh, sigmoid, erf, powers. Constants are folded
+(a division by a number is a multiplication), and batch statistics take one pass of sums and sums of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lnpu_torch.elements import Kind
+
+
+class Call(NamedTuple):
+    """One call of an op: its arguments as the dispatcher has them, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    def get(self, place: int, name: str, default: Any) -> Any:
+        """An argument that may be given by place, by name, or not at all."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    @property
+    def result(self) -> Any:
+        """The main result. An op on lists of tensors that changes the first list returns nothing."""
+        if self.out is None:
+            return self.args[0]
+        return self.out[0] if isinstance(self.out, tuple) else self.out
+
+    @property
+    def read(self) -> int:
+        """Floating-point elements of all arguments, but for the one to write to."""
+        named = [value for name, value in self.kwargs.items() if name != "out"] if self.kwargs else None
+        return floats(self.args) + floats(named)
+
+    @property
+    def size(self) -> int:
+        """Elements of the main result."""
+        return elements(self.result)
+
+
+class Work(NamedTuple):
+    """What a call amounts to: operations, special functions, and floating-point elements read and written."""
+
+    operations: int
+    special: int
+    read: int
+    written: int
+
+
+Operations = tuple[int, int]
+"""Operations and special functions."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An op's kind, and its operations and special functions in a call; None if that call is no element operation.
+
+    `read` and `written` give the tensors that go in and out, where those are not all arguments and all results.
+    `product`: it is a matrix product or a convolution, which emulated layers count; here is what it adds.
+    """
+
+    kind: Kind
+    count: Callable[[Call], Operations | None]
+    read: Callable[[Call], Any] | None = None
+    written: Callable[[Call], Any] | None = None
+    product: bool = False
+
+    def work(self, call: Call) -> Work | None:
+        """What one call amounts to; None if it is no element operation, as a product without bias or of integers."""
+        read = floats(self.read(call)) if self.read else call.read
+        counted = self.count(call) if read else None
+        if counted is None:
+            return None
+        made = call.args[0] if call.out is None else call.out
+        return Work(*counted, read, floats(self.written(call) if self.written else made))
+
+
+def elements(x: Any) -> int:
+    """Elements in a tensor, or in all tensors of nested lists."""
+    if isinstance(x, Tensor):
+        return x.numel()
+    return sum(map(elements, x)) if isinstance(x, list | tuple) else 0
+
+
+def floats(x: Any) -> int:
+    """Floating-point elements in a tensor, or in all tensors of nested lists."""
+    if isinstance(x, Tensor):
+        return x.numel() if x.is_floating_point() else 0
+    return sum([floats(one) for one in x]) if isinstance(x, (list, tuple)) else 0
+
+
+def each(kind: Kind, operations: int, special: int = 0) -> Formula:
+    """So many for each element of the result."""
+    return Formula(kind, lambda call: (operations * call.size, special * call.size))
+
+
+def each_read(kind: Kind, operations: int, special: int = 0, root: bool = False) -> Formula:
+    """So many for each element of the first argument, as in a reduction; with a root or a logarithm of each result."""
+
+    def count(call: Call) -> Operations:
+        n = elements(call.args[0])
+        return operations * n, special * n + (call.size if root else 0)
+
+    return Formula(kind, count)
+
+
+def scatter_add(kind: Kind, place: int = 0) -> Formula:
+    """An argument's elements are added where they belong, one addition each."""
+    return Formula(kind, lambda call: (elements(call.args[place]), 0), lambda call: call.args[place])
+
+
+def add(call: Call) -> Operations:
+    """x + alpha y."""
+    return (1 if call.kwargs.get("alpha", 1) == 1 else 2) * call.size, 0
+
+
+def divide(call: Call) -> Operations:
+    """By numbers it is a multiplication; by tensors each quotient is a special function."""
+    by = call.get(1, "other", 1)
+    several = isinstance(by, list | tuple) and any(isinstance(one, Tensor) for one in by)
+    return (0, call.size) if several or (isinstance(by, Tensor) and by.dim()) else (call.size, 0)
+
+
+def power(call: Call) -> Operations:
+    """A square is a multiplication."""
+    return (call.size, 0) if call.get(1, "exponent", None) == 2 else (0, call.size)
+
+
+def add_product(call: Call) -> Operations:
+    """x + value a b."""
+    return (2 if call.get(3, "value", 1) == 1 else 3) * call.size, 0
+
+
+def add_quotient(call: Call) -> Operations:
+    """x + value a / b."""
+    return (1 if call.get(3, "value", 1) == 1 else 2) * call.size, call.size
+
+
+def clamp(call: Call) -> Operations:
+    """A comparison for each bound."""
+    bounds = [call.get(1, "min", None), call.get(2, "max", None)]
+    return sum(bound is not None for bound in bounds) * call.size, 0
+
+
+def gelu(call: Call) -> Operations:
+    """x/2 (1 + erf(x/sqrt2)); or with tanh, whose argument is x (a + b x^2)."""
+    return (7 if call.kwargs.get("approximate") == "tanh" else 4) * call.size, call.size
+
+
+def gelu_backward(call: Call) -> Operations:
+    """dy (Phi(x) + x phi(x)), with erf and exp; or with t = tanh, dy ((1 + t)/2 + x/2 (1 - t^2)(a + 3 b x^2))."""
+    return (14 * call.size, call.size) if call.kwargs.get("approximate") == "tanh" else (8 * call.size, 2 * call.size)
+
+
+def product(bias: int | None = None) -> Formula:
+    """A product; its bias is added as results leave the accumulators, so that nothing but the bias is read for it."""
+    if bias is None:
+        return Formula("other", lambda call: None, product=True)
+
+    def count(call: Call) -> Operations | None:
+        given = isinstance(call.args[bias], Tensor) and call.kwargs.get("beta", 1) != 0
+        return (call.size, 0) if given else None
+
+    return Formula("other", count, lambda call: call.args[bias], lambda call: None, product=True)
+
+
+def bias_gradient(call: Call) -> Operations | None:
+    """The sum of errors that a convolution's backward is asked for, or not."""
+    return (elements(call.args[0]), 0) if call.args[10][2] else None
+
+
+def sgd(call: Call) -> Operations:
+    """g + wd p: 2; b = mu b + (1 - damping) g: 2 or 3; g + mu b: 2; p - lr g: 2. As torch's loop over tensors does."""
+    given = call.kwargs
+    momentum = (0 if given["is_first_step"] else 3 if given["dampening"] else 2) + 2 * given["nesterov"]
+    per_element = 2 * bool(given["weight_decay"]) + given["maximize"] + (momentum if given["momentum"] else 0) + 2
+    return per_element * elements(call.args[0]), 0
+
+
+def adam(decay: int) -> Callable[[Call], Operations]:
+    """m: 3; v: 4; root, / c, + eps: 2; p + s m / root: 2, a quotient; amsgrad: 1; `decay` if there is weight decay."""
+
+    def count(call: Call) -> Operations:
+        given, n = call.kwargs, elements(call.args[0])
+        per_element = 11 + decay * bool(given["weight_decay"]) + given["amsgrad"] + given["maximize"]
+        return per_element * n, 2 * n
+
+    return count
+
+
+def adagrad(call: Call) -> Operations:
+    """s + g g: 2; root + eps: 1; p - lr g / root: 2, a quotient; g + wd p: 2."""
+    n = elements(call.args[0])
+    return (5 + 2 * bool(call.kwargs["weight_decay"]) + call.kwargs["maximize"]) * n, 2 * n

@@ -1,0 +1,195 @@
+"""Watch sees every torch op that runs in a thread, and in its backward, and adds up the operations on elements."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+)
+
+from lnpu_torch.element_ops import Other, find, general_kind
+from lnpu_torch.elements import SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
+from lnpu_torch.formulas import Call, Formula
+
+UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a formula raises for arguments that it was not written for; they must not end anyone's training."""
+
+OPTIMIZER_STEP = "Optimizer.step#"
+"""How torch begins the name of the range that each optimizer's step is, for profilers to show."""
+
+
+COMPILED = (
+    "torch.compile was used in this process, and what compiled code computes is not seen "
+    "(torch._dynamo.reset() discards such code)"
+)
+
+
+class _Ranges(threading.local):
+    """Of each thread: the named ranges that are open, and whether each is an optimizer's step."""
+
+    def __init__(self) -> None:
+        self.open: list[bool] = []
+
+
+class Watch(TorchDispatchMode):
+    """Adds up what runs while it is entered. It changes nothing, and waits for no device.
+
+    Torch takes it along to the threads of backward, but not to threads that a program starts itself; nor does it see
+    into code that torch.compile made. While `paused` it sees nothing.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.paused = False
+        self._layer_calls = 0
+        self._compiled: bool | None = None  # known once it was stopped
+        self._sums: dict[tuple[Kind, Phase, str], list[int]] = {}
+        self._uncounted: Counter[str] = Counter()
+        self._found: dict[Any, Formula | Other] = {}
+        self._ranges = _Ranges()
+        self._lock = threading.Lock()  # backward has a thread for each device
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Code is compiled, and compiled code runs, as if nobody watched."""
+        return True
+
+    def start(self) -> None:
+        """Begin to see what this thread runs."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """See no more; what was seen remains. Watches are stopped in the reverse order of their start."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._compiled = compiled_code()
+
+    def verdict(self, layer_calls: int) -> Elements | NotCounted:
+        """What was seen, if that is all.
+
+        Args:
+            layer_calls: the steps that emulated layers have counted meanwhile; fewer seen means a thread out of sight.
+        """
+        if compiled_code() if self._compiled is None else self._compiled:
+            return NotCounted(reason=COMPILED)
+        if self._layer_calls < layer_calls:
+            return NotCounted(reason=f"only {self._layer_calls} of {layer_calls} steps of layers ran in sight")
+        return self.elements
+
+    @property
+    def elements(self) -> Elements:
+        """What was seen so far."""
+        with self._lock:
+            sums, uncounted = dict(self._sums), dict(sorted(self._uncounted.items()))
+            entries = [
+                ElementOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
+                for (kind, phase, op), values in sums.items()
+            ]
+        return Elements(entries=tuple(sorted(entries, key=place)), uncounted=uncounted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = self._found.get(func) or self._found.setdefault(func, find(func))
+        if found is Other.NOTHING:  # four in five, so they come first
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if found is Other.COMPOSITE:
+            with self:
+                return func.decompose(*args, **kwargs or {})
+        call = Call(args, kwargs or {}, func(*args, **kwargs or {}))
+        if isinstance(found, Formula):
+            self._add(func, found, call)
+        else:
+            self._note(func, found, call)
+        return call.out
+
+    def _add(self, func: Any, formula: Formula, call: Call) -> None:
+        if self.paused:
+            return
+        try:
+            # an emulated layer's products run with gradients off, in forward as in backward
+            if formula.product and torch.is_grad_enabled():
+                self._miss(func)
+            work = formula.work(call)
+            if work is None:
+                return
+            kind, phase = self._place(func, formula, call)
+        except UNREADABLE:
+            self._note(func, Other.UNKNOWN, call)
+            return
+        key = kind, phase, func._schema.name.removeprefix("aten::").rstrip("_")
+        with self._lock:
+            sums = self._sums.setdefault(key, [0] * len(SUMS))
+            for index, value in enumerate((1, work.read, work.written, work.operations, work.special)):
+                sums[index] += value
+
+    def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
+        """An op's kind and phase."""
+        if formula.kind == "optimizer" or any(self._ranges.open) or "::_foreach_" in func._schema.name:
+            return "optimizer", "update"
+        backward = _in_backward(func, formula)
+        node = torch._C._current_autograd_node() if backward else None
+        kind = formula.kind if formula.kind != "other" else general_kind(func, call, node)
+        return kind, "backward" if backward else "forward"
+
+    def _note(self, func: Any, found: Other, call: Call) -> None:
+        """What ops without a formula tell."""
+        if self.paused:
+            return
+        if found is Other.BEGINS:
+            self._ranges.open.append(str(call.args[0]).startswith(OPTIMIZER_STEP))
+        elif found is Other.ENDS and self._ranges.open:
+            self._ranges.open.pop()
+        elif found is Other.LAYER:
+            with self._lock:
+                self._layer_calls += 1
+        elif found is Other.UNKNOWN and call.read:
+            self._miss(func)
+
+    def _miss(self, func: Any) -> None:
+        with self._lock:
+            self._uncounted[str(func)] += 1
+
+
+def _in_backward(func: Any, formula: Formula) -> bool:
+    """Whether an op belongs to backward. A checkpoint's forward, run again there, does not.
+
+    It has gradients on; inside our own autograd functions they are off, and there the op's name tells.
+    """
+    if formula.product or func.namespace == "lnpu":
+        return "backward" in func._schema.name
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within the block this thread is not watched; and where no other mode lies above the Watch, at no cost."""
+    left, paused = [], []
+    while isinstance(mode := _get_current_dispatch_mode(), Watch):
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        left.append(mode)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Watch) and not mode.paused:
+            mode.paused = True
+            paused.append(mode)
+    try:
+        yield
+    finally:
+        for mode in paused:
+            mode.paused = False
+        for mode in reversed(left):
+            mode.__enter__()  # type: ignore[no-untyped-call]
+
+
+def compiled_code() -> bool:
+    """Whether code that torch.compile made is alive in this process, and so may run."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and bool(dynamo.output_codes.seen_ids)

@@ -1,0 +1,162 @@
+"""Operations on elements, against small cases worked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lnpu_torch as lnpu
+from lnpu_torch.watch import Watch
+
+Key = tuple[str, str, str]
+
+
+def seen(run: Callable[[], object]) -> dict[Key, tuple[int, int, int, int]]:
+    """What a function does: elements read and written, operations and special functions, by kind, phase and op."""
+    with Watch() as watch:
+        run()
+    assert not watch.elements.uncounted
+    return {
+        (entry.kind, entry.phase, entry.op): (entry.read, entry.written, entry.operations, entry.special)
+        for entry in watch.elements.entries
+    }
+
+
+def network() -> nn.Sequential:
+    """Batch norm over 3 channels, ReLU, and a max pooling of 2x2, behind a convolution with bias."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return lnpu.convert(nn.Sequential(*layers, nn.Linear(12, 5)))
+
+
+IMAGES, LABELS = torch.randn(2, 2, 4, 4), torch.tensor([0, 3])
+N, C = 2 * 3 * 4 * 4, 3  # elements of what the convolution returns, and its channels
+
+
+def test_a_small_network_by_hand() -> None:
+    model = network()
+
+    def step() -> None:
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+
+    assert seen(step) == {
+        # sum, square and sum, scale and shift, over all; a root for each channel. x is read twice.
+        ("normalisation", "forward", "native_batch_norm"): (2 * N + 4 * C, N + 2 * C, 5 * N + 15 * C, C),
+        # dbeta: 1, dgamma: 3, dx: 4. Error and x are read twice; weight, mean and scale once.
+        ("normalisation", "backward", "native_batch_norm_backward"): (4 * N + 3 * C, N + 2 * C, 8 * N + 9 * C, 0),
+        ("activation", "forward", "lnpu::packed_relu"): (N, N, N, 0),
+        ("activation", "backward", "lnpu::packed_relu_backward"): (N, N, N, 0),
+        ("pooling", "forward", "max_pool2d_with_indices"): (N, N // 4, 3 * N // 4, 0),
+        ("pooling", "backward", "max_pool2d_with_indices_backward"): (N // 4, N, N // 4, 0),
+        # maximum, difference, exp, sum, difference; a logarithm for each of two rows
+        ("loss", "forward", "_log_softmax"): (10, 10, 40, 10 + 2),
+        ("loss", "forward", "nll_loss_forward"): (10, 2, 4, 0),
+        ("loss", "backward", "nll_loss_backward"): (1 + 10 + 1, 10, 2, 0),
+        ("loss", "backward", "_log_softmax_backward_data"): (20, 10, 30, 10),
+        # biases, added as results leave the accumulators; their gradients are sums of errors
+        ("other", "forward", "convolution"): (C, 0, N, 0),
+        ("other", "backward", "convolution_backward"): (N, C, N, 0),
+        ("other", "forward", "addmm"): (5, 0, 10, 0),
+        ("other", "backward", "sum"): (10, 5, 10, 0),
+    }
+
+
+def test_a_residual_addition_and_its_gradients() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    assert seen(lambda: (x.tanh() + x).sum().backward()) == {
+        ("activation", "forward", "tanh"): (12, 12, 0, 12),
+        ("activation", "backward", "tanh_backward"): (24, 12, 36, 0),
+        ("other", "forward", "add"): (24, 12, 12, 0),
+        ("loss", "forward", "sum"): (12, 1, 12, 0),
+        ("other", "backward", "add"): (24, 12, 12, 0),  # both branches' gradients
+    }
+
+
+def test_global_average_pooling_is_a_mean() -> None:
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    assert seen(lambda: nn.AdaptiveAvgPool2d(1)(x).square().mean().backward()) == {
+        ("pooling", "forward", "mean"): (120, 6, 120, 0),
+        ("pooling", "backward", "div"): (120, 120, 120, 0),
+        ("other", "forward", "pow"): (6, 6, 6, 0),
+        ("loss", "forward", "mean"): (6, 1, 6, 0),
+        ("loss", "backward", "div"): (6, 6, 6, 0),
+        ("other", "backward", "pow"): (6, 6, 0, 6),
+        ("other", "backward", "mul"): (18, 12, 12, 0),
+    }
+
+
+POOLS: list[tuple[nn.Module, int, int]] = [
+    # operations forward and backward, of [2, 3, 6, 6] = 216 elements in 6 planes
+    (nn.MaxPool2d(3, 2, 1), 54 * 8, 54),
+    (nn.AvgPool2d((2, 3)), 36 * 6, 36 * 7),
+    (nn.AdaptiveAvgPool2d(3), 216, 54 + 216),
+    (nn.AdaptiveAvgPool2d((4, 3)), 6 * 8 * 6, 72 + 6 * 8 * 6),  # windows of 2 rows at 0, 1, 3, 4: rows 1 and 4 twice
+    (nn.AdaptiveMaxPool2d(2), 216, 24),
+]
+
+
+@pytest.mark.parametrize(("pool", "forward", "backward"), POOLS)
+def test_pooling_windows(pool: nn.Module, forward: int, backward: int) -> None:
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    counted = seen(lambda: pool(x).backward(torch.ones_like(pool(x.detach()))))
+    pooling = {phase: work for (kind, phase, _), work in counted.items() if kind == "pooling"}
+    assert pooling["forward"][2] == 2 * forward  # the second one gives the shape
+    assert pooling["backward"][2] == backward
+
+
+SGD = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+UPDATES: list[tuple[type[torch.optim.Optimizer], dict[str, Any], int, int]] = [
+    # operations and special functions per parameter, in a step that is not the first
+    (torch.optim.SGD, {}, 2, 0),  # p - lr g
+    (torch.optim.SGD, {"momentum": 0.9}, 4, 0),  # b = mu b + g; p - lr b
+    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}, 5, 0),
+    (torch.optim.SGD, SGD, 8, 0),  # g + wd p; b = mu b + g; g + mu b; p - lr g
+    (torch.optim.Adam, {}, 11, 2),  # m: 3, v: 4; root, / c, + eps; p - s m / root
+    (torch.optim.Adam, {"weight_decay": 0.01}, 13, 2),
+    (torch.optim.Adam, {"amsgrad": True}, 12, 2),
+    (torch.optim.AdamW, {}, 12, 2),  # its decay is one multiplication
+    (torch.optim.Adagrad, {}, 5, 2),
+]
+
+
+@pytest.mark.parametrize("how", ["for loop", "foreach", "fused"])
+@pytest.mark.parametrize(("optimizer", "settings", "operations", "special"), UPDATES)
+def test_optimizers_count_alike_however_they_are_implemented(
+    optimizer: type[torch.optim.Optimizer], settings: dict[str, Any], operations: int, special: int, how: str
+) -> None:
+    parameters = [nn.Parameter(torch.ones(4, 5)), nn.Parameter(torch.ones(7))]
+    ways = {"foreach": how == "foreach", "fused": how == "fused"}
+    update = optimizer(parameters, lr=0.1, **settings, **ways)  # type: ignore[call-arg]
+    for each in parameters:
+        each.grad = torch.ones_like(each)
+    update.step()
+    counted = seen(update.step)
+    assert {(kind, phase) for kind, phase, _ in counted} == {("optimizer", "update")}
+    adaptive = optimizer is not torch.optim.SGD
+    steps = 2 if adaptive else 0  # each parameter's own step number
+    rates = 2 if optimizer is torch.optim.Adagrad and how != "fused" else 0
+    assert sum(work[2] for work in counted.values()) - steps in (operations * 27, operations * 27 + rates)
+    assert sum(work[3] for work in counted.values()) == special * 27
+
+
+def test_gradients_clipped_and_scaled_are_part_of_the_update() -> None:
+    weight = nn.Parameter(torch.ones(4, 5))
+    optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum()).backward()
+
+    def update() -> None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([weight], 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+    counted = {op: work for (kind, _, op), work in seen(update).items() if kind == "optimizer"}
+    assert counted["_amp_foreach_non_finite_check_and_unscale"][2] == 2 * 20
+    assert counted["_foreach_norm"][2:] == (2 * 20, 1)
+    assert counted["_foreach_mul"][2] == 20
+    assert counted["add"][2] == 2 * 20

@@ -1,0 +1,286 @@
+"""All operations on elements are counted however they ran; or else the counts say why not."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import on_ranks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import lnpu_torch as lnpu
+from lnpu_torch.element_ops import FORMULAS, MOVES
+from lnpu_torch.elements import ElementOp, Elements, NotCounted, merge
+from lnpu_torch.formulas import Formula
+from lnpu_torch.recipes.models import NAMES, ModelConfig, build
+from lnpu_torch.watch import Watch
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code() -> None:
+    """Code that other tests have compiled is alive in this process."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+IMAGES, LABELS = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return lnpu.convert(nn.Sequential(*layers, nn.Linear(64, 5)))
+
+
+def train(model: nn.Module, images: Tensor = IMAGES) -> None:
+    model.zero_grad()
+    F.cross_entropy(model(images), LABELS[: len(images)]).backward()
+
+
+def counted(cost: lnpu.CostCounter) -> dict[tuple[str, str, str], ElementOp]:
+    elements = cost.counts.elements
+    assert isinstance(elements, Elements), elements
+    return {entry.key: entry for entry in elements.entries}
+
+
+def step(model: nn.Module) -> dict[tuple[str, str, str], ElementOp]:
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+    return counted(cost)
+
+
+def operations(counted: dict[tuple[str, str, str], ElementOp], *leave_out: str) -> Counter[tuple[str, str]]:
+    """Operations by kind and phase."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for (kind, phase, op), entry in counted.items():
+        sums[kind, phase] += entry.operations if op not in leave_out else 0
+    return sums
+
+
+def test_a_checkpoint_runs_its_forward_twice_and_its_backward_once() -> None:
+    plain, model = step(network()), network()
+    once = operations(plain)
+    twice = operations(
+        {key: entry for key, entry in plain.items() if key[1] == "forward" and key[0] != "loss"}, "addmm"
+    )
+    for reentrant in (False, True):
+        with lnpu.CostCounter(model) as cost:
+            model.zero_grad()
+            images = IMAGES.clone().requires_grad_()
+            hidden = checkpoint(model[:4], images, use_reentrant=reentrant)
+            F.cross_entropy(model[4:](hidden), LABELS).backward()
+        assert operations(counted(cost)) == once + twice
+        assert cost.counts.elements.uncounted == {}
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_evaluation_counts_alike_with_gradients_off_either_way(off: Callable[[], Any]) -> None:
+    model = network().eval()
+    with lnpu.CostCounter(model) as cost, off():
+        F.cross_entropy(model(IMAGES), LABELS)
+    elements = 2 * 4 * 8 * 8
+    assert {key: entry.operations for key, entry in counted(cost).items()} == {
+        ("normalisation", "forward", "native_batch_norm"): 2 * elements + 4 * 4,
+        ("activation", "forward", "relu"): elements,
+        ("pooling", "forward", "max_pool2d_with_indices"): 3 * elements // 4,
+        ("loss", "forward", "_log_softmax"): 4 * 10,
+        ("loss", "forward", "nll_loss_forward"): 4,
+        ("other", "forward", "convolution"): elements,
+        ("other", "forward", "addmm"): 10,
+    }
+
+
+def test_torchs_relu_counts_as_ours_does() -> None:
+    """Double precision takes torch's own."""
+    ours, torchs = step(network()), network().double()
+    with lnpu.CostCounter(torchs) as cost:
+        train(torchs, IMAGES.double())
+    theirs = counted(cost)
+    for phase, op, own in (
+        ("forward", "relu", "lnpu::packed_relu"),
+        ("backward", "threshold_backward", "lnpu::packed_relu_backward"),
+    ):
+        assert theirs["activation", phase, op].operations == ours["activation", phase, own].operations
+
+
+def test_counters_nest_start_anew_and_show_what_they_have_so_far() -> None:
+    model = network()
+    with lnpu.CostCounter(model) as outer:
+        train(model)
+        live = counted(outer)
+        with lnpu.CostCounter(model) as inner:
+            train(model)
+        train(model)
+    assert counted(inner) == live
+    assert {key: entry.operations for key, entry in counted(outer).items()} == {
+        key: 3 * entry.operations for key, entry in live.items()
+    }
+    with outer:
+        train(model)
+    assert counted(outer) == live
+
+
+def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None:
+    model, once = network(), step(network())
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+        with lnpu.uncounted(model):
+            train(model)
+            with lnpu.uncounted(model):
+                train(model)
+            train(model)
+        with FlopCounterMode(display=False), lnpu.uncounted(model):
+            train(model)
+    assert counted(cost) == once
+
+
+def test_other_modes_see_what_they_would_without_a_counter() -> None:
+    flops = []
+    for watch in (True, False):
+        model = network()
+        with lnpu.CostCounter(model, elements=watch), FlopCounterMode(display=False) as mode:
+            train(model)
+        flops.append(mode.get_flop_counts())
+    assert flops[0] == flops[1]
+
+
+def test_gradients_are_bit_equal_with_and_without_a_counter() -> None:
+    models = [network(), network()]
+    train(models[0])
+    step(models[1])
+    for plain, watched in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(plain.grad, watched.grad)
+
+
+def test_a_counter_that_is_switched_off_says_so() -> None:
+    model = network()
+    with lnpu.CostCounter(model, elements=False) as cost:
+        train(model)
+    assert cost.counts.elements == NotCounted(reason="CostCounter(elements=False)")
+
+
+def test_steps_in_a_thread_of_the_programs_own_are_out_of_sight() -> None:
+    model = network()
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+        thread = threading.Thread(target=train, args=(model,))
+        thread.start()
+        thread.join()
+    assert cost.counts.elements == NotCounted(reason="only 6 of 12 steps of layers ran in sight")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("what", ["model", "function"])
+def test_compiled_code_runs_as_ever_and_is_said_not_to_be_counted(what: str) -> None:
+    plain, model = network(), network()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True) if what == "model" else model
+    with lnpu.CostCounter(plain) as expected:
+        train(plain)
+    with lnpu.CostCounter(model) as cost:
+        train(compiled)
+        if what == "function":
+            torch.compile(F.relu, backend=backend)(IMAGES)
+    assert len(graphs) == 1
+    assert isinstance(cost.counts.elements, NotCounted)
+    assert "torch.compile was used in this process" in cost.counts.elements.reason
+    assert cost.counts.steps == expected.counts.steps
+    torch._dynamo.reset()
+    assert step(network())
+    assert isinstance(cost.counts.elements, NotCounted)  # as it was when the block ended
+
+
+def ddp_step() -> dict[tuple[str, str, str], int]:
+    model = DistributedDataParallel(network())
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+    return {key: entry.operations for key, entry in counted(cost).items()}
+
+
+def test_a_rank_counts_as_one_process_does() -> None:
+    alone = {key: entry.operations for key, entry in step(network()).items()}
+    for rank in on_ranks(ddp_step):
+        communication = {key: work for key, work in rank.items() if key not in alone}
+        assert {key: rank[key] for key in alone} == alone
+        assert all(kind == "other" for kind, _, _ in communication), communication
+
+
+def test_what_has_no_formula_is_named() -> None:
+    with Watch() as watch:
+        torch.sort(torch.ones(3))
+        torch.sort(torch.ones(3))
+        torch.sort(torch.tensor([3, 1]))  # integers are nothing for a floating-point core
+    assert watch.elements == Elements(uncounted={"aten.sort.default": 2})
+
+
+def test_a_call_that_its_formula_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMULAS, "neg", Formula("other", lambda call: (call.args[7], 0)))
+    with Watch() as watch:
+        torch.neg(torch.ones(3))
+    assert watch.elements == Elements(uncounted={"aten.neg.default": 1})
+
+
+def test_products_outside_emulated_layers_are_named() -> None:
+    model = network()
+    lnpu.convert(model, overrides={"5": None})
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+    elements = cost.counts.elements
+    assert isinstance(elements, Elements)
+    assert elements.uncounted == {"aten.addmm.default": 1}
+    assert step(network())  # in emulated layers they are counted
+
+
+def test_formulas_and_moves_are_of_ops_that_exist() -> None:
+    gpu_only = {"miopen_batch_norm", "miopen_batch_norm_backward"}
+    for name in (FORMULAS.keys() | MOVES) - gpu_only:
+        op = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, f"{name}_", None)
+        assert op is not None, name
+    assert not FORMULAS.keys() & MOVES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipes_model_is_counted_whole(name: str) -> None:
+    size = 32 if name.endswith("_cifar") else 64
+    model = lnpu.convert(build(ModelConfig(name=name, width=2 if size == 32 else None), 3, (3, size, size)))
+    with lnpu.CostCounter(model) as cost:
+        F.cross_entropy(model(torch.randn(2, 3, size, size)), torch.tensor([0, 2]), label_smoothing=0.1).backward()
+    elements = cost.counts.elements
+    assert isinstance(elements, Elements)
+    assert not elements.uncounted
+    kinds = {entry.kind for entry in elements.entries}
+    assert kinds >= {"activation", "pooling", "loss", "other"}
+    assert ("normalisation" in kinds) == ("alexnet" not in name and name != "vgg16")
+
+
+def test_sums_and_files(tmp_path: Path) -> None:
+    model = network()
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+        torch.sort(IMAGES)
+    counts = cost.counts
+    counts.save(tmp_path / "counts.json")
+    assert lnpu.Counts.load(tmp_path / "counts.json") == counts
+    both = (counts + counts).elements
+    assert isinstance(both, Elements) and isinstance(counts.elements, Elements)
+    assert [entry.operations for entry in both.entries] == [2 * entry.operations for entry in counts.elements.entries]
+    assert both.uncounted == {"aten.sort.default": 2}
+    assert (counts * 3).elements == (counts + counts + counts).elements
+    assert (counts * 0).elements == Elements()
+    off = NotCounted(reason="switched off")
+    assert merge([counts.elements, off, off]) == off  # a part that is missing makes the sum no sum
