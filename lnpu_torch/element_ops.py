@@ -127,10 +127,10 @@ LOSSES: dict[str, Formula] = {
     "binary_cross_entropy_with_logits": each_read("loss", 5, 2),  # (1 - t) x + log(1 + exp(-x)), stably
 }
 OPTIMIZERS: dict[str, Formula] = {
-    "_fused_sgd": Formula("optimizer", by.sgd),
-    "_fused_adam": Formula("optimizer", by.adam(decay=2)),
-    "_fused_adamw": Formula("optimizer", by.adam(decay=1)),
-    "_fused_adagrad": Formula("optimizer", by.adagrad),
+    "_fused_sgd": Formula("optimizer", by.sgd, written=by.states),
+    "_fused_adam": Formula("optimizer", by.adam(decay=2), written=by.states),
+    "_fused_adamw": Formula("optimizer", by.adam(decay=1), written=by.states),
+    "_fused_adagrad": Formula("optimizer", by.adagrad, written=by.states),
     "_amp_foreach_non_finite_check_and_unscale": each("optimizer", 2),
 }
 PRODUCTS: dict[str, Formula] = {

@@ -16,14 +16,16 @@ KINDS: tuple[Kind, ...] = ("normalisation", "activation", "pooling", "loss", "op
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 Count = Annotated[int, Field(ge=0)]
-SUMS = ("calls", "read", "written", "operations", "special")
+SUMS = ("calls", "read", "written", "operations", "special", "fetched", "stored")
 
 
 class ElementOp(Frozen):
     """All calls of one torch op in one phase.
 
-    `read` and `written` are elements. `operations` are additions, multiplications, comparisons (with the selection that
-    they decide); `special` are functions that take a table or several operations: division, roots, exp, log, tanh ...
+    `read` and `written` are elements, of each call's operands and results. `operations` are additions, multiplications,
+    comparisons (with the selection that they decide); `special` are functions that take a table or several operations:
+    division, roots, exp, log, tanh ... `fetched` and `stored` are elements of tensors that were there before an
+    optimizer's step and are there after it: each once a step, however many of its calls read or change it.
     """
 
     kind: Kind
@@ -34,6 +36,8 @@ class ElementOp(Frozen):
     written: Count
     operations: Count
     special: Count
+    fetched: Count = 0
+    stored: Count = 0
 
     @property
     def key(self) -> tuple[Kind, Phase, str]:

@@ -7,7 +7,7 @@ one that a SIMD core looks up or iterates: division, roots, exp, log, tanh, sigm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,8 +79,13 @@ class Formula:
         counted = self.count(call) if read else None
         if counted is None:
             return None
-        made = call.args[0] if call.out is None else call.out
-        return Work(*counted, read, floats(self.written(call) if self.written else made))
+        return Work(*counted, read, floats(self.results(call)))
+
+    def results(self, call: Call) -> Any:
+        """What a call writes; an op on lists of tensors that changes the first list returns nothing."""
+        if self.written:
+            return self.written(call)
+        return call.args[0] if call.out is None else call.out
 
 
 def elements(x: Any) -> int:
@@ -95,6 +100,16 @@ def floats(x: Any) -> int:
     if isinstance(x, Tensor):
         return x.numel() if x.is_floating_point() else 0
     return sum([floats(one) for one in x]) if isinstance(x, (list, tuple)) else 0
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Floating-point tensors in nested lists, but for empty ones and single numbers."""
+    if isinstance(x, Tensor):
+        if x.is_floating_point() and x.dim() and x.numel():
+            yield x
+    elif isinstance(x, list | tuple):
+        for one in x:
+            yield from tensors(one)
 
 
 def each(kind: Kind, operations: int, special: int = 0) -> Formula:
@@ -175,6 +190,11 @@ def product(bias: int | None = None) -> Formula:
 def bias_gradient(call: Call) -> Operations | None:
     """The sum of errors that a convolution's backward is asked for, or not."""
     return (elements(call.args[0]), 0) if call.args[10][2] else None
+
+
+def states(call: Call) -> Any:
+    """What a fused optimizer changes: parameters, and all its lists behind the gradients but the step numbers."""
+    return [call.args[0], call.args[2:5] if len(call.args) > 5 else call.args[2:3]]
 
 
 def sgd(call: Call) -> Operations:

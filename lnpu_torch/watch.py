@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import (
 
 from lnpu_torch.element_ops import Other, find, general_kind
 from lnpu_torch.elements import SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
-from lnpu_torch.formulas import Call, Formula
+from lnpu_torch.formulas import Call, Formula, tensors
 
-UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+UNREADABLE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a formula raises for arguments that it was not written for; they must not end anyone's training."""
 
 OPTIMIZER_STEP = "Optimizer.step#"
@@ -34,10 +34,33 @@ COMPILED = (
 
 
 class _Ranges(threading.local):
-    """Of each thread: the named ranges that are open, and whether each is an optimizer's step."""
+    """Of each thread: the named ranges that are open, and whether each is an optimizer's step.
+
+    Of the step's tensors, by address: those that were fetched for it, those stored by it, and those that it made.
+    """
 
     def __init__(self) -> None:
         self.open: list[bool] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a step."""
+        self.fetched, self.stored, self.made = set[int](), set[int](), set[int]()
+
+    def moved(self, operands: Any, results: Any) -> tuple[int, int]:
+        """Elements that a call of the step is the first to fetch, and the first to change of what stays after it."""
+        fetched = stored = 0
+        for x in tensors(operands):
+            if (address := x.data_ptr()) not in self.fetched and address not in self.made:
+                self.fetched.add(address)
+                fetched += x.numel()
+        for x in tensors(results):
+            if (address := x.data_ptr()) not in self.fetched:
+                self.made.add(address)
+            elif address not in self.stored:
+                self.stored.add(address)
+                stored += x.numel()
+        return fetched, stored
 
 
 class Watch(TorchDispatchMode):
@@ -122,13 +145,14 @@ class Watch(TorchDispatchMode):
             if work is None:
                 return
             kind, phase = self._place(func, formula, call)
+            moved = self._moved(formula, call) if phase == "update" else (0, 0)
         except UNREADABLE:
             self._note(func, Other.UNKNOWN, call)
             return
         key = kind, phase, func._schema.name.removeprefix("aten::").rstrip("_")
         with self._lock:
             sums = self._sums.setdefault(key, [0] * len(SUMS))
-            for index, value in enumerate((1, work.read, work.written, work.operations, work.special)):
+            for index, value in enumerate((1, work.read, work.written, work.operations, work.special, *moved)):
                 sums[index] += value
 
     def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
@@ -140,12 +164,20 @@ class Watch(TorchDispatchMode):
         kind = formula.kind if formula.kind != "other" else general_kind(func, call, node)
         return kind, "backward" if backward else "forward"
 
+    def _moved(self, formula: Formula, call: Call) -> tuple[int, int]:
+        """What an update's call fetches and stores; one that is in no optimizer's step is a step of its own."""
+        if not any(self._ranges.open):
+            self._ranges.forget()
+        return self._ranges.moved([call.args, *call.kwargs.values()], formula.results(call))
+
     def _note(self, func: Any, found: Other, call: Call) -> None:
         """What ops without a formula tell."""
         if self.paused:
             return
         if found is Other.BEGINS:
             self._ranges.open.append(str(call.args[0]).startswith(OPTIMIZER_STEP))
+            if self._ranges.open[-1]:
+                self._ranges.forget()
         elif found is Other.ENDS and self._ranges.open:
             self._ranges.open.pop()
         elif found is Other.LAYER:

@@ -110,24 +110,28 @@ def test_pooling_windows(pool: nn.Module, forward: int, backward: int) -> None:
 
 
 SGD = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-UPDATES: list[tuple[type[torch.optim.Optimizer], dict[str, Any], int, int]] = [
-    # operations and special functions per parameter, in a step that is not the first
-    (torch.optim.SGD, {}, 2, 0),  # p - lr g
-    (torch.optim.SGD, {"momentum": 0.9}, 4, 0),  # b = mu b + g; p - lr b
-    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}, 5, 0),
-    (torch.optim.SGD, SGD, 8, 0),  # g + wd p; b = mu b + g; g + mu b; p - lr g
-    (torch.optim.Adam, {}, 11, 2),  # m: 3, v: 4; root, / c, + eps; p - s m / root
-    (torch.optim.Adam, {"weight_decay": 0.01}, 13, 2),
-    (torch.optim.Adam, {"amsgrad": True}, 12, 2),
-    (torch.optim.AdamW, {}, 12, 2),  # its decay is one multiplication
-    (torch.optim.Adagrad, {}, 5, 2),
+UPDATES: list[tuple[type[torch.optim.Optimizer], dict[str, Any], tuple[int, int], tuple[int, int]]] = [
+    # per parameter, in a step that is not the first: operations, special functions, tensors fetched and stored
+    (torch.optim.SGD, {}, (2, 0), (2, 1)),  # p - lr g
+    (torch.optim.SGD, {"momentum": 0.9}, (4, 0), (3, 2)),  # b = mu b + g; p - lr b
+    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}, (5, 0), (3, 2)),
+    (torch.optim.SGD, SGD, (8, 0), (3, 2)),  # g + wd p; b = mu b + g; g + mu b; p - lr g
+    (torch.optim.Adam, {}, (11, 2), (4, 3)),  # m: 3, v: 4; root, / c, + eps; p - s m / root
+    (torch.optim.Adam, {"weight_decay": 0.01}, (13, 2), (4, 3)),
+    (torch.optim.Adam, {"amsgrad": True}, (12, 2), (5, 4)),
+    (torch.optim.AdamW, {}, (12, 2), (4, 3)),  # its decay is one multiplication
+    (torch.optim.Adagrad, {}, (5, 2), (3, 2)),
 ]
 
 
 @pytest.mark.parametrize("how", ["for loop", "foreach", "fused"])
-@pytest.mark.parametrize(("optimizer", "settings", "operations", "special"), UPDATES)
+@pytest.mark.parametrize(("optimizer", "settings", "operations", "tensors"), UPDATES)
 def test_optimizers_count_alike_however_they_are_implemented(
-    optimizer: type[torch.optim.Optimizer], settings: dict[str, Any], operations: int, special: int, how: str
+    optimizer: type[torch.optim.Optimizer],
+    settings: dict[str, Any],
+    operations: tuple[int, int],
+    tensors: tuple[int, int],
+    how: str,
 ) -> None:
     parameters = [nn.Parameter(torch.ones(4, 5)), nn.Parameter(torch.ones(7))]
     ways = {"foreach": how == "foreach", "fused": how == "fused"}
@@ -135,13 +139,16 @@ def test_optimizers_count_alike_however_they_are_implemented(
     for each in parameters:
         each.grad = torch.ones_like(each)
     update.step()
-    counted = seen(update.step)
-    assert {(kind, phase) for kind, phase, _ in counted} == {("optimizer", "update")}
-    adaptive = optimizer is not torch.optim.SGD
-    steps = 2 if adaptive else 0  # each parameter's own step number
-    rates = 2 if optimizer is torch.optim.Adagrad and how != "fused" else 0
-    assert sum(work[2] for work in counted.values()) - steps in (operations * 27, operations * 27 + rates)
-    assert sum(work[3] for work in counted.values()) == special * 27
+    with Watch() as watch:
+        update.step()
+        update.step()
+    counted = watch.elements.entries
+    assert {(entry.kind, entry.phase) for entry in counted} == {("optimizer", "update")}
+    steps = 2 * (optimizer is not torch.optim.SGD)  # each parameter's own step number
+    assert sum(entry.operations for entry in counted) == 2 * (operations[0] * 27 + steps)
+    assert sum(entry.special for entry in counted) == 2 * operations[1] * 27
+    assert sum(entry.fetched for entry in counted) == 2 * tensors[0] * 27
+    assert sum(entry.stored for entry in counted) == 2 * tensors[1] * 27
 
 
 def test_gradients_clipped_and_scaled_are_part_of_the_update() -> None:
