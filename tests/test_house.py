@@ -34,7 +34,7 @@ NUMERICS += [
     "convert",
 ]
 COST = ["config", "units", "elements", "counts", "tables", "tagged", "operating_point", "bottom_up", "chip", "energies"]
-COST += ["traffic", "rows", "report", "comparison", "catalogue", "pricing"]
+COST += ["traffic", "rows", "report", "comparison", "catalogue", "pricing", "sweep", "plot", "cli_cost"]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
@@ -102,7 +102,7 @@ BLOCK = """
 import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "torchvision", "sklearn", "accelerate", "tensorboard"}:
+        if name.split(".")[0] in {"triton", "torchvision", "sklearn", "accelerate", "tensorboard", "matplotlib"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
 """

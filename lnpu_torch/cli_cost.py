@@ -1,0 +1,89 @@
+"""The commands that price what was counted: price, sweep, chips. They read arguments and print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from lnpu_torch.catalogue import chip_table, chips_table
+from lnpu_torch.chip import chip as read_chip
+from lnpu_torch.chip import chips as all_chips
+from lnpu_torch.comparison import Comparison
+from lnpu_torch.config import ConfigError
+from lnpu_torch.counts import Counts
+from lnpu_torch.plot import require_matplotlib, save_plot
+from lnpu_torch.pricing import price as price_on
+from lnpu_torch.report import Report, csv_text, json_text
+from lnpu_torch.sweep import parse_setting
+from lnpu_torch.sweep import sweep as sweep_over
+from lnpu_torch.tables import plain
+
+File = Annotated[Path, typer.Argument(metavar="COUNTS", help="A counts file, as in a run's folder counts/.")]
+Chips = Annotated[list[str], typer.Option("--chip", help="A built-in chip or a YAML file; may be given repeatedly.")]
+Voltage = Annotated[float | None, typer.Option(help="Run the chips at this voltage, such as 0.9, not at their own.")]
+By = Annotated[Literal["layer", "step"] | None, typer.Option(help="Sum up by layer or by step.")]
+Format = Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print it.")]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE,...", help="A key of a chip's file, and its values; may be repeated."),
+]
+
+
+def price(
+    counts: File,
+    chip: Chips = ["lnpu"],  # noqa: B006 - typer reads it, and hands out copies
+    voltage: Voltage = None,
+    by: By = None,
+    format: Format = "table",
+) -> None:
+    """Price what a run counted on one chip or several."""
+    counted = Counts.load(counts)
+    print_reports([price_on(counted, read_chip(name, voltage)) for name in chip], by, format)
+
+
+def sweep(
+    counts: File,
+    settings: Settings,
+    chip: Chips = ["lnpu"],  # noqa: B006
+    voltage: Voltage = None,
+    out: Annotated[Path, typer.Option(help="Where to write: this name with .csv, and with .png.")] = Path("sweep"),
+    dram: Annotated[bool, typer.Option(help="Compare by the energy of chip and DRAM, or by the chip's alone.")] = True,
+    plot: Annotated[bool, typer.Option(help="Draw energy against time (needs matplotlib).")] = True,
+) -> None:
+    """Price what a run counted on every chip that the settings span; save a table, and a plot of energy and time.
+
+    For instance: lnpu sweep COUNTS --set macs_per_cycle.fp16=384,768,1536 --set operating_point.voltage_v=0.78,0.9
+    """
+    axes = dict(parse_setting(text) for text in settings)
+    if len(axes) < len(settings):
+        raise ConfigError("--set: a key is given twice")
+    if plot:
+        require_matplotlib()
+    swept = sweep_over(Counts.load(counts), [read_chip(name, voltage) for name in chip], axes, dram)
+    print(swept)
+    swept.to_csv(f"{out}.csv")
+    if plot:
+        save_plot(swept, f"{out}.png")
+    print(f"saved: {out}.csv" + (f", {out}.png" if plot else ""))
+
+
+def chips(name: Annotated[str | None, typer.Argument(help="A built-in chip or a YAML file.")] = None) -> None:
+    """List the built-in chips; or one chip's values, each with what it rests on."""
+    if name is None:
+        print(plain(chips_table(all_chips())))
+    else:
+        Console().print(chip_table(read_chip(name)))
+
+
+def print_reports(reports: list[Report], by: Literal["layer", "step"] | None, format: str) -> None:
+    """One report, or several side by side."""
+    reports = [report.by(by) for report in reports] if by else reports
+    if format == "table":
+        print(reports[0] if len(reports) == 1 else Comparison(reports))
+    else:
+        text = {"json": json_text, "csv": csv_text}[format]
+        sys.stdout.write(text(reports[0] if len(reports) == 1 else reports))

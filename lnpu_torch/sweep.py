@@ -1,0 +1,164 @@
+"""Sweep: one run priced on every chip that a few settings span, and which of them no other beats. It draws nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from lnpu_torch.chip import Chip
+from lnpu_torch.chip import chip as read_chip
+from lnpu_torch.config import ConfigError, parse_yaml, write_text
+from lnpu_torch.counts import Counts
+from lnpu_torch.pricing import price
+from lnpu_torch.rows import Row
+from lnpu_torch.tables import add_row, plain, plain_table, si
+from lnpu_torch.units import pj
+
+SHOWN = 40
+"""A table of more points than these shows the Pareto front alone."""
+
+NUMBERS = (
+    *("cycles", "utilisation", "energy_pj", "mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
+    *("dram_energy_pj", "sram_bits", "dram_bits", "dense_dram_bits"),
+)
+"""Fields of a total that a sweep's CSV has."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The run on one chip: `values` are what was set, `pareto` says that no other point of the sweep beats it.
+
+    `energy_pj` is what it is compared by: the chip's energy, and DRAM's unless the sweep leaves that out.
+    """
+
+    chip: str
+    values: dict[str, Any]
+    total: Row
+    time_s: float
+    tflops_per_watt: float | None
+    energy_pj: float
+    pareto: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points, in the order of the settings. `str()` is a table; a rich console prints it too.
+
+    `energy` says what points are compared by.
+    """
+
+    keys: tuple[str, ...]
+    points: tuple[Point, ...]
+    energy: Literal["chip and DRAM", "chip"]
+
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """The points that no other beats in energy and time, fastest first; of equal ones the first."""
+        return tuple(sorted((point for point in self.points if point.pareto), key=lambda point: point.time_s))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line per point. Raises ConfigError if that cannot be written."""
+        write_text(path, self.csv_text())
+
+    def csv_text(self) -> str:
+        """One line per point: chip, settings, energies in pJ, time, bits; None is an empty cell."""
+        text = io.StringIO()
+        heads = ["chip", *self.keys, "compared_energy_pj", "time_s", "tflops_per_watt", *NUMBERS, "pareto"]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(heads)
+        for point in self.points:
+            measures = [point.energy_pj, point.time_s, point.tflops_per_watt]
+            numbers = [getattr(point.total, name) for name in NUMBERS]
+            writer.writerow([point.chip, *point.values.values(), *measures, *numbers, int(point.pareto)])
+        return text.getvalue()
+
+    def __rich__(self) -> Table:
+        return self._table()
+
+    def __str__(self) -> str:
+        return plain(self._table())
+
+    def _table(self) -> Table:
+        few = len(self.points) <= SHOWN
+        shown = self.points if few else self.front
+        told = "none beats those with a *" if few else f"the {len(shown)} that none beats"
+        title = f"{len(self.points)} chips; {told} in energy ({self.energy}) and time"
+        heads = [*self.keys, "chip", "DRAM", "sum", "time", "TFLOPS/W", "DRAM access", "Pareto"]
+        table = plain_table(title, ["chip"], heads)
+        for point in shown:
+            total, efficiency = point.total, point.tflops_per_watt
+            add_row(
+                table,
+                point.chip,
+                *map(value_text, point.values.values()),
+                *(si(energy, "pJ") for energy in (total.energy_pj, total.dram_energy_pj, pj(_sum(total)))),
+                si(point.time_s, "s"),
+                "-" if efficiency is None else f"{efficiency:.2f}",
+                si(total.dram_bits, "bit"),
+                "*" if point.pareto else "",
+            )
+        return table
+
+
+def sweep(
+    counts: Counts, chips: Iterable[str | Path | Chip], settings: Mapping[str, Sequence[Any]], dram: bool = True
+) -> Sweep:
+    """Price a run on each chip with every combination of values.
+
+    Args:
+        counts: what a run did.
+        chips: where to start from: names, files or Chips.
+        settings: values by the dotted key of a chip's file, such as {"macs_per_cycle.fp16": [384, 768]}.
+        dram: whether the energy that points are compared by has DRAM's in it.
+
+    Raises:
+        ConfigError: no such chip or key, a value that the key cannot have, or nothing to combine.
+    """
+    starts = [read_chip(each) for each in chips]
+    if not starts or not all(settings.values()):
+        raise ConfigError("a sweep needs a chip, and a value for each setting")
+    points = []
+    for start, values in itertools.product(starts, itertools.product(*settings.values())):
+        chosen = dict(zip(settings, values, strict=True))
+        report = price(counts, start.having(chosen))
+        total = report.total
+        energy = pj(_sum(total)) if dram else total.energy_pj
+        points.append(Point(start.name, chosen, total, report.time_s, report.tflops_per_watt, energy))
+    front = _front(points)
+    marked = tuple(replace(point, pareto=place in front) for place, point in enumerate(points))
+    return Sweep(tuple(settings), marked, "chip and DRAM" if dram else "chip")
+
+
+def value_text(value: Any) -> str:
+    """A setting's value as it is shown: a float in at most six digits."""
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
+
+
+def _sum(total: Row) -> int:
+    """Energy of the chip and, where it is modelled, of DRAM, in zJ."""
+    return sum(total.energy_zj.values())
+
+
+def parse_setting(text: str) -> tuple[str, list[Any]]:
+    """The key and values that "macs_per_cycle.fp16=384,768,1536" gives. Raises ConfigError if it is not so written."""
+    key, equals, values = text.partition("=")
+    if not (key and equals and values):
+        raise ConfigError(f"--set: {text!r} is not KEY=VALUE,VALUE..., such as macs_per_cycle.fp16=384,768")
+    return key, [parse_yaml(value, f"--set {key}") for value in values.split(",")]
+
+
+def _front(points: Sequence[Point]) -> set[int]:
+    """Places of the points that no other beats in energy and time; of equal ones the first."""
+    front, least = set(), float("inf")
+    for place, point in sorted(enumerate(points), key=lambda each: (each[1].time_s, each[1].energy_pj)):
+        if point.energy_pj < least:
+            front.add(place)
+            least = point.energy_pj
+    return front
