@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import loops, reference
+from lnpu_torch import loops, reference, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
+
+Array = np.ndarray[Any, Any]
 
 ROWS = 2**15 - 1
 """The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
@@ -45,36 +47,34 @@ def quantize(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`, for a contiguous or channels_last x."""
-    (share, channel_groups), x, last = layout, x.float(), not x.is_contiguous()
-    dense = x.permute(0, 2, 3, 1) if last else x
+    (share, channel_groups), x = layout, x.float()
+    channels_last = not x.is_contiguous()
+    dense = x.permute(0, 2, 3, 1) if channels_last else x
     batch, channels, *grid = x.shape
     size, positions = x[0].numel(), prod(grid)
-    single = torch.empty_like(dense) if wanted[0] else None
-    half = torch.empty_like(dense, dtype=torch.float16) if wanted[1] else None
-    samples = np.zeros((batch, channel_groups, positions), np.int32) if wanted[2] else None
-    steps = (1, channels) if last else (positions, 1)  # from channel to channel, from position to position
-    view = dense.reshape(batch, size).detach().numpy()
-    outputs = [_rows(single, size), _rows(half, size), samples]
+    shape = (batch, *grid, channels) if channels_last else x.shape
+    single = torch.empty(shape) if wanted[0] else None
+    half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
+    samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
+    loop = loops.quantize_last if channels_last else loops.quantize
+    bits = None if half is None else half.view(torch.uint16)
+    arrays = [None if t is None else _memory(t).numpy() for t in (dense, single, bits)]
     parameters = _parameters(rule, int(threshold))
 
-    def run(start: int, stop: int) -> np.ndarray[Any, Any]:
+    def run(start: int, stop: int) -> Array:
         counts = np.zeros((2, batch // share, size), np.int32)
         for first in range(start, stop, ROWS):
-            rows = slice(first, min(first + ROWS, stop))
-            single, half, sums = (None if out is None else out[rows] for out in outputs)
-            loops.quantize(view[rows], single, half, counts, sums, first, share, steps, parameters)
+            last = min(first + ROWS, stop)
+            parts = (None if array is None else array[first * size : last * size] for array in arrays)
+            sums = None if samples is None else samples[:, first:last]
+            loop(*parts, counts, sums, first, share, (last - first, channels, positions), parameters)
         return counts
 
-    counts = sum(split(run, batch, x.numel()))
-    position = torch.from_numpy(np.asarray(counts))
-    order = (*grid, channels) if last else (channels, *grid)
-    position = position.unflatten(2, order)
-    position = position.movedim(-1, 2).contiguous() if last else position
-    sample = position.new_empty(0)
-    if samples is not None:
-        packed = torch.from_numpy(samples).unflatten(2, grid) if grid else torch.from_numpy(samples)[..., 0]
-        sample = torch.stack((packed & 0xFFFF, packed >> 16))
-    return _shaped(single, last, torch.float32), _shaped(half, last, torch.float16), position, sample
+    position = torch.from_numpy(np.asarray(sum(split(run, batch, x.numel()))))
+    position = position.unflatten(2, (*grid, channels) if channels_last else (channels, *grid))
+    position = position.movedim(-1, 2).contiguous() if channels_last else position
+    sample = position.new_empty(0) if samples is None else torch.from_numpy(samples).reshape(*samples.shape[:3], *grid)
+    return _shaped(single, channels_last, torch.float32), _shaped(half, channels_last, torch.float16), position, sample
 
 
 def quantize_flat(
@@ -112,28 +112,25 @@ def round_half_(x: Tensor) -> None:
 
 def relu(x: Tensor, out: Tensor) -> Tensor:
     """ReLU of a dense float32 tensor into `out` (which may be x). Returns one bit per element, for `relu_backward`."""
-    source, target = _memory(x).numpy(), _memory(out).numpy()
-    signs = np.empty(-(-len(source) // (8 * loops.LANES)) * loops.LANES, np.uint8)
-    _by_block(loops.relu, source, target, signs)
-    return torch.from_numpy(signs)
+    signs = torch.empty(-(-x.numel() // vectors.LANES), dtype=torch.uint16)
+    _by_vector(vectors.relu, x, out, signs)
+    return signs
 
 
 def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
     """The gradient of `relu`'s input; `error` lies in memory as x did."""
     grad = torch.empty_like(error)
-    _by_block(loops.relu_backward, _memory(error).numpy(), signs.numpy(), _memory(grad).numpy())
+    _by_vector(vectors.relu_backward, error, grad, signs)
     return grad
 
 
-def _by_block(loop: Callable[..., None], *arrays: np.ndarray[Any, Any]) -> None:
-    """Run a loop over whole blocks: of bytes in the uint8 array, of eight times as many elements in the others."""
-    blocks = next(len(array) for array in arrays if array.dtype == np.uint8) // loops.LANES
+def _by_vector(loop: Callable[..., None], source: Tensor, target: Tensor, signs: Tensor) -> None:
+    arrays = [(_memory(source).numpy(), vectors.LANES), (_memory(target).numpy(), vectors.LANES), (signs.numpy(), 1)]
 
     def run(start: int, stop: int) -> None:
-        sizes = [loops.LANES * (1 if array.dtype == np.uint8 else 8) for array in arrays]
-        loop(*(array[start * size : stop * size] for array, size in zip(arrays, sizes, strict=True)))
+        loop(*(array[start * step : stop * step] for array, step in arrays))
 
-    split(run, blocks, blocks * 8 * loops.LANES)
+    split(run, len(signs), source.numel())
 
 
 def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
@@ -161,13 +158,13 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
     return torch.from_numpy(_histogram(x, rule))
 
 
-def _histogram(x: Tensor, rule: Rule) -> np.ndarray[Any, Any]:
+def _histogram(x: Tensor, rule: Rule) -> Array:
     smallest, largest = rule.threshold_range
     return loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=128)
-def _error_table(rule: Rule, unit: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _error_table(rule: Rule, unit: int) -> tuple[Array, Array]:
     error, signal = error_table(rule, torch.tensor(unit))
     return error.numpy(), signal.numpy()
 
@@ -180,12 +177,6 @@ def is_dense(x: Tensor) -> bool:
 def _memory(x: Tensor) -> Tensor:
     """A dense tensor as it lies in memory, one-dimensional."""
     return x.detach().as_strided((x.numel(),), (1,))
-
-
-def _rows(x: Tensor | None, size: int) -> np.ndarray[Any, Any] | None:
-    if x is None:
-        return None
-    return x.view(torch.uint16 if x.dtype == torch.float16 else x.dtype).reshape(-1, size).numpy()
 
 
 def _shaped(x: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor:

@@ -126,6 +126,7 @@ class Emulation:
         *,
         now: Sequence[str],
         later: Sequence[str] = (),
+        sampled: Sequence[str] = (),
         halves: bool = False,
     ) -> dict[str, Operand]:
         """An operand as each of the steps reads it, rounded once for each rule.
@@ -135,15 +136,15 @@ class Emulation:
             thresholds: as from `choose`.
             layout: see `ops.round_and_count`.
             now, later: steps that read it at once, and steps that read what is kept of it.
+            sampled: steps that need its counts by sample.
             halves: whether the steps can compute with binary16 values.
         """
         reads = {step: read for (step, name), read in self.reads.items() if name == operand and step in (*now, *later)}
         rounded = {}
         for row in dict.fromkeys(read.row for read in reads.values()):
             steps = [step for step, read in reads.items() if read.row == row]
-            uses = (any(step in now for step in steps), any(step in later for step in steps))
-            sample = operand == "weight" or "grad_weight" in steps
-            rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, sample, seed)
+            uses = [any(step in those for step in steps) for those in (now, later, sampled)]
+            rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, seed)
         return {step: rounded[read.row] for step, read in reads.items()}
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,20 +158,20 @@ def _quantize(
     x: Tensor,
     read: Read,
     threshold: Tensor | None,
-    uses: tuple[bool, bool],
+    uses: Sequence[bool],
     halves: bool,
     layout: Layout,
-    sample: bool,
     seed: Tensor | None,
 ) -> Operand:
+    now, later, sample = uses
     if read.rule is None or threshold is None:
         return Operand(x, x, *ops.count_float(x, layout, sample))
     half = read.half and x.dtype != torch.float64
-    now, later = (uses[0] and half and halves), (uses[1] and half)
-    wanted = ((uses[0] and not now) or (uses[1] and not later), now or later, sample)
+    now_half, later_half = (now and half and halves), (later and half)
+    wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample)
     random = seed if read.stochastic else None
     single, rounded, *counts = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted)
-    return Operand(rounded if now else single, rounded if later else single, *counts)
+    return Operand(rounded if now_half else single, rounded if later_half else single, *counts)
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:

@@ -41,7 +41,7 @@ class _Emulated(torch.autograd.Function):
         seed, grid, side = emulation.seed(input), product.grid(input), product.input_side
         later = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1])) if wanted]
         ts = emulation.choose("input", grid, ["forward", *later])
-        xs = emulation.quantize("input", grid, ts, call.layout, seed, now=["forward"], later=later, halves=call.halves)
+        xs = call.read("input", grid, ts, seed, now=["forward"], later=later)
         chosen = emulation.choose("weight", weight, ["forward", *later])
         ws = call.weights(weight, chosen, seed, "forward")
 
@@ -72,7 +72,7 @@ class _Emulated(torch.autograd.Function):
         now = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted]
         grid = call.product.grid(grad_output)
         ts = emulation.choose("grad_output", grid, now)
-        errors = emulation.quantize("grad_output", grid, ts, call.layout, seed, now=now, halves=call.halves)
+        errors = call.read("grad_output", grid, ts, seed, now=now)
         for step, error in errors.items():
             values = call.values(error.values, grad_output, step, "grad_output")
             errors[step] = error._replace(values=values)
@@ -129,10 +129,36 @@ class _Call:
             return original
         return rounded if rounded.shape == original.shape else rounded.reshape(original.shape)
 
+    def read(
+        self,
+        operand: str,
+        x: Tensor,
+        thresholds: dict[int, Tensor],
+        seed: Tensor | None,
+        now: Sequence[str],
+        later: Sequence[str] = (),
+    ) -> dict[str, Operand]:
+        """Input or grad_output as the steps read it."""
+        return self.emulation.quantize(
+            operand,
+            x,
+            thresholds,
+            self.layout,
+            seed,
+            now=now,
+            later=later,
+            sampled=["grad_weight"],
+            halves=self.halves,
+        )
+
     def weights(self, weight: Tensor, thresholds: dict[int, Tensor], seed: Tensor | None, step: str) -> Operand:
-        """The weight as a step reads it."""
+        """The weight as a step reads it; its counts by sample if the step multiplies it with the small grid."""
         layout = (self.geometry.small_channels // self.geometry.groups, 1)
-        reads = self.emulation.quantize("weight", weight, thresholds, layout, seed, now=[step], halves=self.halves)
+        side = self.product.input_side if step == "forward" else self.product.output_side
+        sampled = [step] if side == "small" else []
+        reads = self.emulation.quantize(
+            "weight", weight, thresholds, layout, seed, now=[step], sampled=sampled, halves=self.halves
+        )
         return reads[step]
 
     def grad_input(self, error: Operand, weight: Tensor, threshold: Tensor | None, seed: Tensor | None) -> Tensor:

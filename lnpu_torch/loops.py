@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, njit, types, uint8, uint16
+from numba import float32, int32, njit, types, uint16, uint64
 from numba.extending import intrinsic
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -18,8 +18,8 @@ SIGN = np.int32(-0x80000000)
 INFINITY = np.int32(0x7F800000)
 FP8, WIDE = np.int32(1), np.int32(0x10000)
 """What an element of each group adds to a packed counter."""
-LANES = 64
-"""Elements whose sign bits are made together."""
+RUN = 256
+"""Elements that are rounded before they are counted: few enough to lie in the nearest cache."""
 BLOCK = 2**14
 """Elements that fit in one packed counter."""
 
@@ -83,28 +83,104 @@ def _rounded(bits, parameters):
 
 
 @compiled
-def quantize(x, single, half, counts, samples, first, share, steps, parameters):
-    """Round rows of x, write them, and count their groups by position and by sample.
+def round_run(x, start, single, half, place, marks, count, parameters):
+    """Round `count` numbers of x from `start` on into `single` and `half` (each may be None) from `place` on.
 
-    `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [rows, groups, positions]
-    gets packed counts. `single`, `half` and `samples` may be None.
+    `marks` gets what each adds to a packed counter. All arrays are one-dimensional, as in all loops over a part of
+    them here: a slice costs as much as a dozen elements, and an unsigned index spares the question if it is negative.
     """
-    size = x.shape[1]
-    packed, groups = np.zeros(size, np.int32), np.empty(size, np.int32)
-    for row in range(x.shape[0]):
-        for i in range(size):
-            value, group = _rounded(_bits(x[row, i]), parameters)
-            if single is not None:
-                single[row, i] = value
-            if half is not None:
-                half[row, i] = _half(value)
+    for i in range(count):
+        value, mark = _rounded(_bits(x[uint64(start + i)]), parameters)
+        if single is not None:
+            single[uint64(place + i)] = value
+        if half is not None:
+            half[uint64(place + i)] = _half(value)
+        marks[uint64(i)] = mark
+
+
+@compiled
+def add(sums, start, marks, count):
+    """Add marks to sums from `start` on."""
+    for i in range(count):
+        sums[uint64(start + i)] = int32(sums[uint64(start + i)] + marks[uint64(i)])
+
+
+@compiled
+def quantize(x, single, half, counts, samples, first, share, sizes, parameters):
+    """Round rows [channels, positions] of x, write them, and count their groups by position and by sample.
+
+    `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [2, rows, groups, positions]
+    is written. `single`, `half` and `samples` may be None. `sizes` are the rows' number and shape.
+    """
+    rows, channels, positions = sizes
+    size, groups = channels * positions, 1 if samples is None else samples.shape[2]
+    run = positions * max(1, RUN // positions)  # whole channels, so that runs can be summed up over channels
+    packed, sums, marks = np.zeros(size, np.int32), np.zeros(run, np.int32), np.empty(run, np.int32)
+    for row in range(rows):
+        for group in range(groups):
+            stop = (group + 1) * size // groups
+            for start in range(group * size // groups, stop, run):
+                count, place = min(run, stop - start), row * size + start
+                round_run(x, place, single, half, place, marks, count, parameters)
+                add(packed, start, marks, count)
+                if samples is not None:
+                    add(sums, 0, marks, count)
             if samples is not None:
-                groups[i] = group
-            packed[i] = int32(packed[i] + group)
-        if samples is not None:
-            _sum_channels(groups, samples[row], steps)
-        if (first + row + 1) % share == 0 or row == x.shape[0] - 1:
-            _unpack(packed, counts[:, (first + row) // share])
+                _fold(sums, samples[:, row, group])
+        if (first + row + 1) % share == 0 or row == rows - 1:
+            unpack(packed, counts[:, (first + row) // share])
+
+
+@compiled
+def quantize_last(x, single, half, counts, samples, first, share, sizes, parameters):
+    """`quantize` for rows [positions, channels]."""
+    rows, channels, positions = sizes
+    size, groups = channels * positions, 1 if samples is None else samples.shape[2]
+    length, run = channels // groups, channels * max(1, RUN // channels)
+    packed, marks = np.zeros(size, np.int32), np.empty(run, np.int32)
+    for row in range(rows):
+        for start in range(0, size, run):
+            count, place = min(run, size - start), row * size + start
+            round_run(x, place, single, half, place, marks, count, parameters)
+            add(packed, start, marks, count)
+            if samples is not None:
+                for i in range(count // length):
+                    position, group = start // channels + i // groups, i % groups
+                    total = _sum(marks, i * length, length)
+                    samples[0, row, group, position] = total & int32(0xFFFF)
+                    samples[1, row, group, position] = total >> 16
+        if (first + row + 1) % share == 0 or row == rows - 1:
+            unpack(packed, counts[:, (first + row) // share])
+
+
+@compiled
+def _sum(marks, start, count):
+    total = int32(0)
+    for i in range(count):
+        total = int32(total + marks[uint64(start + i)])
+    return total
+
+
+@compiled
+def _fold(sums, sample):
+    """Sum packed counts [channels, positions] over channels, into [2, positions]; they are zero afterwards."""
+    positions = sample.shape[1]
+    for start in range(positions, len(sums), positions):
+        for i in range(positions):
+            sums[i] = int32(sums[i] + sums[start + i])
+            sums[start + i] = 0
+    sample[:] = 0
+    unpack(sums[:positions], sample)
+
+
+@compiled
+def unpack(packed, counts):
+    """Add packed counts to FP8 and wide ones [2, ...]; the packed ones are zero afterwards."""
+    fp8, wide = counts[0], counts[1]
+    for i in range(len(packed)):
+        fp8[i] = int32(fp8[i] + (packed[i] & int32(0xFFFF)))
+        wide[i] = int32(wide[i] + (packed[i] >> 16))
+        packed[i] = 0
 
 
 @compiled
@@ -127,34 +203,6 @@ def quantize_flat(x, values, groups, parameters):
 
 
 @compiled
-def _sum_channels(groups, sums, steps):
-    """Add one sample's packed counts [channel, position], with these steps in memory, over each channel group."""
-    channels = len(groups) // sums.shape[1] // sums.shape[0]
-    for group in range(sums.shape[0]):
-        if steps[0] == 1:
-            for position in range(sums.shape[1]):
-                start = position * steps[1] + group * channels
-                total = int32(0)
-                for i in range(start, start + channels):
-                    total = int32(total + groups[i])
-                sums[group, position] = total
-        else:
-            total_row = sums[group]
-            for channel in range(group * channels, (group + 1) * channels):
-                row = groups[channel * steps[0] : channel * steps[0] + sums.shape[1]]
-                for position in range(len(row)):
-                    total_row[position] = int32(total_row[position] + row[position])
-
-
-@compiled
-def _unpack(packed, counts):
-    for i in range(len(packed)):
-        counts[0, i] = int32(counts[0, i] + (packed[i] & int32(0xFFFF)))
-        counts[1, i] = int32(counts[1, i] + (packed[i] >> 16))
-        packed[i] = 0
-
-
-@compiled
 def round_half(x):
     """Round float32 numbers to binary16, in place."""
     for i in range(len(x)):
@@ -170,115 +218,3 @@ def histogram(x, step, smallest, largest):
         quarter = min(max((magnitude >> 21) - 4 * 127, smallest), largest) - smallest
         counts[i & 3, quarter] += 0 < magnitude < INFINITY
     return counts.sum(0).astype(np.int64)
-
-
-@compiled
-def reached(position, meets, strides, sums):
-    """Sum `position` [channels, D, H, W] over the window of each kernel offset: into `sums` [channels, R, S, T].
-
-    `meets` [3, offsets, 2] holds each offset's first position and how many; `strides` the steps between them.
-    One dimension at a time, the last one first, so that no element is read for every offset.
-    """
-    depth, height = position.shape[1:3]
-    rows = np.empty((depth, height, sums.shape[3]), np.int64)
-    planes = np.empty((depth, sums.shape[2], sums.shape[3]), np.int64)
-    for channel in range(position.shape[0]):
-        for d in range(depth):
-            for h in range(height):
-                row = position[channel, d, h]
-                for t in range(sums.shape[3]):
-                    rows[d, h, t] = _sum(row, meets[2, t, 0], strides[2], meets[2, t, 1])
-            for s in range(sums.shape[2]):
-                for t in range(sums.shape[3]):
-                    planes[d, s, t] = _sum(rows[d, :, t], meets[1, s, 0], strides[1], meets[1, s, 1])
-        for r in range(sums.shape[1]):
-            for s in range(sums.shape[2]):
-                for t in range(sums.shape[3]):
-                    sums[channel, r, s, t] = _sum(planes[:, s, t], meets[0, r, 0], strides[0], meets[0, r, 1])
-
-
-@compiled
-def _sum(row, first, stride, count):
-    total = 0
-    for i in range(count):
-        total += row[first + i * stride]
-    return total
-
-
-@compiled
-def meetings(big, small, big_meets, small_meets, strides, both):
-    """Pairs of non-zeros of two grids [samples, D, H, W] under all kernel offsets, added to `both` [2, 2].
-
-    Both grids come as [2, ...], FP8 and wide. What a window holds of the big grid is summed up first, dimension by
-    dimension: over depth and height into a row of the big grid, then along it.
-    """
-    columns = np.empty((2, big.shape[4]), np.int32)
-    seen = np.empty((2, small.shape[4]), np.int32)
-    for n in range(big.shape[1]):
-        for p in range(small.shape[2]):
-            for q in range(small.shape[3]):
-                columns[:] = 0
-                for r in range(big_meets.shape[1]):
-                    i = p - small_meets[0, r, 0]
-                    for s in range(big_meets.shape[1]):
-                        j = q - small_meets[1, s, 0]
-                        if 0 <= i < small_meets[0, r, 1] and 0 <= j < small_meets[1, s, 1]:
-                            d, h = big_meets[0, r, 0] + i * strides[0], big_meets[1, s, 0] + j * strides[1]
-                            for k in range(columns.shape[1]):
-                                columns[0, k] += big[0, n, d, h, k]
-                                columns[1, k] += big[1, n, d, h, k]
-                seen[:] = 0
-                for t in range(big_meets.shape[1]):
-                    first, start, stride = small_meets[2, t, 0], big_meets[2, t, 0], strides[2]
-                    for k in range(small_meets[2, t, 1]):
-                        seen[0, first + k] += columns[0, start + k * stride]
-                        seen[1, first + k] += columns[1, start + k * stride]
-                for a in range(2):
-                    for b in range(2):
-                        total = 0
-                        for k in range(seen.shape[1]):
-                            total += np.int64(seen[a, k]) * small[b, n, p, q, k]
-                        both[a, b] += total
-
-
-@compiled
-def dots(a, b):
-    """Products of two rows each: [2, n] by [2, n] -> [2, 2]."""
-    both = np.zeros((2, 2), np.int64)
-    for i in range(2):
-        for j in range(2):
-            left, right = a[i], b[j]
-            for k in range(len(left)):
-                both[i, j] += left[k] * right[k]
-    return both
-
-
-@compiled
-def relu(x, out, signs):
-    """ReLU, and one bit for each element: whether its gradient passes. `out` may be x; NaN passes, as in torch.
-
-    Bit b of byte j of a block belongs to its element LANES * b + j, so that whole vectors of bits are made at once.
-    """
-    for block in range(len(signs) // LANES):
-        signs_ = signs[block * LANES : (block + 1) * LANES]
-        signs_[:] = 0
-        for bit in range(8):
-            start = (8 * block + bit) * LANES
-            source, target = x[start : start + LANES], out[start : start + LANES]
-            for j in range(len(source)):
-                value = source[j]
-                passes = not value <= float32(0)
-                target[j] = value if passes else float32(0)
-                signs_[j] |= uint8(passes) << uint8(bit)
-
-
-@compiled
-def relu_backward(error, signs, out):
-    """The gradient where `relu` set the bit, else 0."""
-    for block in range(len(signs) // LANES):
-        signs_ = signs[block * LANES : (block + 1) * LANES]
-        for bit in range(8):
-            start = (8 * block + bit) * LANES
-            source, target = error[start : start + LANES], out[start : start + LANES]
-            for j in range(len(source)):
-                target[j] = source[j] if (signs_[j] >> bit) & 1 else float32(0)

@@ -19,6 +19,8 @@ PACKAGE = ROOT / "lnpu_torch"
 NUMERICS = ["config", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
 NUMERICS += [
     "loops",
+    "vectors",
+    "count_loops",
     "cpu",
     "cpu_counting",
     "gpu",
