@@ -34,7 +34,7 @@ def add_weight_step(counter, position, weight, meets, strides, met, sizes):
                         first[b] += sums[b, r, s, t] * others
                         both[0, b] += sums[0, r, s, t] * count
                         both[1, b] += sums[1, r, s, t] * count
-    _record(counter, both, first, second, _totals(position), _totals(weight), sizes, False)
+    _record(counter, both, first, second, _totals(position), _totals(weight), sizes)
 
 
 @compiled
@@ -46,13 +46,13 @@ def add_grid_step(counter, both, big, small, big_meets, small_meets, strides, si
     ones = np.ones(3, np.int64)
     first, second = _met_in_all(big, big_meets, strides) * sizes[2], _met_in_all(small, small_meets, ones) * sizes[3]
     if small_first:
-        _record(counter, both.T.copy(), second, first, _totals(small), _totals(big), sizes, True)
+        _record(counter, both.T.copy(), second, first, _totals(small), _totals(big), sizes)
     else:
-        _record(counter, both, first, second, _totals(big), _totals(small), sizes, False)
+        _record(counter, both, first, second, _totals(big), _totals(small), sizes)
 
 
 @compiled
-def _record(counter, both, first, second, firsts, seconds, sizes, _):
+def _record(counter, both, first, second, firsts, seconds, sizes):
     """Add a step: calls, slots, padding, not_run, the table of pairs, and elements of both operands."""
     slots, inside = sizes[0], sizes[1]
     counter[0] += 1

@@ -1,14 +1,12 @@
 """Fast CPU implementations, compiled by Numba: rounding, group counts and thresholds in one pass over a tensor.
 
 Bit-equal to `reference` and `counting`. Work is split over `torch.get_num_threads()` threads; the compiled loops hold
-no lock, keep no state, and start their threads anew in a forked process.
+no lock and keep no state.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -21,13 +19,12 @@ from lnpu_torch import loops, reference, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
+from lnpu_torch.threads import split
 
 Array = np.ndarray[Any, Any]
 
 ROWS = 2**15 - 1
 """The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
-SMALL = 2**16
-"""Elements below which one thread is faster."""
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:
@@ -200,18 +197,3 @@ def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
     exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
     beyond = np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32)
     return (boundary, *map(np.int32, exponents), beyond, np.float32(low_max), np.float32(wide.max))
-
-
-def split(run: Callable[[int, int], Any], count: int, elements: int) -> Sequence[Any]:
-    """Results of `run(start, stop)` over shares of range(count), one for each thread."""
-    threads = max(1, min(torch.get_num_threads() if elements >= SMALL else 1, count))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    pool = _pool(os.getpid(), torch.get_num_threads())
-    others = [pool.submit(run, *bounds[i : i + 2]) for i in range(1, threads)]
-    return [run(*bounds[:2]), *(other.result() for other in others)]
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """A pool for this process (a forked one cannot use its parent's), of this many threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="lnpu")

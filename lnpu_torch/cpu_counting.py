@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from lnpu_torch import count_loops
-from lnpu_torch.cpu import split
 from lnpu_torch.geometry import Geometry
+from lnpu_torch.threads import split
 
 Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "lnpu_torch"
 # A module imports only what stands before it in its row, and what ACROSS gives it.
 NUMERICS = ["config", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
 NUMERICS += [
+    "threads",
     "loops",
     "vectors",
     "count_loops",
