@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from handmade import bottom_up, counts, step, variant
 
@@ -116,3 +118,26 @@ def test_bottom_up_needs_its_tables() -> None:
     bare = chip("lnpu").model_copy(update={"bottom_up": None})
     with pytest.raises(ConfigError, match="energy_model is 'bottom_up', but there is no bottom_up"):
         bare.having({"energy_model": "bottom_up"})
+
+
+EVENTS = {
+    "FP8 MAC": "fp8_mac",
+    "FP16 MAC": "fp16_mac",
+    "skipped slot": "skipped_slot",
+    "SRAM, bit read": "sram_read_bit",
+    "SRAM, bit written": "sram_write_bit",
+    "DRAM, bit": "dram_bit",
+}
+
+
+@pytest.mark.parametrize("voltage", [0.78, 1.1])
+def test_the_page_that_compares_the_models_is_true(voltage: float) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "energy_models.md").read_text()
+    table = page.split(f"| at {voltage:g} V, in pJ")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [line[0] for line in lines] == list(EVENTS)
+    ours = event_energies(chip("lnpu", voltage))
+    theirs = event_energies(chip(bottom_up(), voltage))
+    for name, *numbers in lines:
+        energies = [pj(getattr(model, EVENTS[name])) for model in (ours, theirs)]
+        assert numbers == [*(f"{energy:.4g}" for energy in energies), f"{energies[1] / energies[0]:.2f}"]
