@@ -22,6 +22,7 @@ from lnpu_torch.config import (
     validate,
 )
 from lnpu_torch.operating_point import OperatingPoint
+from lnpu_torch.simd_core import SimdCore
 from lnpu_torch.tagged import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
 
 
@@ -94,6 +95,7 @@ class Chip(Frozen):
     storage: Storage
     skip: Skip
     padding: Tagged[Literal["as_zero", "free"]]
+    simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
 
     @model_validator(mode="after")

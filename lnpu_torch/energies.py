@@ -24,6 +24,7 @@ class Energies:
     sram_read_bit: int
     sram_write_bit: int
     dram_bit: int
+    simd_operation: int | None
 
     def of_work(self, fp8_macs: int, fp16_macs: int, skipped: int) -> dict[Component, int]:
         """Energy of these multiplications and skipped slots."""
@@ -31,10 +32,16 @@ class Energies:
 
     def of_bits(self, bits: Mapping[str, int]) -> dict[Component, int]:
         """Energy of the bits moved, as `traffic.bits_moved` names them; of none if none are known."""
-        if not bits:
-            return {}
-        sram = self.sram_read_bit * bits["sram_read"] + self.sram_write_bit * bits["sram_write"]
-        return {"sram": sram, "dram": self.dram_bit * (bits["dram_read"] + bits["dram_write"])}
+        energy: dict[Component, int] = {}
+        if "sram_read" in bits:
+            energy["sram"] = self.sram_read_bit * bits["sram_read"] + self.sram_write_bit * bits["sram_write"]
+        if "dram_read" in bits:
+            energy["dram"] = self.dram_bit * (bits["dram_read"] + bits["dram_write"])
+        return energy
+
+    def of_operations(self, operations: int) -> dict[Component, int]:
+        """Energy of operations on elements; of none if the chip's SIMD core is not modelled."""
+        return {} if self.simd_operation is None else {"simd": self.simd_operation * operations}
 
     def band(self, fp16_macs: int) -> tuple[int, int]:
         """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
@@ -57,6 +64,7 @@ def event_energies(chip: Chip) -> Energies:
         sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
         sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
         dram_bit=zj(energy.dram_pj_per_bit.value),
+        simd_operation=_simd(chip),
     )
 
 
@@ -76,4 +84,9 @@ def _bottom_up(chip: Chip, tables: BottomUp) -> Energies:
         sram_read_bit=zj(read),
         sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
         dram_bit=zj(chip.energy.dram_pj_per_bit.value),
+        simd_operation=_simd(chip),
     )
+
+
+def _simd(chip: Chip) -> int | None:
+    return zj(chip.simd.operation_pj.value * chip.operating_point.energy_scale) if chip.simd else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.counts import OPERANDS, Counts, StepCounts
+from lnpu_torch.element_pricing import element_notes, element_parts
 from lnpu_torch.energies import Energies, event_energies
 from lnpu_torch.report import Report
 from lnpu_torch.rows import Part
@@ -35,7 +36,10 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
     return Report(
         chip=chip.name,
         clock_hz=chip.clock_hz,
-        parts=tuple(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps),
+        parts=(
+            *(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps),
+            *element_parts(counts.elements, chip, energies),
+        ),
         band=_band(chip) if energies.fp16_band else None,
         notes=tuple(_notes(counts, chip)),
     )
@@ -121,4 +125,4 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
         notes.append("fp32, an operand left in float, is priced as FP16")
     if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
         notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
-    return notes
+    return [*notes, *element_notes(counts.elements, chip)]

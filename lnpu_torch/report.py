@@ -56,8 +56,8 @@ class Report:
 
     @property
     def time_s(self) -> float:
-        """Cycles over clock, in seconds."""
-        return self.total.cycles / self.clock_hz
+        """Cycles over clock, in seconds: the multipliers' or the SIMD core's, whichever are more."""
+        return max(self.total.cycles, self.total.simd_cycles or 0.0) / self.clock_hz
 
     @property
     def energy_range_pj(self) -> tuple[float, float]:
@@ -151,6 +151,8 @@ WORK: tuple[Column, ...] = (
     ("zero", "zero_share", lambda value: _optional(value, "{:.1%}")),
     ("FP8", "fp8_share", lambda value: _optional(value, "{:.1%}")),
     ("cycles", "cycles", si),
+    ("operations", "operations", si),
+    ("SIMD cycles", "simd_cycles", si),
     ("utilisation", "utilisation", lambda value: _optional(value, "{:.1%}")),
 )
 ENERGY: tuple[Column, ...] = (

@@ -21,6 +21,8 @@ class Row:
     were multiplied). `zero_share` is zeros over elements of the streamed operand, `fp8_share` FP8 elements over its
     non-zeros; None where there are none. `energy_pj` is the chip's: MACs, SRAM and SIMD core, as far as these are
     modelled; `dram_energy_pj` is apart. `dense_dram_bits` is what DRAM would move if all were dense FP16.
+    `operations` are those on elements, and `simd_cycles` the SIMD core's, which works beside the multipliers, whose
+    cycles `cycles` are; both None in a row without such operations.
 
     `energy_zj` has the exact energies by component, of which those in pJ are the nearest floats. None in
     `utilisation`, in a number of bits or in an energy, and a component that `energy_zj` lacks, means that no model
@@ -40,6 +42,8 @@ class Row:
     fp8_share: float | None
     cycles: float
     utilisation: float | None
+    operations: int | None
+    simd_cycles: float | None
     energy_pj: float
     mac_energy_pj: float | None
     sram_energy_pj: float | None
@@ -77,9 +81,10 @@ class Part:
     """What a row is made of, everything in it a sum: parts add up where shares do not.
 
     `zero`, `fp8` and `wide` are elements of the streamed operand. `ideal_cycles` are those with every lane busy, None
-    where utilisation is not modelled. `energy` is in zJ by component, and `bits` the traffic ("sram_read",
-    "sram_write", "dram_read", "dram_write", "dense_dram"): a key that is missing is not modelled, or not in this part.
-    `band` is what either end of the report's band adds to the energy, in zJ.
+    where utilisation is not modelled. `operations` and `simd_cycles` are None where there are none. `energy` is in zJ
+    by component, and `bits` the traffic ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram"): a key
+    that is missing is not modelled, or not in this part. `band` is what either end of the report's band adds to the
+    energy, in zJ.
     """
 
     layer: str
@@ -95,6 +100,8 @@ class Part:
     wide: int = 0
     cycles: float = 0.0
     ideal_cycles: float | None = None
+    operations: int | None = None
+    simd_cycles: float | None = None
     energy: dict[Component, int] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     band: tuple[int, int] = (0, 0)
@@ -127,6 +134,8 @@ class Part:
             fp8_share=share(self.fp8, self.fp8 + self.wide),
             cycles=self.cycles,
             utilisation=None if self.ideal_cycles is None else share(self.ideal_cycles, self.cycles),
+            operations=self.operations,
+            simd_cycles=self.simd_cycles,
             energy_pj=pj(self.chip_zj),
             mac_energy_pj=energy.get("mac"),
             sram_energy_pj=energy.get("sram"),
@@ -149,6 +158,8 @@ SUMS = ("slots", "skipped", "padding", "not_run", "zero", "fp8", "wide")
 def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
     """One part for several, under these names. Cycles are summed exactly and rounded once, whatever their order."""
     ideal = [part.ideal_cycles for part in parts if part.ideal_cycles is not None]
+    operations = [part.operations for part in parts if part.operations is not None]
+    simd = [part.simd_cycles for part in parts if part.simd_cycles is not None]
     return Part(
         layer=layer,
         kind=kind,
@@ -157,6 +168,8 @@ def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
         pairs=_added(part.pairs for part in parts),
         cycles=math.fsum(part.cycles for part in parts),
         ideal_cycles=math.fsum(ideal) if ideal else None,
+        operations=sum(operations) if operations else None,
+        simd_cycles=math.fsum(simd) if simd else None,
         energy=_added(part.energy for part in parts),
         bits=_added(part.bits for part in parts),
         band=(sum(part.band[0] for part in parts), sum(part.band[1] for part in parts)),

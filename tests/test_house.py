@@ -36,8 +36,31 @@ NUMERICS += [
     "ranks",
     "convert",
 ]
-COST = ["config", "units", "elements", "counts", "tables", "tagged", "operating_point", "bottom_up", "chip", "energies"]
-COST += ["traffic", "rows", "report", "comparison", "catalogue", "pricing", "sweep", "plot", "cli_cost"]
+COST = [
+    "config",
+    "units",
+    "elements",
+    "counts",
+    "tables",
+    "tagged",
+    "operating_point",
+    "bottom_up",
+    "simd_core",
+    "chip",
+    "energies",
+]
+COST += [
+    "traffic",
+    "rows",
+    "element_pricing",
+    "report",
+    "comparison",
+    "catalogue",
+    "pricing",
+    "sweep",
+    "plot",
+    "cli_cost",
+]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}

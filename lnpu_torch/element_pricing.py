@@ -1,0 +1,64 @@
+"""Prices operations on elements on a chip's SIMD core. It knows no layers, and no torch ops.
+
+Operands come from SRAM and results go there, call by call: nothing is fused. From and to DRAM goes only what an
+optimizer's step fetches and stores; what forward and backward take from layers and leave to them is in the layers'
+own traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lnpu_torch.chip import Chip
+from lnpu_torch.elements import KINDS, PHASES, ElementOp, Elements, NotCounted, Phase
+from lnpu_torch.energies import Energies
+from lnpu_torch.rows import Part
+
+SIMD = "SIMD"
+"""The kind of a row of operations on elements; its layer is what kind of operations, in parentheses."""
+
+
+def element_parts(elements: Elements | NotCounted, chip: Chip, energies: Energies) -> Iterator[Part]:
+    """One part for each kind and phase that ran; without energy on a chip whose SIMD core is not modelled."""
+    entries = elements.entries if isinstance(elements, Elements) else ()
+    for kind in KINDS:
+        for phase in PHASES:
+            mine = [entry for entry in entries if (entry.kind, entry.phase) == (kind, phase)]
+            if mine:
+                yield _part(f"({kind})", phase, mine, chip, energies)
+
+
+def element_notes(elements: Elements | NotCounted, chip: Chip) -> list[str]:
+    """Why there are no operations on elements, or which of them are missing."""
+    if isinstance(elements, NotCounted):
+        return [f"operations on elements were not counted: {elements.reason}"]
+    notes = [f"no SIMD core of {chip.name} is modelled"] if elements.entries and not chip.simd else []
+    calls = ", ".join(f"{name} ({count} x)" for name, count in elements.uncounted.items())
+    return [*notes, f"ran, but not counted: {calls}"] if calls else notes
+
+
+def _part(layer: str, phase: Phase, entries: list[ElementOp], chip: Chip, energies: Energies) -> Part:
+    operations, special = (sum(getattr(entry, name) for entry in entries) for name in ("operations", "special"))
+    part = Part(layer=layer, kind=SIMD, step=phase, operations=operations + special)
+    if chip.simd is None:
+        return part
+    work = operations + chip.simd.special_operations.value * special
+    bits = _bits(entries, chip.simd.element_bits.value, in_dram=phase == "update")
+    return Part(
+        layer=layer,
+        kind=SIMD,
+        step=phase,
+        operations=part.operations,
+        simd_cycles=work / chip.simd.operations_per_cycle.value,
+        energy=energies.of_operations(work) | energies.of_bits(bits),
+        bits=bits,
+    )
+
+
+def _bits(entries: list[ElementOp], width: int, in_dram: bool) -> dict[str, int]:
+    """What comes from DRAM is written to SRAM, and what goes there is read from it, besides operands and results."""
+    read, written, fetched, stored = (
+        width * sum(getattr(entry, name) for entry in entries) for name in ("read", "written", "fetched", "stored")
+    )
+    memory = {"dram_read": fetched, "dram_write": stored, "dense_dram": fetched + stored} if in_dram else {}
+    return {"sram_read": read + stored, "sram_write": written + fetched, **memory}

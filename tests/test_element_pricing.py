@@ -1,0 +1,132 @@
+"""Operations on elements priced by hand: energy, cycles and traffic of the SIMD core, and how reports show them."""
+
+from __future__ import annotations
+
+import pytest
+from handmade import counts, network, step, variant
+
+from lnpu_torch.chip import chips
+from lnpu_torch.comparison import Comparison
+from lnpu_torch.counts import Counts
+from lnpu_torch.elements import ElementOp, Elements, NotCounted
+from lnpu_torch.pricing import price
+from lnpu_torch.report import Report
+
+OPERATION, SRAM_READ, SRAM_WRITE, DRAM = 0.736, 0.3195, 0.2469, 20.0  # pJ an operation, pJ a bit, as in lnpu.yaml
+
+
+def op(kind: str, phase: str, name: str = "op", **sums: int) -> ElementOp:
+    none = dict.fromkeys(("calls", "read", "written", "operations", "special"), 0)
+    return ElementOp.model_validate({"kind": kind, "phase": phase, "op": name, **none, **sums})
+
+
+RELU = op("activation", "forward", calls=1, read=100, written=100, operations=100)
+RELU_BACKWARD = op("activation", "backward", calls=1, read=100, written=100, operations=100)
+ADAM = op("optimizer", "update", calls=1, read=90, written=60, operations=240, special=40, fetched=80, stored=60)
+
+
+def counted(*entries: ElementOp, **uncounted: int) -> Counts:
+    return network().model_copy(update={"elements": Elements(entries=entries, uncounted=uncounted)})
+
+
+def test_an_activation_by_hand() -> None:
+    (row,) = price(counts().model_copy(update={"elements": Elements(entries=(RELU,))}), "lnpu").rows
+    assert (row.layer, row.kind, row.step) == ("(activation)", "SIMD", "forward")
+    assert (row.operations, row.simd_cycles) == (100, 100 / 16)
+    assert row.simd_energy_pj == pytest.approx(100 * OPERATION)
+    assert row.sram_energy_pj == pytest.approx(100 * 16 * (SRAM_READ + SRAM_WRITE))
+    assert row.energy_pj == pytest.approx(row.simd_energy_pj + row.sram_energy_pj)
+    assert row.sram_bits == 2 * 100 * 16
+    assert (row.slots, row.executed, row.cycles, row.mac_energy_pj) == (0, 0, 0.0, None)
+    assert (row.dram_bits, row.dram_energy_pj) == (None, None)  # it is the layers' that it comes from and goes to
+
+
+def test_an_update_by_hand() -> None:
+    (row,) = price(counts().model_copy(update={"elements": Elements(entries=(ADAM,))}), "lnpu").rows
+    assert (row.operations, row.simd_cycles) == (280, (240 + 4 * 40) / 16)  # a special function takes four
+    assert row.simd_energy_pj == pytest.approx((240 + 4 * 40) * OPERATION)
+    assert row.dram_bits == row.dense_dram_bits == 16 * (80 + 60)
+    assert row.dram_energy_pj == pytest.approx(16 * (80 + 60) * DRAM)
+    # what comes from DRAM is written to SRAM, what goes there is read from it
+    assert row.sram_energy_pj == pytest.approx(16 * ((90 + 60) * SRAM_READ + (60 + 80) * SRAM_WRITE))
+
+
+def test_one_line_for_each_kind_and_phase() -> None:
+    report = price(counted(RELU, RELU_BACKWARD, ADAM), "lnpu")
+    lines = [(row.layer, row.step, row.operations) for row in report.rows if row.kind == "SIMD"]
+    assert lines == [
+        ("(activation)", "forward", 100),
+        ("(activation)", "backward", 100),
+        ("(optimizer)", "update", 280),
+    ]
+    by_layer = [(row.layer, row.step, row.operations) for row in report.by("layer").rows if row.kind == "SIMD"]
+    assert by_layer == [("(activation)", "all", 200), ("(optimizer)", "all", 280)]
+    by_step = {row.step: row for row in report.by("step").rows}
+    assert list(by_step) == ["forward", "grad_input", "grad_weight", "backward", "update"]
+    assert by_step["forward"].operations == 100
+    assert by_step["forward"].slots == network().steps[0].slots + network().steps[3].slots
+
+
+def test_ops_of_one_kind_are_one_line() -> None:
+    more = op("activation", "forward", "gelu", calls=2, read=1, written=2, operations=3, special=4)
+    row = next(row for row in price(counted(RELU, more), "lnpu").rows if row.kind == "SIMD")
+    assert (row.operations, row.simd_cycles, row.sram_bits) == (107, (103 + 4 * 4) / 16, 16 * 203)
+
+
+def test_totals_close_and_know_the_rest_by_what_it_was_without() -> None:
+    without, report = price(network(), "lnpu"), price(counted(RELU, ADAM), "lnpu")
+    simd = [row for row in report.rows if row.kind == "SIMD"]
+    assert report.total.energy_pj == pytest.approx(without.total.energy_pj + sum(row.energy_pj for row in simd))
+    assert report.total.slots == without.total.slots
+    assert report.total.zero_share == without.total.zero_share
+    assert report.total.operations == 100 + 280
+
+
+def test_the_slower_core_tells_the_time() -> None:
+    long = op("other", "forward", calls=1, read=1, written=1, operations=16 * 10**6)
+    assert price(counted(RELU), variant(simd__operations_per_cycle=10**6)).time_s == price(network(), "lnpu").time_s
+    assert price(counted(long), "lnpu").time_s == 10**6 / 50e6
+
+
+def test_energy_goes_with_the_voltage() -> None:
+    low, high = (price(counted(RELU), variant(operating_point__voltage_v=volt)).total for volt in (0.78, 1.1))
+    assert high.simd_energy_pj / low.simd_energy_pj == pytest.approx((367 / 200) / (43.1 / 50))
+
+
+@pytest.mark.parametrize("elements", [NotCounted(reason="it rained"), Elements()])
+def test_what_was_not_counted_is_no_zero(elements: Elements | NotCounted) -> None:
+    report = price(network().model_copy(update={"elements": elements}), "lnpu")
+    assert report.total.simd_energy_pj is None and report.total.operations is None
+    assert "SIMD" not in str(report).split("total:")[0]
+    assert ("operations on elements were not counted: it rained" in str(report)) == (elements != Elements())
+    assert "not modelled, and not in these figures" in str(report)
+
+
+def test_ops_that_were_not_counted_are_named() -> None:
+    text = str(price(counted(RELU, **{"aten.sort.default": 3, "aten.mm.default": 1}), "lnpu")).replace("\n", " ")
+    assert "ran, but not counted: aten.sort.default (3 x), aten.mm.default (1 x)" in text
+
+
+def test_a_chip_without_a_simd_core_says_so() -> None:
+    chip = variant().model_copy(update={"simd": None, "name": "bare"})
+    report = price(counted(RELU), chip)
+    row = next(row for row in report.rows if row.kind == "SIMD")
+    assert (row.operations, row.simd_cycles, row.simd_energy_pj, row.sram_bits) == (100, None, None, None)
+    assert "no SIMD core of bare is modelled" in str(report)
+    assert "normalisation" in str(report).split("not in these figures:")[1]
+    assert str(Comparison([report, price(counted(RELU), "lnpu")]))
+
+
+def test_every_built_in_chip_has_one() -> None:
+    reports = [price(counted(RELU, ADAM), chip) for chip in chips()]
+    assert len({report.total.simd_energy_pj for report in reports}) == 1
+    assert str(Comparison(reports))
+
+
+def test_the_table() -> None:
+    report: Report = price(counted(RELU), "lnpu")
+    lines = [line.split() for line in str(report).splitlines()]
+    work, energy = (line for line in lines if line[:2] == ["(activation)", "SIMD"])
+    assert work[2:] == ["forward", "(FF)", "0", "0", "0", "0", "0", "-", "-", "0", "100", "6.25"]
+    assert energy[4:] == ["-", "906.2", "pJ", "73.6", "pJ", "979.8", "pJ", "-", "3.2", "kbit", "-", "-"]
+    assert step().layer == lines[4][0]
