@@ -16,7 +16,8 @@ from lnpu_torch.formulas import Call, Formula, each, each_read, scatter_add
 class Other(Enum):
     """What an op is that has no formula."""
 
-    NOTHING = "moves or makes data"
+    NOTHING = "computes nothing, and makes nothing new"
+    MOVES = "moves or makes data"
     COMPOSITE = "made of ops that have formulas"
     BEGINS = "begins a named range, as an optimizer's step does"
     ENDS = "ends a named range"
@@ -208,8 +209,10 @@ def find(func: Any) -> Formula | Other:
     name = name.rstrip("_").removeprefix("_foreach_")
     if space == "aten" and name in FORMULAS:
         return FORMULAS[name]
-    if (space == "aten" and name in MOVES) or func.is_view or torch.Tag.inplace_view in func.tags:
+    if func.is_view or torch.Tag.inplace_view in func.tags:
         return Other.NOTHING
+    if space == "aten" and name in MOVES:
+        return Other.MOVES
     return Other.COMPOSITE if func._can_decompose() else Other.UNKNOWN
 
 

@@ -47,6 +47,12 @@ class _Ranges(threading.local):
         """Begin a step."""
         self.fetched, self.stored, self.made = set[int](), set[int](), set[int]()
 
+    def renew(self, made: Any) -> None:
+        """Tensors that the step has made without computing, such as copies; one may lie where another lay before."""
+        for x in tensors(made):
+            self.made.add(x.data_ptr())
+            self.fetched.discard(x.data_ptr())
+
     def moved(self, operands: Any, results: Any) -> tuple[int, int]:
         """Elements that a call of the step is the first to fetch, and the first to change of what stays after it."""
         fetched = stored = 0
@@ -174,7 +180,10 @@ class Watch(TorchDispatchMode):
         """What ops without a formula tell."""
         if self.paused:
             return
-        if found is Other.BEGINS:
+        if found is Other.MOVES:
+            if any(self._ranges.open) and (not call.args or call.out is not call.args[0]):
+                self._ranges.renew(call.out)
+        elif found is Other.BEGINS:
             self._ranges.open.append(str(call.args[0]).startswith(OPTIMIZER_STEP))
             if self._ranges.open[-1]:
                 self._ranges.forget()

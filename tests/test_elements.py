@@ -151,6 +151,22 @@ def test_optimizers_count_alike_however_they_are_implemented(
     assert sum(entry.stored for entry in counted) == 2 * tensors[1] * 27
 
 
+def test_a_first_step_fetches_the_same_wherever_its_states_come_to_lie() -> None:
+    """They are made during the step, where something else may have lain."""
+    fetched = set()
+    for keep in (False, True):
+        parameters = [nn.Parameter(torch.ones(64)) for _ in range(20)]
+        update = torch.optim.SGD(parameters, lr=0.1, **SGD, foreach=False)
+        for each in parameters:
+            each.grad = torch.ones_like(each)
+        kept = [torch.ones(64) for _ in range(1000 if keep else 0)]
+        del kept[::2]
+        with Watch() as watch:
+            update.step()
+        fetched.add(sum(entry.fetched for entry in watch.elements.entries))
+    assert fetched == {20 * 64 * 2}
+
+
 def test_gradients_clipped_and_scaled_are_part_of_the_update() -> None:
     weight = nn.Parameter(torch.ones(4, 5))
     optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu")
