@@ -52,7 +52,7 @@ class Comparison:
 
     def _totals(self) -> Table:
         columns, first = self._modelled(ENERGY), self.reports[0]
-        heads = [*(head for head, _, _ in columns), "chip: band", "time", "TFLOPS/W", f"chip / {first.chip}"]
+        heads = [*(head for head, _, _ in columns), "chip: band", "time", "of MACs", "TFLOPS/W", f"chip / {first.chip}"]
         table = plain_table("Totals", ["chip"], heads)
         for report in self.reports:
             total, efficiency = report.total, report.tflops_per_watt
@@ -62,6 +62,7 @@ class Comparison:
                 *(write(getattr(total, field)) for _, field, write in columns),
                 band(report),
                 si(report.time_s, "s"),
+                si(report.mac_time_s, "s"),
                 "-" if efficiency is None else f"{efficiency:.2f}",
                 _ratio(total.energy_pj, first.total.energy_pj),
             )
@@ -69,12 +70,13 @@ class Comparison:
 
     def _access(self) -> Table:
         columns, first = self._modelled(ACCESS), self.reports[0]
-        heads = [*(head for head, _, _ in columns), "to dense FP16", f"DRAM / {first.chip}"]
+        heads = [*(head for head, _, _ in columns), "to dense FP16", f"DRAM / {first.chip}", "layers' steps alone"]
         table = plain_table("Memory access", ["chip"], heads)
         for report in self.reports:
             total = report.total
             numbers = [write(getattr(total, field)) for _, field, write in columns]
-            add_row(table, report.chip, *numbers, access(total), _ratio(total.dram_bits, first.total.dram_bits))
+            ratio = _ratio(total.dram_bits, first.total.dram_bits)
+            add_row(table, report.chip, *numbers, access(total), ratio, access(report.of_layers().total))
         return table
 
     def _modelled(self, columns: Sequence[Column]) -> list[Column]:

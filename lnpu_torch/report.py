@@ -60,6 +60,11 @@ class Report:
         return max(self.total.cycles, self.total.simd_cycles or 0.0) / self.clock_hz
 
     @property
+    def mac_time_s(self) -> float:
+        """The multipliers' cycles over clock, in seconds, as if the SIMD core never kept them waiting."""
+        return self.total.cycles / self.clock_hz
+
+    @property
     def energy_range_pj(self) -> tuple[float, float]:
         """The total energy at either end of the band, in pJ."""
         low, high = self._total.range_zj
@@ -77,12 +82,17 @@ class Report:
             raise ValueError(f"a report is grouped by 'layer' or 'step', not {key!r}")
         return replace(self, grouped=key)
 
+    def of_layers(self) -> Report:
+        """The same report without what is no MAC: the three steps of each layer alone."""
+        return replace(self, parts=tuple(part for part in self.parts if part.operations is None))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, exact: what `to_json` writes."""
         return {
             "chip": self.chip,
             "clock_hz": self.clock_hz,
             "time_s": self.time_s,
+            "mac_time_s": self.mac_time_s,
             "tflops_per_watt": self.tflops_per_watt,
             "energy_range_pj": list(self.energy_range_pj),
             "energy_range": self.band,
@@ -210,22 +220,43 @@ def _table(title: str, report: Report, columns: Sequence[Column], last: Callable
     for row in (*report.rows, total):
         if row is total:
             table.add_section()
-        numbers = [write(getattr(row, field)) for _, field, write in shown]
+        numbers = ["-" if _no_macs(row, field) else write(getattr(row, field)) for _, field, write in shown]
         add_row(table, *names(row), *numbers, *([last(row)] if last else []))
     return table
+
+
+def _no_macs(row: Row, field: str) -> bool:
+    """Whether a field says nothing of a row, which has operations on elements and no MACs."""
+    of_macs = ("slots", "executed", "skipped", "padding", "not_run", "cycles")
+    return field in of_macs and not row.slots and row.operations is not None
 
 
 def _footer(report: Report) -> list[str]:
     total = report.total
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
-        f"total: {si(total.energy_pj, 'pJ')} on the chip, {si(report.time_s, 's')} at {si(report.clock_hz, 'Hz')}, "
+        f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
         f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)",
+        *_layers_access(report),
         *([f"energy band: {band(report)}, {report.band}"] if report.band else []),
         f"executed, streamed operand first: {pairs}",
         *lacking(report),
         *report.notes,
     ]
+
+
+def _time(report: Report) -> str:
+    """The run's time, and the multipliers' own where the SIMD core takes longer."""
+    bound = f" (the SIMD core's; the multipliers' {si(report.mac_time_s, 's')})"
+    return si(report.time_s, "s") + (bound if report.time_s > report.mac_time_s else "")
+
+
+def _layers_access(report: Report) -> list[str]:
+    """The traffic of the layers' steps, where there is other traffic too."""
+    layers, total = report.of_layers().total, report.total
+    if layers.dram_bits is None or layers.dram_bits == total.dram_bits:
+        return []
+    return [f"DRAM access of the layers' steps alone: {si(layers.dram_bits, 'bit')}, {access(layers)} to dense FP16"]
 
 
 def _optional(value: float | None, form: str) -> str:

@@ -25,7 +25,7 @@ SHOWN = 40
 """A table of more points than these shows the Pareto front alone."""
 
 NUMBERS = (
-    *("cycles", "utilisation", "energy_pj", "mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
+    *("cycles", "utilisation", "simd_cycles", "energy_pj", "mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
     *("dram_energy_pj", "sram_bits", "dram_bits", "dense_dram_bits"),
 )
 """Fields of a total that a sweep's CSV has."""

@@ -127,6 +127,29 @@ def test_the_table() -> None:
     report: Report = price(counted(RELU), "lnpu")
     lines = [line.split() for line in str(report).splitlines()]
     work, energy = (line for line in lines if line[:2] == ["(activation)", "SIMD"])
-    assert work[2:] == ["forward", "(FF)", "0", "0", "0", "0", "0", "-", "-", "0", "100", "6.25"]
+    assert work[2:] == ["forward", "(FF)", *"--------", "100", "6.25"]
     assert energy[4:] == ["-", "906.2", "pJ", "73.6", "pJ", "979.8", "pJ", "-", "3.2", "kbit", "-", "-"]
     assert step().layer == lines[4][0]
+
+
+def test_the_slower_of_both_tells_the_time() -> None:
+    slow = RELU.model_copy(update={"operations": 16_000_000})
+    fast, bound = price(counted(RELU), "lnpu"), price(counted(slow), "lnpu")
+    mac_cycles = network_cycles()
+    assert (bound.time_s, bound.mac_time_s) == (1e6 / 50e6, mac_cycles / 50e6)
+    assert "20 ms (the SIMD core's; the multipliers' " in str(bound).replace("\n", " ")
+    assert fast.time_s == max(100 / 16, mac_cycles) / 50e6
+
+
+def network_cycles() -> float:
+    return price(network(), "lnpu").total.cycles
+
+
+def test_the_layers_steps_alone() -> None:
+    report = price(counted(RELU, ADAM), "lnpu")
+    layers = report.of_layers()
+    assert layers.total == price(network(), "lnpu").total
+    assert report.total.dram_bits == layers.total.dram_bits + 16 * (80 + 60)
+    told = f"DRAM access of the layers' steps alone: {layers.total.dram_bits / 1000:.3f} kbit, "
+    assert told in str(report)
+    assert "steps alone" not in str(price(counted(RELU), "lnpu"))  # all of DRAM's is the layers'
