@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lnpu_torch.bottom_up import BottomUp
 from lnpu_torch.config import (
@@ -21,6 +21,7 @@ from lnpu_torch.config import (
     read_text,
     validate,
 )
+from lnpu_torch.lane_family import LANES
 from lnpu_torch.operating_point import OperatingPoint
 from lnpu_torch.simd_core import SimdCore
 from lnpu_torch.tagged import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
@@ -31,6 +32,23 @@ class MacsPerCycle(Frozen):
 
     fp8: Tagged[Natural] | None
     fp16: Tagged[Natural]
+
+
+class Lanes(Frozen):
+    """How the multipliers fall into lanes, each of which streams one channel, and which of these wait for each other.
+
+    All lanes wait for the fullest after every `run` positions; neighbours share their work in groups of `balancer`.
+    """
+
+    count: Tagged[Annotated[int, Field(gt=0, le=LANES)]]
+    run: Tagged[Literal[16, 64, 256]]
+    balancer: Tagged[Literal[1, 4, 16]]
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.count.value % self.balancer.value:
+            raise ValueError(f"count {self.count.value} is not a multiple of balancer {self.balancer.value}")
+        return self
 
 
 class Energy(Frozen):
@@ -90,6 +108,7 @@ class Chip(Frozen):
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
     sram_bytes: Tagged[Natural]
+    lanes: Lanes
     fp8_pairs: Tagged[Literal["streamed", "both", "never"]]
     energy: Energy
     storage: Storage

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
+from lnpu_torch.lane_profile import LaneProfile
 from lnpu_torch.nn import Emulated, emulated_layers
 from lnpu_torch.watch import unwatched
 
@@ -22,6 +24,8 @@ class Layer:
     wide: dict[tuple[str, str], str]
     counters: Tensor
     call_sizes: Tensor
+    channels: dict[str, int]
+    lanes: Tensor
 
 
 Snapshot = dict[str, Layer]
@@ -42,6 +46,8 @@ def snapshot(model: nn.Module) -> Snapshot:
             _wide(layer),
             layer.emulation.counters.clone(),
             layer.emulation.call_sizes.clone(),
+            _channels(layer),
+            layer.emulation.lanes.clone(),
         )
         for name, layer in layers.items()
     }
@@ -71,21 +77,23 @@ def difference(before: Snapshot, after: Snapshot) -> Counts:
     """What was done between two snapshots. A layer that is not in the first began at zero."""
     entries = []
     for name, layer in after.items():
-        counters, sizes = layer.counters.cpu(), layer.call_sizes.clone()
+        counters, lanes, sizes = layer.counters.cpu(), layer.lanes.cpu(), layer.call_sizes.clone()
         if name in before:
-            counters = counters - before[name].counters.cpu()
+            counters, lanes = counters - before[name].counters.cpu(), lanes - before[name].lanes.cpu()
             sizes[:, -1] -= before[name].call_sizes[:, -1]
         for index, step in enumerate(STEPS):
             if counters[index].any():
-                entries.append(_entry(name, layer, step, counters[index], sizes[index]))
+                entries.append(_entry(name, layer, step, counters[index], sizes[index], lanes[index].tolist()))
     return Counts(steps=tuple(entries))
 
 
-def _entry(name: str, layer: Layer, step: Step, rows: Tensor, sizes: Tensor) -> StepCounts:
+def _entry(name: str, layer: Layer, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:
     values = rows.sum(0).tolist()
     calls, slots, padding, not_run = values[:4]
-    table, first, second = values[4:13], values[13:16], values[16:19]
-    wide = [layer.wide[step, operand] for operand in OPERANDS[step]]
+    table, elements = values[4:13], (values[13:16], values[16:19])
+    first, second = (
+        _operand(layer, step, name, *each) for name, *each in zip(OPERANDS[step], elements, lanes, strict=True)
+    )
     return StepCounts.model_validate(
         {
             "layer": name,
@@ -96,11 +104,18 @@ def _entry(name: str, layer: Layer, step: Step, rows: Tensor, sizes: Tensor) -> 
             "padding": padding,
             "not_run": not_run,
             "pairs": tuple(tuple(table[i : i + 3]) for i in (0, 3, 6)),
-            "first": Operand(wide=wide[0], elements=tuple(first)),  # type: ignore[arg-type]
-            "second": Operand(wide=wide[1], elements=tuple(second)),  # type: ignore[arg-type]
+            "first": first,
+            "second": second,
             "by_size": _by_size(rows.tolist(), sizes.tolist()),
         }
     )
+
+
+def _operand(layer: Layer, step: Step, name: str, elements: list[int], lanes: list[int]) -> Operand:
+    profile = None
+    if name in layer.channels:
+        profile = LaneProfile(channels=layer.channels[name], lane_cycles=tuple(lanes))
+    return Operand(wide=layer.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
 
 
 def _by_size(rows: list[list[int]], sizes: list[list[int]]) -> tuple[Calls, ...]:
@@ -113,6 +128,13 @@ def _by_size(rows: list[list[int]], sizes: list[list[int]]) -> tuple[Calls, ...]
             parts = {"sizes": tuple(size), "first": tuple(values[13:16]), "second": tuple(values[16:19])}
             calls.append(Calls.model_validate({"count": count, **parts}))
     return tuple(sorted(calls, key=lambda each: each.sizes))
+
+
+def _channels(layer: Any) -> dict[str, int]:
+    """Channels of the operands that are streamed, each of which is a lane's."""
+    if isinstance(layer, nn.Linear):
+        return {"input": layer.in_features, "grad_output": layer.out_features}
+    return {"input": layer.in_channels, "grad_output": layer.out_channels}
 
 
 def _wide(layer: Emulated) -> dict[tuple[str, str], str]:

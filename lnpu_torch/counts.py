@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -12,9 +13,10 @@ from pydantic import Field, model_validator
 from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate, write_text
 from lnpu_torch.elements import Elements, NotCounted
 from lnpu_torch.elements import merge as merge_elements
+from lnpu_torch.lane_profile import LaneProfile
 
-VERSION = 1
-"""Version of the file format; a file of another version is refused."""
+VERSION: Literal[2] = 2
+"""Version of the file format. A file of version 1, which had no lane profiles, is read; of another one, refused."""
 
 Step = Literal["forward", "grad_input", "grad_weight"]
 STEPS: tuple[Step, ...] = ("forward", "grad_input", "grad_weight")
@@ -32,11 +34,23 @@ Triple = tuple[Count, Count, Count]  # zero, fp8, wide
 class Operand(Frozen):
     """How the elements of one operand fell into groups, summed over all calls.
 
-    `wide` says what the elements above FP8 are: "fp16", or "fp32" for an operand left in float.
+    `wide` says what the elements above FP8 are: "fp16", or "fp32" for an operand left in float. `lanes` is how long
+    lanes were held if the operand is one that steps stream, None where that was not recorded.
     """
 
     wide: Literal["fp16", "fp32"]
     elements: Triple
+    lanes: LaneProfile | None = None
+
+    @model_validator(mode="after")
+    def _lanes_close(self) -> Self:
+        if self.lanes and self.lanes.work != sum(self.elements[1:]):
+            raise ValueError(f"lanes have {self.lanes.work} non-zeros, and elements {sum(self.elements[1:])}")
+        return self
+
+    def __add__(self, other: Operand) -> Operand:
+        lanes = self.lanes and other.lanes and self.lanes + other.lanes
+        return self.model_copy(update={"elements": _add(self.elements, other.elements), "lanes": lanes})
 
 
 class Calls(Frozen):
@@ -97,10 +111,8 @@ class StepCounts(Frozen):
             update={
                 **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "slots", "padding", "not_run")},
                 "pairs": tuple(map(_add, self.pairs, other.pairs)),
-                "first": self.first.model_copy(update={"elements": _add(self.first.elements, other.first.elements)}),
-                "second": self.second.model_copy(
-                    update={"elements": _add(self.second.elements, other.second.elements)}
-                ),
+                "first": self.first + other.first,
+                "second": self.second + other.second,
                 "by_size": _merge_sizes(self, other),
             }
         )
@@ -114,7 +126,7 @@ class Counts(Frozen):
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = VERSION
     extrapolated: bool = False
     steps: tuple[StepCounts, ...]
     elements: Elements | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
@@ -155,7 +167,8 @@ class Counts(Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write versioned JSON, whole or not at all. Raises ConfigError."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+        text = self.model_dump_json(indent=1, exclude_none=True)
+        write_text(path, re.sub(r"\[[\d\s,]*\]", lambda numbers: "".join(numbers[0].split()), text) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Counts:
@@ -167,9 +180,9 @@ class Counts(Frozen):
         data = parse_json(read_text(Path(path), "counts file"), str(path))
         if not isinstance(data, dict) or "version" not in data or "steps" not in data:
             raise ConfigError(f"{path}: not a counts file (no 'version' and 'steps')")
-        if data["version"] is True or data["version"] != VERSION:
-            raise ConfigError(f"{path}: counts of version {data['version']!r}; this lnpu_torch reads version {VERSION}")
-        return validate(cls, data, str(path))
+        if type(data["version"]) is not int or not 1 <= data["version"] <= VERSION:
+            raise ConfigError(f"{path}: counts of version {data['version']!r}; this lnpu_torch reads up to {VERSION}")
+        return validate(cls, {**data, "version": VERSION}, str(path))
 
 
 def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lnpu_torch import counting, ops
+from lnpu_torch import counting, lane_ops, ops
+from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Precision, Rule
 from lnpu_torch.products import Accumulator
 from lnpu_torch.reference import UNSET
@@ -39,6 +40,11 @@ def new_counters() -> Tensor:
     return torch.zeros(len(STEPS), counting.ROWS, counting.WIDTH, dtype=torch.int64)
 
 
+def new_lanes() -> Tensor:
+    """Lane profiles of a layer that has done nothing, by step and operand: int64 [len(STEPS), 2, len(MEMBERS)]."""
+    return torch.zeros(len(STEPS), 2, len(MEMBERS), dtype=torch.int64)
+
+
 def new_call_sizes() -> Tensor:
     """The sizes of call that the rows of new counters stand for, none yet: int64 [len(STEPS), SIZES + 1, 3]."""
     return torch.zeros(len(STEPS), counting.SIZES + 1, 3, dtype=torch.int64)
@@ -47,13 +53,15 @@ def new_call_sizes() -> Tensor:
 class Operand(NamedTuple):
     """An operand as the steps read it: its values now, what is kept of them for later, and its counts.
 
-    `position` and `sample` are the elements of each group over samples and over channels, as `counting` needs them.
+    `position` and `sample` are the elements of each group over samples and over channels, as `counting` needs them;
+    `lanes` is its lane profile, if it is one that steps stream.
     """
 
     values: Tensor
     kept: Tensor
     position: Tensor
     sample: Tensor
+    lanes: Tensor | None = None
 
 
 class Read(NamedTuple):
@@ -82,18 +90,24 @@ class Emulation:
         self.counting = True
         self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
         self.thresholds = new_thresholds().to(device)
-        self.counters = new_counters().to(device)
+        self.counters, self.lanes = new_counters().to(device), new_lanes().to(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors, as `nn.Module._apply` does."""
-        self.thresholds, self.counters = fn(self.thresholds), fn(self.counters)
+        self.thresholds, self.counters, self.lanes = fn(self.thresholds), fn(self.counters), fn(self.lanes)
         self.histograms = None if self.histograms is None else fn(self.histograms)
 
     def counter(self, step: str) -> tuple[Tensor, Tensor]:
         """A step's counters, and the sizes of call that their rows stand for."""
         index = STEPS.index(step)
         return self.counters[index], self.call_sizes[index]
+
+    def add_lanes(self, step: str, *profiles: Tensor | None) -> None:
+        """Add the lane profiles of a step's operands, the first one first, to what is counted."""
+        for total, profile in zip(self.lanes[STEPS.index(step)], profiles, strict=False):
+            if profile is not None:
+                total += profile
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""
@@ -145,6 +159,8 @@ class Emulation:
             steps = [step for step, read in reads.items() if read.row == row]
             uses = [any(step in those for step in steps) for those in (now, later, sampled)]
             rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, seed)
+            if self.counting and operand != "weight":
+                rounded[row] = _profiled(rounded[row])
         return {step: rounded[read.row] for step, read in reads.items()}
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,6 +188,12 @@ def _quantize(
     random = seed if read.stochastic else None
     single, rounded, *counts = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted)
     return Operand(rounded if now_half else single, rounded if later_half else single, *counts)
+
+
+def _profiled(operand: Operand) -> Operand:
+    """An operand with its lane profile."""
+    values = operand.values if operand.values.numel() else operand.kept
+    return operand._replace(lanes=lane_ops.lane_profile(lane_ops.count_runs(values)))
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:

@@ -50,14 +50,15 @@ class _Emulated(torch.autograd.Function):
         if emulation.counting:
             counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
             ops.count_weight_step(*emulation.counter("forward"), *counts, call.sizes, side)
+            emulation.add_lanes("forward", xs["forward"].lanes)
 
-        kept: list[Tensor | None] = [None] * 3
+        kept: list[Tensor | None] = [None] * 4
         if wants[1]:
             x = xs["grad_weight"]
             values = call.values(x.kept, input, "grad_weight", "input")
-            kept = [values, None, None]
+            kept = [values, None, None, None]
             if emulation.counting:
-                kept[1:] = product.cut(x.position.squeeze(1)), product.cut(x.sample)
+                kept[1:] = product.cut(x.position.squeeze(1)), product.cut(x.sample), x.lanes
         row = emulation.reads["grad_input", "weight"].row
         ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
         ctx.call = call
@@ -172,10 +173,16 @@ class _Call:
             side = self.product.output_side
             counts = error.position.squeeze(1), _over(weights, side)
             ops.count_weight_step(*self.emulation.counter("grad_input"), *counts, self.sizes, side)
+            self.emulation.add_lanes("grad_input", error.lanes)
         return self.emulation.result("grad_input", values, self.dtypes[0])
 
     def grad_weight(
-        self, error: Operand, kept: Tensor | None, position: Tensor | None, sample: Tensor | None
+        self,
+        error: Operand,
+        kept: Tensor | None,
+        position: Tensor | None,
+        sample: Tensor | None,
+        lanes: Tensor | None,
     ) -> list[Tensor | None]:
         """The third step: gradients of weight and bias."""
         x = error.values.new_empty(1).expand(self.shapes[0]) if kept is None else kept
@@ -187,6 +194,7 @@ class _Call:
             first = self.product.input_side
             counter = self.emulation.counter("grad_weight")
             ops.count_grid_step(*counter, sides["big"], sides["small"], self.sizes, first)
+            self.emulation.add_lanes("grad_weight", lanes, error.lanes)
         return [
             None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype)
             for result, dtype in zip(results, self.dtypes[1:], strict=True)

@@ -72,6 +72,11 @@ def _fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     return module if module is not None and module.supports(x, rule) else None
 
 
+def compiled(name: str, x: Tensor) -> ModuleType | None:
+    """A module of loops compiled for the CPU, if they can take a tensor that they know the dtype of."""
+    return _module(name) if _chosen[-1] == "auto" and x.device.type == "cpu" and x.numel() else None
+
+
 def packed_relu(x: Tensor) -> ModuleType | None:
     """The module with `relu` and `relu_backward` that keep one bit per element, if they can take this tensor."""
     fast = _fast(x) if x.dtype == torch.float32 and not on_gpu(x) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.counts import OPERANDS, Counts, StepCounts
+from lnpu_torch.cycles import lane_cycles, not_recorded
 from lnpu_torch.element_pricing import element_notes, element_parts
 from lnpu_torch.energies import Energies, event_energies
 from lnpu_torch.report import Report
@@ -33,15 +34,13 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
     """
     chip = read_chip(chip)
     energies, told = event_energies(chip), _who_reads_errors(counts)
+    steps = tuple(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps)
     return Report(
         chip=chip.name,
         clock_hz=chip.clock_hz,
-        parts=(
-            *(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps),
-            *element_parts(counts.elements, chip, energies),
-        ),
+        parts=(*steps, *element_parts(counts.elements, chip, energies)),
         band=_band(chip) if energies.fp16_band else None,
-        notes=tuple(_notes(counts, chip)),
+        notes=(*_notes(counts, chip), *not_recorded(steps)),
     )
 
 
@@ -59,6 +58,8 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool)
     work = _work(entry, chip, policy, pairs, skipped)
     bits = bits_moved(entry, chip, error_is_new=error_is_new)
     zero, fp8, wide = streamed.elements
+    ideal = chip.cycles(*work[:2])
+    lanes = lane_cycles(entry, chip, ideal)
     return Part(
         layer=entry.layer,
         kind=entry.kind,
@@ -71,7 +72,8 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool)
         zero=zero,
         fp8=fp8,
         wide=wide,
-        cycles=chip.cycles(*work[:2]),
+        cycles=lanes.balanced if lanes else ideal,
+        lanes=lanes,
         energy=energies.of_work(*work) | energies.of_bits(bits),
         bits=bits,
         band=energies.band(work[1]),

@@ -161,9 +161,10 @@ WORK: tuple[Column, ...] = (
     ("zero", "zero_share", lambda value: _optional(value, "{:.1%}")),
     ("FP8", "fp8_share", lambda value: _optional(value, "{:.1%}")),
     ("cycles", "cycles", si),
+    ("lanes busy", "utilisation", lambda value: _optional(value, "{:.1%}")),
+    ("balancer off", "unbalanced_utilisation", lambda value: _optional(value, "{:.1%}")),
     ("operations", "operations", si),
     ("SIMD cycles", "simd_cycles", si),
-    ("utilisation", "utilisation", lambda value: _optional(value, "{:.1%}")),
 )
 ENERGY: tuple[Column, ...] = (
     ("MAC", "mac_energy_pj", lambda value: si(value, "pJ")),
@@ -179,7 +180,6 @@ ACCESS: tuple[Column, ...] = (
 """The tables' columns of numbers: heading, field of Row, how it is written."""
 
 IN_WORDS = {
-    "utilisation": "utilisation (cycles are those of multipliers that never wait)",
     "mac_energy_pj": "MACs",
     "sram_energy_pj": "SRAM",
     "simd_energy_pj": "what is no MAC (normalisation, activation, pooling, loss, the optimizer's update)",

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lnpu_torch.units import COMPONENTS, ON_CHIP, Component, pj
 
@@ -24,9 +24,12 @@ class Row:
     `operations` are those on elements, and `simd_cycles` the SIMD core's, which works beside the multipliers, whose
     cycles `cycles` are; both None in a row without such operations.
 
-    `energy_zj` has the exact energies by component, of which those in pJ are the nearest floats. None in
-    `utilisation`, in a number of bits or in an energy, and a component that `energy_zj` lacks, means that no model
-    covers it. Raises ValueError if the slots or the pairs do not add up.
+    `utilisation` is the mean work of a lane over that of the fullest, with the chip's load balancer, and
+    `unbalanced_utilisation` without; None where it was not recorded, or nothing was run.
+
+    `energy_zj` has the exact energies by component, of which those in pJ are the nearest floats. None in a number of
+    bits or in an energy, and a component that `energy_zj` lacks, means that no model covers it. Raises ValueError if
+    the slots or the pairs do not add up.
     """
 
     layer: str
@@ -42,6 +45,7 @@ class Row:
     fp8_share: float | None
     cycles: float
     utilisation: float | None
+    unbalanced_utilisation: float | None
     operations: int | None
     simd_cycles: float | None
     energy_pj: float
@@ -69,22 +73,28 @@ class Row:
 
 FIELDS = [field.name for field in fields(Row)]
 MODELLED = (
-    "utilisation",
     *("mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
     *("sram_bits", "dram_bits", "dense_dram_bits", "dram_energy_pj"),
 )
 """Fields of Row that are None where no model fills them."""
 
 
+class LaneCycles(NamedTuple):
+    """Cycles of a step: if no lane had to wait, with the chip's load balancer, and with that off."""
+
+    ideal: float
+    balanced: float
+    unbalanced: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """What a row is made of, everything in it a sum: parts add up where shares do not.
 
-    `zero`, `fp8` and `wide` are elements of the streamed operand. `ideal_cycles` are those with every lane busy, None
-    where utilisation is not modelled. `operations` and `simd_cycles` are None where there are none. `energy` is in zJ
-    by component, and `bits` the traffic ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram"): a key
-    that is missing is not modelled, or not in this part. `band` is what either end of the report's band adds to the
-    energy, in zJ.
+    `zero`, `fp8` and `wide` are elements of the streamed operand. `lanes` tells how `cycles` came about, None where
+    that was not recorded. `operations` and `simd_cycles` are None where there are none. `energy` is in zJ by component,
+    and `bits` the traffic ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram"): a key that is missing
+    is not modelled, or not in this part. `band` is what either end of the report's band adds to the energy, in zJ.
     """
 
     layer: str
@@ -99,7 +109,7 @@ class Part:
     fp8: int = 0
     wide: int = 0
     cycles: float = 0.0
-    ideal_cycles: float | None = None
+    lanes: LaneCycles | None = None
     operations: int | None = None
     simd_cycles: float | None = None
     energy: dict[Component, int] = field(default_factory=dict)
@@ -133,7 +143,8 @@ class Part:
             zero_share=share(self.zero, self.zero + self.fp8 + self.wide),
             fp8_share=share(self.fp8, self.fp8 + self.wide),
             cycles=self.cycles,
-            utilisation=None if self.ideal_cycles is None else share(self.ideal_cycles, self.cycles),
+            utilisation=share(self.lanes.ideal, self.lanes.balanced) if self.lanes else None,
+            unbalanced_utilisation=share(self.lanes.ideal, self.lanes.unbalanced) if self.lanes else None,
             operations=self.operations,
             simd_cycles=self.simd_cycles,
             energy_pj=pj(self.chip_zj),
@@ -157,7 +168,6 @@ SUMS = ("slots", "skipped", "padding", "not_run", "zero", "fp8", "wide")
 
 def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
     """One part for several, under these names. Cycles are summed exactly and rounded once, whatever their order."""
-    ideal = [part.ideal_cycles for part in parts if part.ideal_cycles is not None]
     operations = [part.operations for part in parts if part.operations is not None]
     simd = [part.simd_cycles for part in parts if part.simd_cycles is not None]
     return Part(
@@ -167,7 +177,7 @@ def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
         **{name: sum(getattr(part, name) for part in parts) for name in SUMS},
         pairs=_added(part.pairs for part in parts),
         cycles=math.fsum(part.cycles for part in parts),
-        ideal_cycles=math.fsum(ideal) if ideal else None,
+        lanes=_lanes([part.lanes for part in parts if part.lanes]),
         operations=sum(operations) if operations else None,
         simd_cycles=math.fsum(simd) if simd else None,
         energy=_added(part.energy for part in parts),
@@ -182,6 +192,10 @@ def _added(tables: Iterable[dict[Key, int]]) -> dict[Key, int]:
     for table in tables:
         total.update(table)
     return dict(total)
+
+
+def _lanes(parts: Sequence[LaneCycles]) -> LaneCycles | None:
+    return LaneCycles(*map(math.fsum, zip(*parts, strict=True))) if parts else None
 
 
 def share(part: float, whole: float) -> float | None:

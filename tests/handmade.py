@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lnpu_torch.chip import Chip, chip
 from lnpu_torch.config import validate
 from lnpu_torch.counts import Counts, StepCounts
+from lnpu_torch.lane_family import MEMBERS, Member
+from lnpu_torch.lane_profile import LaneProfile
 
 PAIRS = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
 """Multiplications by group (zero, fp8, wide) of the first operand, and of the second."""
@@ -73,3 +76,17 @@ def variant(**values: object) -> Chip:
             place = place[part]
         place[last] = value if value is None else {**place[last], "value": value}
     return validate(Chip, data, "variant")
+
+
+def lanes(channels: int, work: int, held: Callable[[Member], int]) -> LaneProfile:
+    """A lane profile with so much work, and `held` lane-cycles for each member of more than one lane."""
+    cycles = tuple(work if member.lanes == 1 else held(member) for member in MEMBERS)
+    return LaneProfile(channels=channels, lane_cycles=cycles)
+
+
+def with_lanes(entry: StepCounts, **profiles: LaneProfile) -> StepCounts:
+    """A step whose operands, "first" or "second", have lane profiles."""
+    data = entry.model_dump()
+    for name, profile in profiles.items():
+        data[name]["lanes"] = profile.model_dump()
+    return validate(StepCounts, data, "handmade")

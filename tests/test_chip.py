@@ -141,6 +141,11 @@ BAD = [
     ("padding.tag", ..., ["padding.tag", "required"]),
     ("padding.tag", "guessed", ["padding.tag", "'guessed'"]),
     ("description", ..., ["description", "required"]),
+    ("lanes.count.value", 18, ["lanes", "18 is not a multiple of balancer 4"]),
+    ("lanes.count.value", 2048, ["lanes.count.value", "1024"]),
+    ("lanes.run.value", 32, ["lanes.run.value", "16, 64 or 256"]),
+    ("lanes.balancer.value", 8, ["lanes.balancer.value", "1, 4 or 16"]),
+    ("lanes", ..., ["lanes", "required"]),
     ("sram", 1, ["unknown key 'sram'"]),
 ]
 

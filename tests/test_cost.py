@@ -198,7 +198,7 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], str], str]] = [
     (lambda data: "", "not valid JSON"),
     (lambda data: "[]", "not a counts file"),
     (lambda data: json.dumps({"steps": data["steps"]}), "not a counts file"),
-    (lambda data: json.dumps({**data, "version": 2}), "version 2; this lnpu_torch reads version 1"),
+    (lambda data: json.dumps({**data, "version": 3}), "version 3; this lnpu_torch reads up to 2"),
     (lambda data: json.dumps({**data, "more": 1}), "unknown key 'more'"),
     (lambda data: json.dumps({**data, "steps": data["steps"] * 2}), "stands twice"),
     (_step_key("padding", 11), "slots 55 are not pairs"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lnpu_torch"
 
 # A module imports only what stands before it in its row, and what ACROSS gives it.
-NUMERICS = ["config", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
+NUMERICS = ["config", "lane_family", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
 NUMERICS += [
     "threads",
     "loops",
@@ -24,10 +24,14 @@ NUMERICS += [
     "count_loops",
     "cpu",
     "cpu_counting",
+    "lane_loops",
+    "cpu_lanes",
+    "lanes",
     "gpu",
     "registry",
     "ops",
     "relu_ops",
+    "lane_ops",
     "products",
     "emulation",
     "rounding",
@@ -36,31 +40,9 @@ NUMERICS += [
     "ranks",
     "convert",
 ]
-COST = [
-    "config",
-    "units",
-    "elements",
-    "counts",
-    "tables",
-    "tagged",
-    "operating_point",
-    "bottom_up",
-    "simd_core",
-    "chip",
-    "energies",
-]
-COST += [
-    "traffic",
-    "rows",
-    "element_pricing",
-    "report",
-    "comparison",
-    "catalogue",
-    "pricing",
-    "sweep",
-    "plot",
-    "cli_cost",
-]
+COST = ["config", "units", "lane_family", "lane_profile", "elements", "counts", "tables", "tagged", "operating_point"]
+COST += ["bottom_up", "simd_core", "chip", "energies", "traffic", "rows", "cycles", "element_pricing", "report"]
+COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_cost"]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}

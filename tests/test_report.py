@@ -15,7 +15,7 @@ from lnpu_torch.comparison import Comparison
 from lnpu_torch.config import ConfigError
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report, csv_text, json_text
-from lnpu_torch.rows import FIELDS, MODELLED, Part, Row
+from lnpu_torch.rows import FIELDS, MODELLED, LaneCycles, Part, Row
 from lnpu_torch.tables import si
 
 FIELDS_EXPECTED = [
@@ -32,6 +32,7 @@ FIELDS_EXPECTED = [
     "fp8_share",
     "cycles",
     "utilisation",
+    "unbalanced_utilisation",
     "operations",
     "simd_cycles",
     "energy_pj",
@@ -49,8 +50,9 @@ FIELDS_EXPECTED = [
 def test_a_row_has_these_fields() -> None:
     assert FIELDS_EXPECTED == FIELDS == [field.name for field in dataclasses.fields(Row)]
     (row, *_) = price(network(), "lnpu").rows
-    none = [name for name in FIELDS if getattr(row, name) is None]
-    assert [name for name in none if name not in ("operations", "simd_cycles")] == list(row.not_modelled)
+    nothing = [name for name in FIELDS if getattr(row, name) is None]
+    absent = ("utilisation", "unbalanced_utilisation", "operations", "simd_cycles")  # no lanes were recorded
+    assert nothing == [*absent, *row.not_modelled]
     assert set(MODELLED) - set(row.not_modelled) == {
         *("mac_energy_pj", "sram_energy_pj", "dram_energy_pj"),
         *("sram_bits", "dram_bits", "dense_dram_bits"),
@@ -147,7 +149,8 @@ def test_the_table() -> None:
     assert lines[energies + 4] == ["conv1", "Conv2d", "forward", "(FF)", *ENERGIES.split()]
     assert lines[energies + 5][4:] == ["0", "J", "0", "J", "0", "J", "0", "J", "0", "bit", "0", "bit", "-"]
     assert any(line[:3] == ["total", "all", "all"] for line in lines)
-    assert "not modelled, and not in these figures: utilisation (" in text
+    assert "utilisation not recorded: their cycles assume" in text
+    assert "lanes busy" not in text
     assert "energy band: " in text
     assert "2 ... 4 times" in text
     assert "fp8*fp8 " in text
@@ -200,7 +203,7 @@ def test_chips_side_by_side() -> None:
     assert text.count("\nenergy on the chip: a line") == 1  # it holds for both, so no chip is named
     assert any(line.split()[:1] == ["lnpu"] and f" {ACCESS:.3f} " in line for line in text.splitlines())
     assert "dense-fp16: this chip has no FP8" in text
-    assert "not modelled, and not in these figures: utilisation (" in text
+    assert "lnpu: utilisation not recorded: their cycles assume" in text  # a dense chip's is 1
 
 
 def test_only_reports_of_one_run_stand_side_by_side() -> None:
@@ -249,12 +252,21 @@ def test_totals_do_not_depend_on_the_grouping() -> None:
 
 
 def test_components_add_up_and_a_part_may_lack_some() -> None:
-    conv = Part(layer="conv", kind="Conv2d", step="forward", energy={"mac": 3 * 10**9, "dram": 7 * 10**9})
-    norm = Part(layer="norm", kind="BatchNorm2d", step="forward", energy={"simd": 2 * 10**9}, cycles=8, ideal_cycles=6)
+    conv = Part(
+        layer="conv",
+        kind="Conv2d",
+        step="forward",
+        cycles=8,
+        lanes=LaneCycles(6, 8, 12),
+        energy={"mac": 3 * 10**9, "dram": 7 * 10**9},
+    )
+    norm = Part(layer="norm", kind="BatchNorm2d", step="forward", energy={"simd": 2 * 10**9}, cycles=8)
     report = Report("c", 1.0, (conv, norm), None, ())
     assert [row.energy_pj for row in report.rows] == [3.0, 2.0]
     assert (report.rows[0].simd_energy_pj, report.rows[1].mac_energy_pj) == (None, None)
     total = report.total
     assert (total.energy_pj, total.mac_energy_pj, total.simd_energy_pj, total.dram_energy_pj) == (5.0, 3.0, 2.0, 7.0)
-    assert (total.sram_energy_pj, report.rows[1].utilisation) == (None, 0.75)
+    assert (total.sram_energy_pj, total.cycles) == (None, 16)
+    assert [row.utilisation for row in (*report.rows, total)] == [0.75, None, 0.75]
+    assert total.unbalanced_utilisation == 0.5
     assert "simd" not in str(report).split("not modelled")[1]

@@ -1,0 +1,35 @@
+"""The registered torch ops that measure a lane profile. Each gives the integers of `lanes`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lnpu_torch import lanes, ops
+from lnpu_torch.lane_family import MEMBERS, RUN
+from lnpu_torch.registry import fake, op
+
+
+@op()
+def count_runs(values: Tensor) -> Tensor:
+    """`lanes.runs_of` an operand [N, C, *grid] or [rows, C]: uint8 [N, C, T] or [1, C, T]."""
+    dense = values.contiguous(memory_format=ops.memory_format(values))
+    return (ops.compiled("cpu_lanes", dense) or lanes).runs_of(dense)  # type: ignore[no-any-return]
+
+
+@fake("count_runs")
+def _(values: Tensor) -> Tensor:
+    rows, channels, *grid = values.shape
+    batch, positions = (rows, values.shape[2:].numel()) if grid else (1, rows)
+    return values.new_empty((batch, channels, (positions + RUN - 1) // RUN), dtype=torch.uint8)
+
+
+@op()
+def lane_profile(runs: Tensor) -> Tensor:
+    """`lanes.profile`: int64 [len(MEMBERS)], on the device of the runs; the host waits for nothing."""
+    return (ops.compiled("cpu_lanes", runs) or lanes).profile(runs)  # type: ignore[no-any-return]
+
+
+@fake("lane_profile")
+def _(runs: Tensor) -> Tensor:
+    return runs.new_empty(len(MEMBERS), dtype=torch.int64)
