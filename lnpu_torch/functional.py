@@ -84,7 +84,7 @@ class _Emulated(torch.autograd.Function):
         elif emulation.counting:
             ops.count_not_run(emulation.counter("grad_input")[0], call.geometry.slots)
         if wants[1] or wants[2]:
-            grads[1:] = call.grad_weight(errors["grad_weight"], *kept)
+            grads[1:] = call.grad_weight(errors["grad_weight"], kept)
         if emulation.counting and not wants[1]:
             ops.count_not_run(emulation.counter("grad_weight")[0], call.geometry.slots)
         if emulation.training:
@@ -176,16 +176,10 @@ class _Call:
             self.emulation.add_lanes("grad_input", error.lanes)
         return self.emulation.result("grad_input", values, self.dtypes[0])
 
-    def grad_weight(
-        self,
-        error: Operand,
-        kept: Tensor | None,
-        position: Tensor | None,
-        sample: Tensor | None,
-        lanes: Tensor | None,
-    ) -> list[Tensor | None]:
-        """The third step: gradients of weight and bias."""
-        x = error.values.new_empty(1).expand(self.shapes[0]) if kept is None else kept
+    def grad_weight(self, error: Operand, kept: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The third step: gradients of weight and bias, from the error and what was kept of the input."""
+        values, position, sample, lanes = kept
+        x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
         operands, wanted = _alike(error.values, x), self.wants[1:]
         results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.emulation.accumulator)
         if position is not None and sample is not None:
