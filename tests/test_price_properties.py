@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lnpu_torch.chip import chip
 from lnpu_torch.config import builtin_names
 from lnpu_torch.counts import STEPS, Counts, StepCounts
+from lnpu_torch.elements import ElementOp, Elements
 from lnpu_torch.pricing import price
 from lnpu_torch.rows import Row
 from lnpu_torch.units import COMPONENTS, ON_CHIP
@@ -54,8 +55,15 @@ def calls(draw: st.DrawFn) -> StepCounts:
     )
 
 
+def beside(entry: StepCounts) -> Elements:
+    """Some operations on elements, as if there were an optimizer with as many as the call has padding."""
+    names = ("calls", "read", "written", "operations", "special", "fetched", "stored")
+    update = {"kind": "optimizer", "phase": "update", "op": "add_"}
+    return Elements(entries=(ElementOp.model_validate(update | dict.fromkeys(names, entry.padding)),))
+
+
 def run(entries: list[StepCounts]) -> Counts:
-    return Counts.merge(Counts(steps=(entry,)) for entry in entries)
+    return Counts.merge(Counts(steps=(entry,), elements=beside(entry)) for entry in entries)
 
 
 def exact(total: Row) -> dict[str, int]:
