@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from copies import copied
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
@@ -51,19 +53,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row a model: time over float32, the share of it that counting takes, peak memory over float32."""
+    """One row a model: time over float32 and over mere copies, the share that counting takes, peak memory."""
     batch = options.batch or 64
     for name in options.models:
-        plain, emulated = variant(name, "cpu", None), variant(name, "cpu", options.precision)
-        times = alternate(
-            {"float32": stepper(plain, batch, "cpu"), "emulated": stepper(emulated, batch, "cpu")}, options
-        )
+        emulated = variant(name, "cpu", options.precision)
+        models = {"float32": variant(name, "cpu", None), "copied": copied(variant(name, "cpu", None))}
+        models["emulated"] = emulated
+        times = alternate({which: stepper(model, batch, "cpu") for which, model in models.items()}, options)
         peaks = {which: peak_in_a_process(name, which, batch, options) for which in ("float32", "emulated")}
         yield {
             "name": f"step {name} {options.precision}",
             "device": f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "batch": batch,
             **ratio_to("float32", times),
+            "ratio_to_copies": ratio_to("copied", times)["ratio_to_copied"],
             "counting_share": counting_share(emulated, batch),
             "peak_memory_ratio": round(peaks["emulated"] / peaks["float32"], 3),
             "peak_mb": {which: round(peak / 2**20) for which, peak in peaks.items()},
@@ -153,14 +156,23 @@ def counting_share(model: nn.Module, batch: int) -> float:
         started = time.perf_counter()
         step()
         whole = time.perf_counter() - started
-    counted = sum(event.cpu_time_total for event in profile.key_averages() if event.key.startswith("lnpu::count_"))
+    counted = sum(
+        event.cpu_time_total
+        for event in profile.key_averages()
+        if event.key.startswith(("lnpu::count_", "lnpu::lane_"))
+    )
     return round(float(counted) * 1e-6 / whole, 4)
 
 
 def peak_in_a_process(name: str, which: str, batch: int, options: argparse.Namespace) -> int:
-    """Bytes at the peak of three steps in a process of its own."""
+    """Bytes at the peak of three steps in a process of its own, whose freed blocks go back to the system at once.
+
+    Else the peak would be that of the allocator's gaps, which differ by a third from run to run.
+    """
     command = [sys.executable, __file__, "--memory-of", which, "--models", name, "--batch", str(batch)]
-    done = subprocess.run([*command, "--precision", options.precision], capture_output=True, text=True, check=True)
+    command += ["--precision", options.precision]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout)
 
 
