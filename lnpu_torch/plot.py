@@ -72,10 +72,11 @@ def _style(axes: Axes, swept: Sweep) -> None:
     from matplotlib.ticker import EngFormatter, NullFormatter
 
     axes.set_xlabel("time")
-    axes.set_ylabel(f"energy of {swept.energy}")
+    axes.set_ylabel(f"energy ({swept.energy})")
     for axis, unit in ((axes.xaxis, "s"), (axes.yaxis, "J")):
         axis.set_major_formatter(EngFormatter(unit))
         axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", zorder=0)
     axes.legend(frameon=False, fontsize=8, title=", ".join(swept.keys), title_fontsize=8, alignment="left")

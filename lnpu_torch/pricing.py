@@ -17,8 +17,8 @@ from lnpu_torch.traffic import bits_moved
 EXTRAPOLATED = "extrapolated: only some of the steps were counted, and the others taken to be like them"
 
 MODELS = {
-    "calibrated": "energy on the chip: a line through its two efficiencies",
-    "bottom_up": "energy on the chip: bottom-up, from tables of single circuits, not calibrated",
+    "calibrated": "energy of a MAC: on a line through the chip's two efficiencies",
+    "bottom_up": "energy of a MAC: bottom-up, from tables of single circuits, not calibrated",
 }
 
 

@@ -116,9 +116,7 @@ class Report:
         return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
-        compared = access if self.total.dram_bits is not None else None
-        tables = [_table("Work", self, WORK), _table("Energy", self, (*ENERGY, *ACCESS), compared)]
-        return [*tables, *map(Text, _footer(self))]
+        return [*_tables(self), *map(Text, _footer(self))]
 
     def _sum(self, group: list[Part]) -> Part:
         """The parts of one row; what differs within it is "all"."""
@@ -163,9 +161,8 @@ WORK: tuple[Column, ...] = (
     ("cycles", "cycles", si),
     ("lanes busy", "utilisation", lambda value: _optional(value, "{:.1%}")),
     ("balancer off", "unbalanced_utilisation", lambda value: _optional(value, "{:.1%}")),
-    ("operations", "operations", si),
-    ("SIMD cycles", "simd_cycles", si),
 )
+ELEMENTS: tuple[Column, ...] = (("operations", "operations", si), ("SIMD cycles", "simd_cycles", si))
 ENERGY: tuple[Column, ...] = (
     ("MAC", "mac_energy_pj", lambda value: si(value, "pJ")),
     ("SRAM", "sram_energy_pj", lambda value: si(value, "pJ")),
@@ -211,24 +208,30 @@ def access(row: Row) -> str:
     return "-" if ratio is None else f"{ratio - 1:+.1%}"
 
 
-def _table(title: str, report: Report, columns: Sequence[Column], last: Callable[[Row], str] | None = None) -> Table:
+def _tables(report: Report) -> list[Table]:
+    """Multiplications, operations on elements if there are any, and the energy of both."""
+    macs = [row for row in report.rows if row.slots or row.operations is None]
+    elements = [row for row in report.rows if row.operations is not None]
+    tables = [_table("Multiplications", report, macs, WORK)]
+    tables += [_table("Operations on elements", report, elements, ELEMENTS)] if elements else []
+    compared = access if report.total.dram_bits is not None else None
+    return [*tables, _table("Energy", report, report.rows, (*ENERGY, *ACCESS), compared)]
+
+
+def _table(
+    title: str, report: Report, rows: Sequence[Row], columns: Sequence[Column], last: Callable[[Row], str] | None = None
+) -> Table:
     """One line per row and the total. A column that is not modelled is left out, and `lacking` names it."""
     total = report.total
     shown = [column for column in columns if getattr(total, column[1]) is not None or not report.parts]
     heads = [head for head, _, _ in shown] + (["to dense"] if last else [])
     table = plain_table(f"{title} on chip {report.chip}", ["layer", "kind", "step"], heads)
-    for row in (*report.rows, total):
+    for row in (*rows, total):
         if row is total:
             table.add_section()
-        numbers = ["-" if _no_macs(row, field) else write(getattr(row, field)) for _, field, write in shown]
+        numbers = [write(getattr(row, field)) for _, field, write in shown]
         add_row(table, *names(row), *numbers, *([last(row)] if last else []))
     return table
-
-
-def _no_macs(row: Row, field: str) -> bool:
-    """Whether a field says nothing of a row, which has operations on elements and no MACs."""
-    of_macs = ("slots", "executed", "skipped", "padding", "not_run", "cycles")
-    return field in of_macs and not row.slots and row.operations is not None
 
 
 def _footer(report: Report) -> list[str]:

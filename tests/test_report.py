@@ -200,7 +200,7 @@ def test_chips_side_by_side() -> None:
     assert first.split()[-4:] == ["225", "pJ", "118.1", "pJ"]  # 63.25 + 160 * 0.3195 + 448 * 0.2469
     ratio = lnpu.total.energy_pj / dense.total.energy_pj
     assert any(line.split()[:1] == ["lnpu"] and line.endswith(f"{ratio:.3f}") for line in text.splitlines())
-    assert text.count("\nenergy on the chip: a line") == 1  # it holds for both, so no chip is named
+    assert text.count("\nenergy of a MAC: on a line") == 1  # it holds for both, so no chip is named
     assert any(line.split()[:1] == ["lnpu"] and f" {ACCESS:.3f} " in line for line in text.splitlines())
     assert "dense-fp16: this chip has no FP8" in text
     assert "lnpu: utilisation not recorded: their cycles assume" in text  # a dense chip's is 1

@@ -126,7 +126,7 @@ def test_a_plot_shows_every_chip_and_labels_the_front(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot.save_plot(small(), tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
-    for text in ("energy of chip and DRAM", "lnpu-fp16", "768, 1.1", "768, 0.78"):
+    for text in ("energy (chip and DRAM)", "lnpu-fp16", "768, 1.1", "768, 0.78"):
         assert f"<!-- {text} -->" in drawn
     assert "<!-- 384, 1.1 -->" not in drawn  # not on the front
     with pytest.raises(ConfigError, match="cannot be written"):
