@@ -20,9 +20,9 @@ class Row:
     `pairs` splits `executed` by the groups of the two operands, the streamed one first ("fp8*fp16"; "zero" where zeros
     were multiplied). `zero_share` is zeros over elements of the streamed operand, `fp8_share` FP8 elements over its
     non-zeros; None where there are none. `energy_pj` is the chip's: MACs, SRAM and SIMD core, as far as these are
-    modelled; `dram_energy_pj` is apart. `dense_dram_bits` is what DRAM would move if all were dense FP16.
-    `operations` are those on elements, and `simd_cycles` the SIMD core's, which works beside the multipliers, whose
-    cycles `cycles` are; both None in a row without such operations.
+    modelled, and None if none of them is; `dram_energy_pj` is apart. `dense_dram_bits` is what DRAM would move if all
+    were dense FP16. `operations` are those on elements, and `simd_cycles` the SIMD core's, which works beside the
+    multipliers, whose cycles `cycles` are; both None in a row without such operations.
 
     `utilisation` is the mean work of a lane over that of the fullest, with the chip's load balancer, and
     `unbalanced_utilisation` without; None where it was not recorded, or nothing was run.
@@ -48,7 +48,7 @@ class Row:
     unbalanced_utilisation: float | None
     operations: int | None
     simd_cycles: float | None
-    energy_pj: float
+    energy_pj: float | None
     mac_energy_pj: float | None
     sram_energy_pj: float | None
     simd_energy_pj: float | None
@@ -147,7 +147,7 @@ class Part:
             unbalanced_utilisation=share(self.lanes.ideal, self.lanes.unbalanced) if self.lanes else None,
             operations=self.operations,
             simd_cycles=self.simd_cycles,
-            energy_pj=pj(self.chip_zj),
+            energy_pj=None if self._unpriced else pj(self.chip_zj),
             mac_energy_pj=energy.get("mac"),
             sram_energy_pj=energy.get("sram"),
             simd_energy_pj=energy.get("simd"),
@@ -157,6 +157,12 @@ class Part:
             dram_energy_pj=energy.get("dram"),
             energy_zj={component: self.energy[component] for component in COMPONENTS if component in self.energy},
         )
+
+    @property
+    def _unpriced(self) -> bool:
+        """Whether there was work, and no model covers any of it."""
+        worked = self.slots or self.operations
+        return bool(worked) and not any(component in self.energy for component in ON_CHIP)
 
     def _bits(self, *kinds: str) -> int | None:
         known = [self.bits[kind] for kind in kinds if kind in self.bits]

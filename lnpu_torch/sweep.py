@@ -119,7 +119,7 @@ def sweep(
         dram: whether the energy that points are compared by has DRAM's in it.
 
     Raises:
-        ConfigError: no such chip or key, a value that the key cannot have, or nothing to combine.
+        ConfigError: no such chip or key, a value that the key cannot have, nothing to combine, or nothing to compare.
     """
     starts = [read_chip(each) for each in chips]
     if not starts or not all(settings.values()):
@@ -129,6 +129,8 @@ def sweep(
         chosen = dict(zip(settings, values, strict=True))
         report = price(counts, start.having(chosen))
         total = report.total
+        if total.energy_pj is None:
+            raise ConfigError(f"{start.name}: no model covers any of what was counted")
         energy = pj(_sum(total)) if dram else total.energy_pj
         points.append(Point(start.name, chosen, total, report.time_s, report.tflops_per_watt, energy))
     front = _front(points)

@@ -7,10 +7,12 @@ from handmade import counts, network, step, variant
 
 from lnpu_torch.chip import chips
 from lnpu_torch.comparison import Comparison
+from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts
 from lnpu_torch.elements import ElementOp, Elements, NotCounted
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report
+from lnpu_torch.sweep import sweep
 
 OPERATION, SRAM_READ, SRAM_WRITE, DRAM = 0.736, 0.3195, 0.2469, 20.0  # pJ an operation, pJ a bit, as in lnpu.yaml
 
@@ -113,6 +115,12 @@ def test_a_chip_without_a_simd_core_says_so() -> None:
     row = next(row for row in report.rows if row.kind == "SIMD")
     assert (row.operations, row.simd_cycles, row.simd_energy_pj, row.sram_bits) == (100, None, None, None)
     assert "no SIMD core of bare is modelled" in str(report)
+    assert row.energy_pj is None  # and not 0
+    (line,) = [line.split() for line in str(report).splitlines() if line.startswith("  (activation)")][1:]
+    assert set(line[4:]) == {"-"}
+    alone = counts().model_copy(update={"elements": Elements(entries=(RELU,))})
+    with pytest.raises(ConfigError, match="bare: no model covers any of what was counted"):
+        sweep(alone, [chip], {"sram_bytes": [1000]})
     assert "normalisation" in str(report).split("not in these figures:")[1]
     assert str(Comparison([report, price(counted(RELU), "lnpu")]))
 

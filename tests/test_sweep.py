@@ -102,6 +102,20 @@ def test_a_sweep_of_nothing_is_refused() -> None:
             sweep(network(), chips, settings)
 
 
+def test_price_and_sweep_at_another_voltage(counts: str) -> None:
+    expected = price(network(), lnpu.chip("dense-fp16", voltage=0.9))
+    arguments = (counts, "--chip", "dense-fp16", "--voltage", "0.9")
+    assert CliRunner().invoke(cli.app, ("price", *arguments)).stdout == f"{expected}\n"
+    assert "at 0.9 V, 89.04 MHz" in str(expected)
+    lanes = ("--set", f"{LANES}=768", "--no-plot", "--out", counts)
+    assert command(*arguments, *lanes).stdout.startswith(
+        str(sweep(network(), [lnpu.chip("dense-fp16", 0.9)], {LANES: [768]}))
+    )
+    refused = CliRunner().invoke(cli.app, ("price", counts, "--voltage", "1.2"))
+    assert refused.exit_code == 2
+    assert "1.2 is outside the chip's range, 0.78 ... 1.1 V" in refused.stderr
+
+
 def command(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, ("sweep", *arguments))
 
