@@ -37,11 +37,12 @@ def chip_table(chip: Chip) -> Table:
     """Every value of one chip, with its tag and source."""
     table = plain_table(f"{chip.name}: {chip.description}", ["key", "value", "tag", "source"], [])
     for key, entry in chip.values().items():
-        add_row(table, key, _value(entry), entry.tag, entry.source)
+        add_row(table, key, value_text(entry), entry.tag, entry.source)
     return table
 
 
-def _value(entry: Tagged[Any]) -> str:
+def value_text(entry: Tagged[Any]) -> str:
+    """A value as it is shown, with its range if it has one."""
     if isinstance(entry, Ranged) and entry.range:
         return f"{entry.value:.10g} ({entry.range[0]:g} ... {entry.range[1]:g})"
     if isinstance(entry.value, tuple):

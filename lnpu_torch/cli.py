@@ -1,4 +1,4 @@
-"""The command `lnpu`: train, price, sweep, chips, profile. It reads arguments; the work is done elsewhere."""
+"""The command `lnpu`: train, price, sweep, report, chips, profile. It reads arguments; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli_cost
+from lnpu_torch import cli_cost, cli_report
 from lnpu_torch.cli_cost import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
 
@@ -84,7 +84,7 @@ def train(
         _fail(str(stopped), stopped.exit_code)
 
 
-for command in (cli_cost.price, cli_cost.sweep, cli_cost.chips):
+for command in (cli_cost.price, cli_cost.sweep, cli_report.report, cli_cost.chips):
     app.command()(_errors_as_messages(command))
 
 

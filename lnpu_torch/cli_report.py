@@ -1,0 +1,65 @@
+"""The command that shows a run: lnpu report. It reads arguments and writes files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lnpu_torch import drawing
+from lnpu_torch.chip import chip as read_chip
+from lnpu_torch.config import write_text
+from lnpu_torch.counts import Counts
+from lnpu_torch.figures import figures
+from lnpu_torch.page import page
+from lnpu_torch.pricing import price
+from lnpu_torch.report import csv_text
+from lnpu_torch.run import read_run
+from lnpu_torch.study import study
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, as `lnpu train` makes it.")]
+Chips = Annotated[
+    list[str] | None,
+    typer.Option("--chip", help="A chip or a YAML file, the main one first; else the run's own chips."),
+]
+Voltage = Annotated[float | None, typer.Option(help="Run the chips at this voltage, such as 0.9, not at their own.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write the page; else report.html in the run's folder.")]
+Plots = Annotated[Path | None, typer.Option(help="Write each plot into this folder too, as PNG and SVG.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers of the page as JSON too.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the whole run's layers and steps as CSV too.")]
+
+
+def report(
+    run: Folder,
+    chip: Chips = None,
+    voltage: Voltage = None,
+    out: Out = None,
+    plots: Plots = None,
+    json: Json = None,
+    csv: Csv = None,
+) -> None:
+    """Write the page of a run: energy, zeros, FP8, chips side by side, layers; one HTML file that opens offline."""
+    found = read_run(run)
+    chips = [read_chip(name, voltage) for name in chip or found.chips]
+    data, written = study(found, chips), list[Path]()
+    with drawing.look():
+        drawn = figures(data)
+        if plots:
+            written += drawing.save(drawn, plots)
+        elements = {name: drawing.inline_svg(figure, name, name.replace("_", " ")) for name, figure in drawn.items()}
+    written.append(out or run / "report.html")
+    write_text(written[-1], page(data, elements))
+    if json:
+        written.append(json)
+        write_text(json, _json(data))
+    if csv:
+        written.append(csv)
+        whole = Counts.merge(epoch.counts for epoch in found.epochs)
+        write_text(csv, csv_text([price(whole, each) for each in chips]))
+    print("saved: " + ", ".join(map(str, written)))
+
+
+def _json(data: object) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,89 @@
+"""How figures become files and parts of a page: one look for all, and the same bytes every time. It knows no study."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lnpu_torch.config import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOOK: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#8A929E",
+    "axes.labelcolor": "#22272E",
+    "axes.linewidth": 0.8,
+    "text.color": "#22272E",
+    "xtick.color": "#4A5361",
+    "ytick.color": "#4A5361",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """Within the block figures are drawn in one look, whatever the user's own settings are.
+
+    Raises:
+        ConfigError: matplotlib is missing; it names the extra to install.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ConfigError("a report needs matplotlib: pip install 'lnpu-torch[plot]'") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(LOOK)
+        yield
+
+
+def svg(figure: Figure, name: str, text: Literal["none", "path"] = "none") -> str:
+    """A figure as SVG. `text` "none" leaves text to the reader's fonts, "path" draws it.
+
+    `name` makes the ids in it unlike those of other figures on the page.
+    """
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": text, "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """A figure as an element of a page, as wide as there is room, with words for who cannot see it."""
+    drawn = svg(figure, name)
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", drawn, count=1)
+    drawn = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawn, count=1)
+    drawn = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", drawn)
+    ids = {found: f"{name}-{found}" for found in re.findall(r'id="([^"]+)"', drawn)}
+    drawn = re.sub(r'id="([^"]+)"', lambda match: f'id="{ids[match[1]]}"', drawn)
+    drawn = re.sub(r'(url\(#|href="#)([^")]+)', lambda match: match[1] + ids.get(match[2], match[2]), drawn)
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as PNG and SVG into a folder, which is made. Raises ConfigError."""
+    files = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=200)
+            (folder / f"{name}.svg").write_text(svg(figure, name, "path"), encoding="utf-8")
+            files += [folder / f"{name}.png", folder / f"{name}.svg"]
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    return files

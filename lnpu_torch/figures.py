@@ -1,0 +1,249 @@
+"""Draws a study: one figure for each question that a reader has. It needs matplotlib, and computes nothing new."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lnpu_torch.study import OPERANDS, Study
+from lnpu_torch.tables import si
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STEPS = {
+    "forward": ("forward (FF)", "#0072B2"),
+    "grad_input": ("grad_input (EP)", "#D55E00"),
+    "grad_weight": ("grad_weight (WG)", "#009E73"),
+    "backward": ("backward, SIMD core", "#E69F00"),
+    "update": ("update, SIMD core", "#CC79A7"),
+}
+"""Steps, how they are called, and their colours: Okabe and Ito's, told apart without seeing all colours."""
+
+PARTS = {
+    "mac": ("MAC", "#332288"),
+    "sram": ("SRAM", "#6699CC"),
+    "simd": ("SIMD", "#DDAA33"),
+    "dram": ("DRAM", "#C9CCD1"),
+}
+"""What energy is spent on; DRAM's is apart."""
+
+ON_CHIP = ("mac", "sram", "simd")
+CHIPS = ("#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#117733")
+"""Colours of chips, none of them a step's or a part's."""
+
+ON, OFF, INK, PALE = "#117733", "#999933", "#22272E", "#E4E7EB"
+WIDTH = 11.6
+"""Width of a figure in inches."""
+
+
+def figures(study: Study) -> dict[str, Figure]:
+    """The figures of a study, by name; one that would show nothing is left out."""
+    drawn = {name: draw(study) for name, draw in FIGURES.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def energy_by_epoch(study: Study) -> Figure:
+    """Energy of each epoch on the first chip: by step, by what it is spent on; and DRAM's, which is apart, by step."""
+    epochs = study["chips"][0]["epochs"]
+    numbers = [epoch["epoch"] for epoch in epochs]
+    figure, panels = _panels(1, 3, height=3.3)
+    panels[1].sharey(panels[0])
+    by_step, by_part, in_dram = (
+        {step: [_spent(epoch["steps"].get(step), ON_CHIP) for epoch in epochs] for step in STEPS},
+        {part: [_spent(epoch["total"], [part]) for epoch in epochs] for part in ON_CHIP},
+        {step: [_spent(epoch["steps"].get(step), ["dram"]) for epoch in epochs] for step in STEPS},
+    )
+    _stack(panels[0], numbers, by_step, STEPS)
+    _stack(panels[1], numbers, by_part, PARTS)
+    _stack(panels[2], numbers, in_dram, STEPS)
+    for axes, title in zip(panels, ("on the chip, by step", "on the chip, by part", "DRAM, by step"), strict=True):
+        axes.set_title(title, loc="left")
+        _epochs(axes, numbers)
+        _engineering(axes.yaxis, "J")
+    panels[0].set_ylabel("energy per epoch")
+    _legend_below(figure, [panels[0], panels[1]])
+    return figure
+
+
+def shares_by_layer(study: Study) -> Figure:
+    """Zeros, and FP8 among the non-zeros, of each layer's activations and errors over the epochs."""
+    from matplotlib.ticker import PercentFormatter
+
+    shares, layers = study["shares"], study["shares"]["layers"]
+    figure, panels = _panels(1, 4, height=1.5 + 0.155 * len(layers), sharey=True)
+    places = [(share, operand) for share in ("zero", "fp8") for operand in OPERANDS]
+    for axes, (share, operand) in zip(panels, places, strict=True):
+        values = [[float("nan") if value is None else value for value in row] for row in shares[operand][share]]
+        image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap={"zero": "Blues", "fp8": "Oranges"}[share])
+        axes.set_title({"zero": "zeros in ", "fp8": "FP8 in "}[share] + OPERANDS[operand], loc="left")
+        _epochs(axes, shares["epochs"], start=0)
+        axes.tick_params(length=0)
+        if operand == "grad_output":
+            pair = list(panels[places.index((share, "input")) : places.index((share, "grad_output")) + 1])
+            bar = figure.colorbar(image, ax=pair, location="bottom", aspect=50, shrink=0.93, format=PercentFormatter(1))
+            bar.ax.spines["outline"].set_visible(False)
+            bar.set_label({"zero": "share of all elements", "fp8": "share of the non-zeros"}[share])
+    panels[0].set_yticks(range(len(layers)), [layer or "(model)" for layer in layers], fontsize=7)
+    return figure
+
+
+def chips_side_by_side(study: Study) -> Figure:
+    """Energy, time and DRAM traffic of the whole run on each chip."""
+    chips, places = study["chips"], list(range(len(study["chips"])))
+    figure, (energy, time, dram) = _panels(1, 3, height=1.0 + 0.46 * len(chips), sharey=True)
+    ends = [0.0] * len(chips)
+    for part in ON_CHIP:
+        values = [_spent(chip["total"], [part]) for chip in chips]
+        energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    _label_bars(energy, places, ends, "J")
+    for core, field, colour, shift in (
+        ("multipliers", "cycles", "#4B5563", -0.17),
+        ("SIMD core", "simd_cycles", "", 0.17),
+    ):
+        seconds = [(chip["total"][field] or 0.0) / chip["clock_hz"] for chip in chips]
+        shifted = [place + shift for place in places]
+        time.barh(shifted, seconds, color=colour or PARTS["simd"][1], height=0.27, label=f"time of the {core}")
+        _label_bars(time, shifted, seconds, "s")
+    bits = [chip["total"]["dram_bits"] or 0 for chip in chips]
+    dram.barh(places, bits, color=PARTS["dram"][1], height=0.6, label="DRAM")
+    _label_bars(dram, places, bits, "bit")
+    for axes, title, unit in ((energy, "energy on the chip", "J"), (time, "time", "s"), (dram, "DRAM traffic", "bit")):
+        axes.set_title(title, loc="left")
+        axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
+        _engineering(axes.xaxis, unit)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    energy.set_yticks(places, [chip["chip"] for chip in chips])
+    energy.invert_yaxis()
+    _legend_below(figure, [energy, time])
+    return figure
+
+
+def lanes_busy(study: Study) -> Figure | None:
+    """The share of lanes that work, layer by layer on the first chip, with the load balancer and without."""
+    from matplotlib.ticker import PercentFormatter
+
+    rows = [row for row in study["chips"][0]["layers"] if row["utilisation"] is not None]
+    if not rows:
+        return None
+    figure, (axes,) = _panels(1, 1, height=2.9)
+    places = range(len(rows))
+    on, off = ([row[name] for row in rows] for name in ("utilisation", "unbalanced_utilisation"))
+    axes.vlines(places, off, on, color=PALE, linewidth=5, zorder=1)
+    axes.scatter(places, on, color=ON, s=34, zorder=3, label="load balancer on")
+    axes.scatter(places, off, facecolors="white", edgecolors=OFF, linewidths=1.6, s=34, zorder=2, label="off")
+    axes.set_xticks(places, [row["layer"] or "(model)" for row in rows], rotation=40, ha="right", fontsize=7)
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("lanes busy")
+    axes.grid(axis="y", color=PALE)
+    _legend(axes)
+    return figure
+
+
+def accuracy_by_energy(study: Study) -> Figure | None:
+    """Test accuracy after each epoch, against the energy that was spent by then on each chip."""
+    from matplotlib.ticker import PercentFormatter
+
+    accuracy = [row.get("test_accuracy") for row in study["metrics"]]
+    if len(accuracy) < 2 or None in accuracy:
+        return None
+    figure, (axes,) = _panels(1, 1, height=3.0)
+    for chip, colour in zip(study["chips"], itertools.cycle(CHIPS), strict=False):
+        spent, so_far = [], 0.0
+        for epoch in chip["epochs"]:
+            so_far += _spent(epoch["total"], PARTS)
+            spent.append(so_far)
+        axes.plot(spent, accuracy, marker="o", markersize=4, color=colour, label=chip["chip"], linewidth=1.6)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("test accuracy")
+    axes.set_xlabel("energy so far, chip and DRAM")
+    axes.set_xlim(left=0)
+    _engineering(axes.xaxis, "J")
+    axes.grid(color=PALE)
+    _legend(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Study], Figure | None]] = {
+    "energy_by_epoch": energy_by_epoch,
+    "shares_by_layer": shares_by_layer,
+    "chips_side_by_side": chips_side_by_side,
+    "lanes_busy": lanes_busy,
+    "accuracy_by_energy": accuracy_by_energy,
+}
+
+
+def _panels(
+    rows: int, columns: int, height: float, sharey: bool = False, ratios: Sequence[float] | None = None
+) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False, width_ratios=ratios).ravel()
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def _stack(axes: Axes, places: Sequence[int], series: dict[str, list[float]], look: dict[str, tuple[str, str]]) -> None:
+    """Stacked bars; what is zero throughout has no place in the legend."""
+    bottom = [0.0] * len(places)
+    for name, values in series.items():
+        if any(values):
+            label, colour = look[name]
+            axes.bar(
+                places,
+                values,
+                bottom=bottom,
+                color=colour,
+                label=label,
+                width=0.72 if len(places) < 50 else 1,
+                linewidth=0,
+            )
+            bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    axes.grid(axis="y", color=PALE)
+
+
+def _epochs(axes: Axes, numbers: Sequence[int], start: int | None = None) -> None:
+    """Ticks for at most about a dozen epochs; at their numbers, or at places from `start` on."""
+    every = -(-len(numbers) // 12)
+    places = range(start, start + len(numbers)) if start is not None else numbers
+    axes.set_xticks(list(places)[::every], [str(number) for number in numbers][::every])
+    axes.set_xlabel("epoch")
+
+
+def _label_bars(axes: Axes, places: Sequence[float], values: Sequence[float], unit: str) -> None:
+    """Each bar's value, and how many times the first one's it is."""
+    for index, (place, value) in enumerate(zip(places, values, strict=True)):
+        ratio = f"{value / values[0]:.2f}x" if index and values[0] else "1.00x"
+        text = (si(value * 1e12, "pJ") if unit == "J" else si(value, unit)) + (f"  {ratio}" if ratio != "1.00x" else "")
+        axes.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, handlelength=1, handleheight=1, columnspacing=1.2, loc="best", ncols=2)
+
+
+def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for several panels, in a row below them."""
+    found = [axes.get_legend_handles_labels() for axes in panels]
+    handles = [handle for handles, _ in found for handle in handles]
+    labels = [str(label) for _, labels in found for label in labels]
+    figure.legend(handles, labels, loc="outside lower left", ncols=9, frameon=False, handlelength=1, handleheight=1)
+
+
+def _engineering(axis: Any, unit: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(unit))
+
+
+def _spent(row: dict[str, Any] | None, parts: Iterable[str]) -> float:
+    """Energy of a row that is spent on these parts, in J; nothing, if there is no such row."""
+    return sum(float(row[f"{part}_energy_pj"] or 0.0) for part in parts) * 1e-12 if row else 0.0

@@ -1,0 +1,94 @@
+"""A training run as its folder has it: settings, metrics and counts of each epoch. It knows files, and prices nothing.
+
+config.yaml           settings; of them only `chips` has a meaning here
+metrics.csv           a row per epoch, first column `epoch`
+counts/epochN.json    what epoch N did
+versions.json         what it ran with, if that was recorded
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lnpu_torch.config import ConfigError, parse_json, parse_yaml, read_text
+from lnpu_torch.counts import Counts
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch: its number, what it did, and its metrics as far as they are numbers ("loss", "test_accuracy" ...)."""
+
+    number: int
+    counts: Counts
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with at least one counted epoch, in their order."""
+
+    name: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def chips(self) -> list[str]:
+        """The chips that it was priced on as it went."""
+        chips = self.settings.get("chips")
+        return [str(chip) for chip in chips] if isinstance(chips, list) and chips else ["lnpu"]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read the folder of a run.
+
+    Raises:
+        ConfigError: there is no such folder, a file is missing or damaged, or nothing was counted.
+    """
+    folder = Path(folder)
+    settings = parse_yaml(read_text(folder / "config.yaml", "run"), str(folder / "config.yaml"))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: not the settings of a run: a mapping of keys is expected")
+    counts = {_number(file): Counts.load(file) for file in (folder / "counts").glob("epoch*.json")}
+    if not counts:
+        raise ConfigError(f"{folder}: no epoch of this run was counted (counts/epochN.json)")
+    metrics = _metrics(folder / "metrics.csv")
+    epochs = [Epoch(number, counts[number], metrics.get(number, {})) for number in sorted(counts)]
+    return Run(folder.resolve().name, settings, _versions(folder / "versions.json"), tuple(epochs))
+
+
+def _number(file: Path) -> int:
+    digits = file.stem.removeprefix("epoch")
+    if not digits.isdecimal():
+        raise ConfigError(f"{file}: not named after its epoch, as in epoch1.json")
+    return int(digits)
+
+
+def _metrics(file: Path) -> dict[int, dict[str, float]]:
+    """The numbers of metrics.csv, by epoch; an epoch that is not in it, such as one cut short, has none."""
+    rows = csv.DictReader(io.StringIO(read_text(file, "metrics")))
+    try:
+        return {
+            int(row["epoch"]): {name: float(cell) for name, cell in row.items() if _is_number(cell)} for row in rows
+        }
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{file}: not the metrics of a run: a first column `epoch` is expected") from None
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _versions(file: Path) -> dict[str, str]:
+    found = parse_json(read_text(file, "versions"), str(file)) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: not a mapping of versions")
+    return {str(name): str(version) for name, version in found.items()}
