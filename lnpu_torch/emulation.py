@@ -105,9 +105,9 @@ class Emulation:
 
     def add_lanes(self, step: str, *profiles: Tensor | None) -> None:
         """Add the lane profiles of a step's operands, the first one first, to what is counted."""
-        for total, profile in zip(self.lanes[STEPS.index(step)], profiles, strict=False):
+        for operand, profile in enumerate(profiles):
             if profile is not None:
-                total += profile
+                self.lanes[STEPS.index(step), operand].add_(profile)
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""

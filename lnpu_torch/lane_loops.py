@@ -50,8 +50,12 @@ def runs_of_last(bits, magnitude, runs):
 
 @compiled
 def profile(runs, entries):
-    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T]."""
+    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T].
+
+    A run length that makes no longer runs than the one before, as T is too small, is left out.
+    """
     samples, channels, times = runs.shape
+    share = len(entries) // len(RUNS)
     for first in range(0, channels, LANES):
         block = runs[:, first : first + LANES]
         columns = TILE // block.shape[1]
@@ -59,33 +63,32 @@ def profile(runs, entries):
         together = max(1, columns // length)
         for sample in range(0, samples, together):
             for start in range(0, times, length):
-                _add_tile(block[sample : sample + together, :, start : start + length], entries)
+                _add_tile(block[sample : sample + together, :, start : start + length], entries, share)
 
 
 @compiled
-def _add_tile(runs, entries):
+def _add_tile(runs, entries, share):
     """`profile` of few enough runs."""
     samples, channels, times = runs.shape
-    short = np.empty((channels, samples * times), np.uint16)
+    work = np.empty((channels, samples * times), np.uint16)
     for c in range(channels):
         for n in range(samples):
             for t in range(times):
-                short[c, n * times + t] = runs[n, c, t]
-    middle = np.empty((channels, samples * ((times + JOIN - 1) // JOIN)), np.uint16)
-    _join(short, samples, middle)
-    long = np.empty((channels, samples * ((times + LONGEST - 1) // LONGEST)), np.uint16)
-    _join(middle, samples, long)
-    share = len(entries) // len(RUNS)
-    _add_run(short, entries[:share])
-    _add_run(middle, entries[share : 2 * share])
-    _add_run(long, entries[2 * share :])
+                work[c, n * times + t] = runs[n, c, t]
+    for i in range(len(RUNS)):
+        if i == 0 or times > JOIN ** (i - 1):
+            joined = _joined(work, samples)
+            _add_run(work, entries[i * share : (i + 1) * share])
+            work = joined
 
 
 @compiled
-def _join(work, samples, joined):
+def _joined(work, samples):
     """Sums of every JOIN runs of a sample, the last of which may be fewer."""
-    times, fewer = work.shape[1] // samples, joined.shape[1] // samples
+    times = work.shape[1] // samples
+    fewer = (times + JOIN - 1) // JOIN
     rest = times - (fewer - 1) * JOIN
+    joined = np.empty((work.shape[0], samples * fewer), np.uint16)
     for c in range(work.shape[0]):
         for n in range(samples):
             for t in range(fewer - 1):
@@ -97,6 +100,7 @@ def _join(work, samples, joined):
             for i in range(rest):
                 total = int32(total + work[c, (n + 1) * times - rest + i])
             joined[c, (n + 1) * fewer - 1] = total
+    return joined
 
 
 @compiled
