@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,15 @@ from lnpu_torch.lane_family import MEMBERS, RUN
 from lnpu_torch.registry import fake, op
 
 
+def _module(x: Tensor) -> ModuleType:
+    return ops.fast_module(x, "cpu_lanes", "gpu_lanes") or lanes
+
+
 @op()
 def count_runs(values: Tensor) -> Tensor:
     """`lanes.runs_of` an operand [N, C, *grid] or [rows, C]: uint8 [N, C, T] or [1, C, T]."""
     dense = values.contiguous(memory_format=ops.memory_format(values))
-    return (ops.compiled("cpu_lanes", dense) or lanes).runs_of(dense)  # type: ignore[no-any-return]
+    return _module(dense).runs_of(dense)  # type: ignore[no-any-return]
 
 
 @fake("count_runs")
@@ -27,7 +33,7 @@ def _(values: Tensor) -> Tensor:
 @op()
 def lane_profile(runs: Tensor) -> Tensor:
     """`lanes.profile`: int64 [len(MEMBERS)], on the device of the runs; the host waits for nothing."""
-    return (ops.compiled("cpu_lanes", runs) or lanes).profile(runs)  # type: ignore[no-any-return]
+    return _module(runs).profile(runs)  # type: ignore[no-any-return]
 
 
 @fake("lane_profile")

@@ -72,9 +72,11 @@ def _fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     return module if module is not None and module.supports(x, rule) else None
 
 
-def compiled(name: str, x: Tensor) -> ModuleType | None:
-    """A module of loops compiled for the CPU, if they can take a tensor that they know the dtype of."""
-    return _module(name) if _chosen[-1] == "auto" and x.device.type == "cpu" and x.numel() else None
+def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
+    """The one of two modules that is for a tensor's device, unless plain torch is: for an empty one, for instance."""
+    if not x.numel() or _chosen[-1] == "reference":
+        return None
+    return _module(gpu) if on_gpu(x) else _module(cpu) if x.device.type == "cpu" else None
 
 
 def packed_relu(x: Tensor) -> ModuleType | None:
@@ -271,9 +273,7 @@ def count_grid_step(
 
 def _counting(sums: Tensor) -> ModuleType:
     """The module that counts a step from such sums."""
-    if not sums.numel() or _chosen[-1] == "reference":
-        return counting
-    return _module("gpu" if on_gpu(sums) else "cpu_counting") or counting
+    return fast_module(sums, "cpu_counting", "gpu") or counting
 
 
 @op(["counters"])

@@ -27,6 +27,7 @@ NUMERICS += [
     "lane_loops",
     "cpu_lanes",
     "lanes",
+    "gpu_lanes",
     "gpu",
     "registry",
     "ops",
@@ -45,7 +46,8 @@ COST += ["bottom_up", "simd_core", "chip", "energies", "traffic", "rows", "cycle
 COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_cost"]
 COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report"]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
-ACROSS = {"gpu": "lnpu_torch.kernels", "counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
+ACROSS = {"gpu": "lnpu_torch.kernels", "gpu_lanes": "lnpu_torch.kernels"}
+ACROSS |= {"counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}
 

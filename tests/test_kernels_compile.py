@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lnpu_torch.kernels import count, launch, matmul, quantize  # noqa: E402
+from lnpu_torch.kernels import count, lanes, launch, matmul, quantize  # noqa: E402
 
 ARCHITECTURES = [80, 90]
 
@@ -48,7 +48,7 @@ def compiled(request, monkeypatch):
         kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (count, matmul, quantize):
+    for module in (count, lanes, matmul, quantize):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
     for module in (matmul, quantize):
         monkeypatch.setattr(module, "processors", lambda device: 132)
@@ -184,3 +184,12 @@ def test_without_a_gpu_the_wrappers_say_so():
         quantize.quantize(x, t(), "e4m3", "fp16")
     with pytest.raises(RuntimeError, match="run on GPUs"):
         matmul.matmul(x.half(), x.half())
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 32, 32), (2, 512, 4, 4), (64, 2000)])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_lanes(compiled, shape, last):
+    x = torch.empty(shape, dtype=torch.float16)
+    lanes.profile(lanes.runs_of(x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x))
+    assert compiled.keys() == {"_runs_kernel", "_profile_kernel"}
+    assert {("ld", 128)} & accesses(compiled["_runs_kernel"]) or shape[1] == 3

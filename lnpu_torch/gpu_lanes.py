@@ -1,0 +1,20 @@
+"""`lanes` on a GPU, put to the Triton kernels; the same integers. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lnpu_torch import lanes
+from lnpu_torch.kernels import lanes as kernels
+from lnpu_torch.kernels import launch
+
+
+def runs_of(values: Tensor) -> Tensor:
+    """`lanes.runs_of`, of a contiguous or channels_last tensor."""
+    takes = values.dtype in kernels.DTYPES and values.numel() < launch.INT32
+    return kernels.runs_of(values) if takes else lanes.runs_of(values)
+
+
+def profile(runs: Tensor) -> Tensor:
+    """`lanes.profile`."""
+    return kernels.profile(runs)  # type: ignore[no-any-return]
