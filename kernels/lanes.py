@@ -1,4 +1,4 @@
-"""Lane profiles on a GPU: the runs of an operand in one launch, its profile in another, added to what is counted.
+"""Lane profiles on a GPU: the runs of an operand in one launch, its profile in another. It knows no rounding.
 
 Equal to `lanes.runs_of` and `lanes.profile`. All sums are whole numbers.
 """
