@@ -90,7 +90,7 @@ class Sweep:
         shown = self.points if few else self.front
         told = "none beats those with a *" if few else f"the {len(shown)} that none beats"
         title = f"{len(self.points)} chips; {told} in energy ({self.energy}) and time"
-        heads = [*self.keys, "chip", "DRAM", "sum", "time", "TFLOPS/W", "DRAM access", "Pareto"]
+        heads = [*self.keys, "on chip", "DRAM", "sum", "time", "TFLOPS/W", "DRAM access", "Pareto"]
         table = plain_table(title, ["chip"], heads)
         for point in shown:
             total, efficiency = point.total, point.tflops_per_watt
