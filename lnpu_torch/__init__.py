@@ -20,6 +20,7 @@ from lnpu_torch.report import Report  # noqa: E402
 from lnpu_torch.rounding import quantize  # noqa: E402
 from lnpu_torch.rows import Row  # noqa: E402
 from lnpu_torch.sweep import Sweep, sweep  # noqa: E402
+from lnpu_torch.versions import versions  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "sweep",
     "thresholds",
     "uncounted",
+    "versions",
 ]

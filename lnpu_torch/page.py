@@ -151,8 +151,8 @@ def _cell(column: Column, row: Mapping[str, Any], chip: Mapping[str, Any]) -> An
 
 def _share_of_energy(row: Mapping[str, Any], chip: Mapping[str, Any]) -> str:
     """A row's energy over that of the row with the most, in %; the total has no bar."""
-    most = max(each["energy_pj"] for each in chip["layers"])
-    return f"{100 * row['energy_pj'] / most:.2f}" if most and row["layer"] != "total" else "0"
+    most = max((each["energy_pj"] or 0.0 for each in chip["layers"]), default=0.0)
+    return f"{100 * (row['energy_pj'] or 0.0) / most:.2f}" if most and row["layer"] != "total" else "0"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """A run's folder: resolved config, metrics, counts and checkpoint. It knows files, not how training goes.
 
     config.yaml         the resolved settings; `lnpu train RUN/config.yaml resume=RUN` goes on
+    versions.json       what it began with
     metrics.csv         a row per epoch
     counts/epochN.json  what epoch N did; `lnpu price` reads it
     checkpoint.pt       everything the next epoch starts from
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -49,6 +51,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be made: {error.strerror}") from None
         write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_text(self.path / "versions.json", json.dumps(lnpu.versions(), indent=1) + "\n")
 
     def resume(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The state that `save` wrote last; settings that differ from the run's own are refused."""

@@ -199,6 +199,18 @@ def test_one_epoch_and_no_metrics_leave_out_what_would_show_nothing(tmp_path: Pa
     assert "operations on elements were not counted" in html
 
 
+def test_what_no_model_covers_is_no_zero(tmp_path: Path) -> None:
+    bare = lnpu.chip("lnpu").model_copy(update={"simd": None, "name": "bare"})
+    data = study(read_run(write_run(tmp_path / "run")), [bare])
+    relu = next(row for row in data["chips"][0]["layers"] if row["layer"] == "(activation)")
+    assert relu["energy_pj"] is None and relu["operations"] > 0
+    with drawing.look():
+        html = page(data, {name: drawing.inline_svg(figure, name, name) for name, figure in figures(data).items()})
+    (row,) = re.findall(r"<tr>(?:(?!</tr>).)*\(activation\).*?</tr>", html, re.DOTALL)
+    cells = re.findall(r'data-value="(.*?)">(.*?)<', row)
+    assert [text for _, text in cells][-5:] == ["-"] * 5 and cells[-2][0] == ""
+
+
 def test_what_is_extrapolated_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", epochs=1)
     epoch_counts(1).model_copy(update={"extrapolated": True}).save(run / "counts" / "epoch1.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import signal
 import threading
@@ -51,7 +52,9 @@ def test_the_run_folder_holds_config_metrics_counts_and_checkpoint(tmp_path: Pat
     settings = config(out=str(tmp_path / "run"))
     rows = recipe.train(settings, QUIET)
     run = tmp_path / "run"
-    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.pt", "config.yaml", "counts", "metrics.csv"]
+    files = ["checkpoint.pt", "config.yaml", "counts", "metrics.csv", "versions.json"]
+    assert sorted(file.name for file in run.iterdir()) == files
+    assert json.loads((run / "versions.json").read_text()) == lnpu.versions()
     saved = validate(recipe.TrainConfig, parse_yaml((run / "config.yaml").read_text(), "saved"), "saved")
     assert saved == settings
     with (run / "metrics.csv").open() as file:
