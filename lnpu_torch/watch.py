@@ -37,14 +37,32 @@ class _Ranges(threading.local):
     """Of each thread: the named ranges that are open, and whether each is an optimizer's step.
 
     Of the step's tensors, by address: those that were fetched for it, those stored by it, and those that it made.
+    `closure` says whether the step is at its closure, which computes loss and gradients; None before that is known.
     """
 
     def __init__(self) -> None:
         self.open: list[bool] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a step, which in backward belongs to the running graph."""
+        self.closure: bool | None = None
+        self.graph = torch._C._current_graph_task_id()
         self.forget()
 
+    def in_closure(self) -> bool:
+        """Whether an op of the step, if it is no emulated layer's, is its closure's; then what was noted is forgotten.
+
+        A closure has gradients on, or runs a backward; an update does neither, unless it is `differentiable`. Its
+        tensors do not count as the update's, and where they lay others may come to lie.
+        """
+        closure = torch.is_grad_enabled() or torch._C._current_graph_task_id() != self.graph
+        if closure:
+            self.forget()
+        return closure
+
     def forget(self) -> None:
-        """Begin a step."""
+        """Begin to note tensors."""
         self.fetched, self.stored, self.made = set[int](), set[int](), set[int]()
 
     def renew(self, made: Any) -> None:
@@ -163,7 +181,11 @@ class Watch(TorchDispatchMode):
 
     def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
         """An op's kind and phase."""
-        if formula.kind == "optimizer" or any(self._ranges.open) or "::_foreach_" in func._schema.name:
+        inside = formula.product or func.namespace == "lnpu"  # of a layer, whose gradients are off in either case
+        if any(self._ranges.open) and not inside:
+            self._ranges.closure = self._ranges.in_closure()
+        updates = any(self._ranges.open) and self._ranges.closure is False
+        if formula.kind == "optimizer" or updates or "::_foreach_" in func._schema.name:
             return "optimizer", "update"
         backward = _in_backward(func, formula)
         node = torch._C._current_autograd_node() if backward else None
@@ -181,12 +203,13 @@ class Watch(TorchDispatchMode):
         if self.paused:
             return
         if found is Other.MOVES:
-            if any(self._ranges.open) and (not call.args or call.out is not call.args[0]):
+            updates = any(self._ranges.open) and not self._ranges.in_closure()
+            if updates and (not call.args or call.out is not call.args[0]):
                 self._ranges.renew(call.out)
         elif found is Other.BEGINS:
             self._ranges.open.append(str(call.args[0]).startswith(OPTIMIZER_STEP))
             if self._ranges.open[-1]:
-                self._ranges.forget()
+                self._ranges.begin()
         elif found is Other.ENDS and self._ranges.open:
             self._ranges.open.pop()
         elif found is Other.LAYER:

@@ -183,3 +183,25 @@ def test_gradients_clipped_and_scaled_are_part_of_the_update() -> None:
     assert counted["_foreach_norm"][2:] == (2 * 20, 1)
     assert counted["_foreach_mul"][2] == 20
     assert counted["add"][2] == 2 * 20
+
+
+@pytest.mark.parametrize("how", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_closure_counts_as_what_runs_before_its_step(how: dict[str, bool]) -> None:
+    counts = []
+    for inside in (False, True):
+        net = network()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, **SGD, **how)
+
+        def closure(net: nn.Module = net, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(IMAGES), LABELS)
+            loss.backward()
+            return loss
+
+        with lnpu.CostCounter(net) as cost:
+            for _ in range(2):
+                if not inside:
+                    closure()
+                optimizer.step(closure if inside else None)  # type: ignore[arg-type]
+        counts.append(cost.counts)
+    assert counts[0] == counts[1]

@@ -103,8 +103,15 @@ def test_recipes_use_the_public_interface_only() -> None:
         assert not inner, f"{file.name} imports {sorted(inner)}"
 
 
+def test_integrations_use_the_public_interface_only() -> None:
+    for file in (PACKAGE / "integrations").glob("*.py"):
+        inner = {name for name in own(file) - PUBLIC if not name.startswith("lnpu_torch.integrations")}
+        assert not inner, f"{file.name} imports {sorted(inner)}"
+
+
 def test_files_stay_short() -> None:
-    files = [file for folder in ("lnpu_torch", "recipes", "tests") for file in (ROOT / folder).glob("*.py")]
+    folders = ("lnpu_torch", "lnpu_torch/integrations", "recipes", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     long = {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) >= 300}
     assert not long
 

@@ -1,0 +1,1 @@
+"""Callbacks for other projects' training loops. Each module needs its project; this package imports none of them."""

@@ -1,0 +1,164 @@
+"""A training run's accounts, epoch by epoch, as someone else's loop calls for them. It knows no such loop.
+
+It writes what `lnpu report FOLDER` and `lnpu price` read:
+
+    config.yaml         precision and chips
+    metrics.csv         a row per epoch
+    counts/epochN.json  what epoch N did, on all ranks
+    report.txt          the whole run, priced on each chip
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import yaml
+from torch import distributed, nn
+
+import lnpu_torch as lnpu
+from lnpu_torch.config import ConfigError, write_text
+
+Overrides = Mapping[str, str | Path | lnpu.Rule | lnpu.Precision | None]
+
+
+class CostLog:
+    """Converts a model, counts its epochs, prices and writes them. On several ranks T's are shared and counts summed.
+
+    Call `convert` and `start`, then for each epoch `begin_epoch` and `end_epoch`, then `finish`; `close` at any
+    time, if training was cut short. What runs between `pause` and `go_on`, such as validation, is not counted.
+    """
+
+    def __init__(
+        self,
+        precision: str | Path | lnpu.Rule | lnpu.Precision = "fgmp",
+        *,
+        overrides: Overrides | None = None,
+        chips: Sequence[str | Path | lnpu.Chip] = ("lnpu", "dense-fp16"),
+        folder: str | Path = "lnpu_run",
+    ) -> None:
+        """Precision and overrides are as in `lnpu_torch.convert`; shares in the metrics are those on the first chip.
+
+        Raises:
+            ConfigError: a chip does not exist, or none is named.
+        """
+        if not chips:
+            raise ConfigError("chips: name at least one, such as lnpu")
+        self.chips = [lnpu.chip(each) for each in chips]
+        self.folder = Path(folder)
+        self.metrics: list[dict[str, float]] = []
+        self._precision, self._overrides = precision, overrides
+        self._counter, self._pauses = ExitStack(), ExitStack()
+        self._counted: list[lnpu.Counts] = []
+
+    def convert(self, model: nn.Module) -> None:
+        """Convert the model in place, unless it is converted already. Raises ConfigError if the precision is wrong."""
+        self._model = model
+        if not lnpu.coverage(model).emulated:
+            lnpu.convert(model, self._precision, overrides=self._overrides)
+
+    def start(self, *, resumed: bool = False) -> None:
+        """Open the folder. Raises ConfigError if it holds a run and this one is not `resumed` from it."""
+        self.close()
+        self._shared = lnpu.SharedThresholds(self._model) if _ranks() > 1 else None
+        self.metrics, self._counted = (self._earlier() if resumed else []), []
+        if _rank() == 0 and not resumed:
+            self._new_folder()
+
+    def begin_epoch(self) -> None:
+        """Count from here on."""
+        self.close()
+        self._cost = self._counter.enter_context(lnpu.CostCounter(self._model))
+
+    def pause(self) -> None:
+        """Compute as ever, but count nothing until `go_on`."""
+        self.go_on()
+        self._pauses.enter_context(lnpu.uncounted(self._model))
+
+    def go_on(self) -> None:
+        """Count again; without a pause before it, nothing changes."""
+        self._pauses.close()
+
+    def step_done(self) -> None:
+        """To be called after each optimizer step: ranks choose their T's together."""
+        if self._shared:
+            self._shared.merge()
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Price and write what was counted since `begin_epoch`; all ranks call it. Epochs are numbered from 1.
+
+        Returns:
+            Energy in pJ by chip, and the shares of zeros and, of the others, FP8 among the elements that are streamed.
+        """
+        self.close()
+        counts = lnpu.Counts.merge(_gathered(self._cost.counts))
+        reports = [lnpu.price(counts, chip) for chip in self.chips]
+        values = {f"{report.chip}_energy_pj": report.total.energy_pj for report in reports}
+        values |= {"zero_share": reports[0].total.zero_share, "fp8_share": reports[0].total.fp8_share}
+        known = {name: value for name, value in values.items() if value is not None}
+        self._counted.append(counts)
+        self.metrics = [row for row in self.metrics if row["epoch"] < epoch] + [{"epoch": epoch, **known}]
+        if _rank() == 0:
+            counts.save(self.folder / "counts" / f"epoch{epoch}.json")
+            write_text(self.folder / "metrics.csv", _csv(self.metrics))
+        return known
+
+    def finish(self) -> list[lnpu.Report]:
+        """The epochs of this run (after a resumption, those since), priced on each chip; also written to report.txt."""
+        self.close()
+        reports = [lnpu.price(lnpu.Counts.merge(self._counted), chip) for chip in self.chips]
+        if _rank() == 0:
+            write_text(self.folder / "report.txt", "\n\n".join(str(report.by("layer")) for report in reports) + "\n")
+        return reports
+
+    def close(self) -> None:
+        """Stop counting; what was counted remains."""
+        self._pauses.close()
+        self._counter.close()
+
+    def _new_folder(self) -> None:
+        config = self.folder / "config.yaml"
+        if config.exists():
+            raise ConfigError(f"{self.folder}: holds a run already; choose another folder, or resume that run")
+        try:
+            (self.folder / "counts").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be made: {error.strerror}") from None
+        settings = {"precision": str(self._precision), "chips": [chip.name for chip in self.chips]}
+        write_text(config, yaml.safe_dump(settings, sort_keys=False))
+
+    def _earlier(self) -> list[dict[str, float]]:
+        """Rows of the epochs before a run was cut short."""
+        file = self.folder / "metrics.csv"
+        rows = csv.DictReader(io.StringIO(file.read_text() if file.exists() else ""))
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+
+
+def _csv(rows: Sequence[Mapping[str, float]]) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "epoch": int(row["epoch"])} for row in rows)
+    return text.getvalue()
+
+
+def _ranks() -> int:
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
+
+
+def _rank() -> int:
+    return distributed.get_rank() if _ranks() > 1 else 0
+
+
+def _gathered(counts: lnpu.Counts) -> list[lnpu.Counts]:
+    """The counts of all ranks."""
+    if _ranks() == 1:
+        return [counts]
+    parts: list[lnpu.Counts] = [counts] * _ranks()
+    distributed.all_gather_object(parts, counts)
+    return parts

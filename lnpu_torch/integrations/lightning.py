@@ -1,0 +1,65 @@
+"""LNPU as a callback of Lightning's Trainer. It knows Lightning's hooks; the accounts are `CostLog`'s."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lnpu_torch as lnpu
+from lnpu_torch.integrations.cost_log import CostLog
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    needs = "lnpu_torch.integrations.lightning needs Lightning: pip install 'lnpu-torch[integrations]'"
+    raise ModuleNotFoundError(needs, name=error.name) from error
+
+
+class LnpuCallback(Callback):
+    """Trains the module on the chip's arithmetic, logs each epoch's energy and shares, and writes the run's folder.
+
+    The arguments are those of `CostLog`. The module is converted in place before its optimizers are made, and stays so.
+    Each layer's T's are in the Trainer's checkpoints. Validation is not counted. Logged are `CHIP_energy_pj`,
+    `zero_share` and `fp8_share`, summed over ranks. `costs.finish()`'s reports are in `reports` after the fit.
+    """
+
+    def __init__(self, precision: Any = "fgmp", **settings: Any) -> None:
+        self.costs = CostLog(precision, **settings)
+        self.reports: list[lnpu.Report] = []
+        self._module: LightningModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.costs.convert(pl_module)
+            self._module = pl_module
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.costs.start(resumed=trainer.global_step > 0)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.costs.begin_epoch()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.costs.step_done()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.training or trainer.validating:
+            self.costs.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.costs.go_on()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log_dict(self.costs.end_epoch(trainer.current_epoch + 1))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.reports = self.costs.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.costs.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"thresholds": lnpu.thresholds(self._module)} if self._module else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._module and "thresholds" in state_dict:
+            lnpu.load_thresholds(self._module, state_dict["thresholds"])
