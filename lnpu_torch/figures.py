@@ -31,6 +31,7 @@ PARTS = {
 """What energy is spent on; DRAM's is apart."""
 
 ON_CHIP = ("mac", "sram", "simd")
+CORES = {"time of the multipliers": "cycles", "time of the SIMD core": "simd_cycles"}
 CHIPS = ("#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#117733")
 """Colours of chips, none of them a step's or a part's."""
 
@@ -97,20 +98,15 @@ def chips_side_by_side(study: Study) -> Figure:
     ends = [0.0] * len(chips)
     for part in ON_CHIP:
         values = [_spent(chip["total"], [part]) for chip in chips]
-        energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
-        ends = [end + value for end, value in zip(ends, values, strict=True)]
+        if any(values):
+            energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
+            ends = [end + value for end, value in zip(ends, values, strict=True)]
     _label_bars(energy, places, ends, "J")
-    for core, field, colour, shift in (
-        ("multipliers", "cycles", "#4B5563", -0.17),
-        ("SIMD core", "simd_cycles", "", 0.17),
-    ):
-        seconds = [(chip["total"][field] or 0.0) / chip["clock_hz"] for chip in chips]
-        shifted = [place + shift for place in places]
-        time.barh(shifted, seconds, color=colour or PARTS["simd"][1], height=0.27, label=f"time of the {core}")
-        _label_bars(time, shifted, seconds, "s")
-    bits = [chip["total"]["dram_bits"] or 0 for chip in chips]
-    dram.barh(places, bits, color=PARTS["dram"][1], height=0.6, label="DRAM")
-    _label_bars(dram, places, bits, "bit")
+    for (label, field), colour, shift in zip(CORES.items(), ("#4B5563", PARTS["simd"][1]), (-0.17, 0.17), strict=True):
+        cycles = [chip["total"][field] for chip in chips]
+        times = [None if each is None else each / chip["clock_hz"] for each, chip in zip(cycles, chips, strict=True)]
+        _bars(time, [place + shift for place in places], times, "s", color=colour, label=label, height=0.27)
+    _bars(dram, places, [chip["total"]["dram_bits"] for chip in chips], "bit", color=PARTS["dram"][1], height=0.6)
     for axes, title, unit in ((energy, "energy on the chip", "J"), (time, "time", "s"), (dram, "DRAM traffic", "bit")):
         axes.set_title(title, loc="left")
         axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
@@ -218,12 +214,24 @@ def _epochs(axes: Axes, numbers: Sequence[int], start: int | None = None) -> Non
     axes.set_xlabel("epoch")
 
 
-def _label_bars(axes: Axes, places: Sequence[float], values: Sequence[float], unit: str) -> None:
+def _bars(axes: Axes, places: Sequence[float], values: Sequence[float | None], unit: str, **look: Any) -> None:
+    """Labelled bars; where nothing is known there is none, but words that say so, unless nothing is known of all."""
+    if any(value is not None for value in values):
+        axes.barh(places, [value or 0.0 for value in values], **look)
+        _label_bars(axes, places, values, unit)
+
+
+def _label_bars(axes: Axes, places: Sequence[float], values: Sequence[float | None], unit: str) -> None:
     """Each bar's value, and how many times the first one's it is."""
-    for index, (place, value) in enumerate(zip(places, values, strict=True)):
-        ratio = f"{value / values[0]:.2f}x" if index and values[0] else "1.00x"
-        text = (si(value * 1e12, "pJ") if unit == "J" else si(value, unit)) + (f"  {ratio}" if ratio != "1.00x" else "")
-        axes.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    for place, value in zip(places, values, strict=True):
+        if value is None:
+            text = "not modelled"
+        else:
+            ratio = f"{value / values[0]:.2f}x" if values[0] else "1.00x"
+            text = si(value * 1e12, "pJ") if unit == "J" else si(value, unit)
+            text += f"  {ratio}" if ratio != "1.00x" else ""
+        there = (value or 0.0, place)
+        axes.annotate(text, there, xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
 
 
 def _legend(axes: Axes) -> None:

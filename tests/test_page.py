@@ -195,6 +195,7 @@ def test_one_epoch_and_no_metrics_leave_out_what_would_show_nothing(tmp_path: Pa
         drawn = figures(data)
         html = page(data, {name: drawing.inline_svg(figure, name, name) for name, figure in drawn.items()})
     assert drawn.keys() == {"energy_by_epoch", "chips_side_by_side", "shares_by_layer"}
+    assert "multipliers" in html and "time of the SIMD core" not in html
     assert "not recorded" in html and "test accuracy" not in html
     assert "operations on elements were not counted" in html
 
@@ -202,6 +203,9 @@ def test_one_epoch_and_no_metrics_leave_out_what_would_show_nothing(tmp_path: Pa
 def test_what_no_model_covers_is_no_zero(tmp_path: Path) -> None:
     bare = lnpu.chip("lnpu").model_copy(update={"simd": None, "name": "bare"})
     data = study(read_run(write_run(tmp_path / "run")), [bare])
+    chips = [data["chips"][0], study(read_run(tmp_path / "run"), ["lnpu"])["chips"][0]]
+    with drawing.look():
+        assert "not modelled" in drawing.svg(figures({**data, "chips": chips})["chips_side_by_side"], "chips")
     relu = next(row for row in data["chips"][0]["layers"] if row["layer"] == "(activation)")
     assert relu["energy_pj"] is None and relu["operations"] > 0
     with drawing.look():
