@@ -12,6 +12,7 @@ from lnpu_torch.config import ConfigError, Frozen
 from lnpu_torch.lane_family import MEMBERS, Member
 
 Cycles = Annotated[int, Field(ge=0)]
+PLACES = {member: place for place, member in enumerate(MEMBERS)}
 
 
 class LaneProfile(Frozen):
@@ -47,8 +48,8 @@ class LaneProfile(Frozen):
         Between them: passes of `lanes` channels, and one of what is left over; a lane's share of a pass of k channels
         is interpolated in log k.
         """
-        if (member := Member(run, balancer, lanes)) in MEMBERS:
-            return self.lane_cycles[MEMBERS.index(member)]
+        if (place := PLACES.get(Member(run, balancer, lanes))) is not None:
+            return self.lane_cycles[place]
         shares, rest = self._shares(run, balancer), self.channels % lanes
         return (self.channels - rest) * _at(lanes, shares) + rest * _at(rest, shares)
 
