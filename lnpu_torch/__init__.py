@@ -21,6 +21,7 @@ from lnpu_torch.rounding import quantize  # noqa: E402
 from lnpu_torch.rows import Row  # noqa: E402
 from lnpu_torch.sweep import Sweep, sweep  # noqa: E402
 from lnpu_torch.versions import versions  # noqa: E402
+from lnpu_torch.watch import unwatched  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "sweep",
     "thresholds",
     "uncounted",
+    "unwatched",
     "versions",
 ]

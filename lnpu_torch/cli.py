@@ -1,4 +1,4 @@
-"""The command `lnpu`: train, price, sweep, report, chips, profile. It reads arguments; the work is done elsewhere."""
+"""The command `lnpu`: its parts put together, and `profile`. It reads arguments; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -6,50 +6,24 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli_cost, cli_report
+from lnpu_torch import cli_cost, cli_report, cli_train
 from lnpu_torch.cli_cost import By, Chips, Format, Voltage, print_reports
-from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
-
-USER_ERROR = 2
-"""Exit code for a mistake in what the user gave, and for a run that cannot go on; Ctrl-C's is 130."""
+from lnpu_torch.cli_errors import errors_as_messages
+from lnpu_torch.config import ConfigError
 
 app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-P = ParamSpec("P")
 
 
 def main() -> None:
     """Entry point of the command."""
     app()
-
-
-def _errors_as_messages(command: Callable[P, None]) -> Callable[P, None]:
-    """A user's mistake ends a command with one message on stderr, and no traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ConfigError, OSError) as error:
-            _fail(str(error), USER_ERROR)
-        except KeyboardInterrupt:
-            _fail("Stopped.", 130)
-
-    return wrapped
-
-
-def _fail(message: str, exit_code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(message, style="red"))
-    raise typer.Exit(exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -62,34 +36,13 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
-@_errors_as_messages
-def train(
-    config: Annotated[str, typer.Argument(help="A built-in recipe (digits_resnet18) or a YAML file.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as lr=0.05 data.crop=2.")
-    ] = None,
-) -> None:
-    """Train by a recipe; print accuracy and energy per epoch, and keep both in a run folder."""
-    from lnpu_torch.recipes import train as recipe
-
-    path = find("recipes", config, "recipe")
-    data = parse_yaml(read_text(path, "recipe"), str(path))
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: not a recipe: a mapping of keys is expected")
-    changed = with_settings(data, settings or [])
-    try:
-        recipe.train(validate(recipe.TrainConfig, changed, str(path)), Console())
-    except recipe.Stopped as stopped:
-        _fail(str(stopped), stopped.exit_code)
-
-
-for command in (cli_cost.price, cli_cost.sweep, cli_report.report, cli_cost.chips):
-    app.command()(_errors_as_messages(command))
+PARTS = (cli_train.train, cli_train.recipes, cli_cost.price, cli_cost.sweep, cli_report.report, cli_cost.chips)
+for command in PARTS:
+    app.command()(errors_as_messages(command))
 
 
 @app.command()
-@_errors_as_messages
+@errors_as_messages
 def profile(
     model: Annotated[str, typer.Argument(help="MODULE:ATTR, an nn.Module or a function that returns one.")],
     input_shape: Annotated[str, typer.Option(help="Shape of a batch, such as 8,3,224,224.")],
@@ -114,29 +67,6 @@ def profile(
     if format == "table":
         print(lnpu.coverage(network))
     print_reports([cost.report(chip=each) for each in chips], by, format)
-
-
-def with_settings(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """`data` with each KEY=VALUE laid on it: a dotted key, and a value in YAML (so null, true, 2e-3, [a, b]).
-
-    Raises:
-        ConfigError: no "=", an empty key, a value that is not YAML, or a key inside what is no mapping.
-    """
-    changed = dict(data)
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        parts = key.split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"{setting!r}: settings are written KEY=VALUE, such as lr=0.05 or data.crop=2")
-        changed = _with(changed, parts, parse_yaml(value, key), key)
-    return changed
-
-
-def _with(data: Any, parts: list[str], value: Any, key: str) -> dict[str, Any]:
-    if data is not None and not isinstance(data, dict):
-        raise ConfigError(f"{key}: {parts[0]!r} is inside {data!r}, which has no keys")
-    data = data or {}
-    return {**data, parts[0]: _with(data.get(parts[0]), parts[1:], value, key) if parts[1:] else value}
 
 
 def import_model(target: str) -> nn.Module:

@@ -1,6 +1,6 @@
 """A training run as its folder has it: settings, metrics and counts of each epoch. It knows files, and prices nothing.
 
-config.yaml           settings; of them only `chips` has a meaning here
+config.yaml           settings; of them only `chip` has a meaning here
 metrics.csv           a row per epoch, first column `epoch`
 counts/epochN.json    what epoch N did
 versions.json         what it ran with, if that was recorded
@@ -39,8 +39,8 @@ class Run:
     @property
     def chips(self) -> list[str]:
         """The chips that it was priced on as it went."""
-        chips = self.settings.get("chips")
-        return [str(chip) for chip in chips] if isinstance(chips, list) and chips else ["lnpu"]
+        chips = self.settings.get("chip")
+        return [str(chip) for chip in (chips if isinstance(chips, list) else [chips])] if chips else ["lnpu"]
 
 
 def read_run(folder: str | Path) -> Run:

@@ -235,7 +235,10 @@ def _in_backward(func: Any, formula: Formula) -> bool:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Within the block this thread is not watched; and where no other mode lies above the Watch, at no cost."""
+    """Within the block this thread's operations on elements are not counted, such as those that prepare images.
+
+    Where no other mode lies above a CostCounter's, that costs no time.
+    """
     left, paused = [], []
     while isinstance(mode := _get_current_dispatch_mode(), Watch):
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -18,10 +18,18 @@ NAMES = (*SMALL, *TORCHVISION)
 
 
 class ModelConfig(Frozen):
-    """Which model. `width`: channels of the first stage of a model for small images, "..._cifar" (64 when null)."""
+    """Which model.
+
+    `width`: channels of the first stage of a model for small images, "..._cifar" (64 when null). `batch_norm`: for
+    VGG16 only, whether its convolutions are followed by batch norm (null: as is customary, so for small images and not
+    for torchvision's). Without it, errors are sparse: ReLU sets them to zero, and nothing spreads them. `classes`:
+    outputs (null: as many as the data has).
+    """
 
     name: str
     width: Annotated[int, Field(ge=1)] | None = None
+    batch_norm: bool | None = None
+    classes: Annotated[int, Field(ge=1)] | None = None
 
 
 class BasicBlock(nn.Module):
@@ -63,17 +71,17 @@ class ResNet18(nn.Sequential):
         self.fc = nn.Linear(width << 3, classes)
 
 
-def vgg16(classes: int, channels: int, width: int = 64) -> nn.Sequential:
-    """VGG16 with batch norm as is customary for small images: one linear layer, after the last pooling."""
+def vgg16(classes: int, channels: int, width: int = 64, batch_norm: bool = True) -> nn.Sequential:
+    """VGG16 as is customary for small images: one linear layer, after the last pooling."""
     layers: list[nn.Module] = []
     for multiple, repeats in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
         for _ in range(repeats):
-            layers += [
-                nn.Conv2d(channels, multiple * width, 3, padding=1),
-                nn.BatchNorm2d(multiple * width),
-                nn.ReLU(True),
-            ]
+            convolution = nn.Conv2d(channels, multiple * width, 3, padding=1)
+            # as torchvision begins, for without batch norm torch's own beginning shrinks what comes out of 13 layers
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            convolution.bias.data.zero_()  # type: ignore[union-attr]
             channels = multiple * width
+            layers += [convolution, *([nn.BatchNorm2d(channels)] if batch_norm else []), nn.ReLU(True)]
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
@@ -96,18 +104,31 @@ def build(config: ModelConfig, classes: int, shape: tuple[int, int, int]) -> nn.
     """A new model for images of `shape` (channels, height, width), randomly initialised from torch's global generator.
 
     Raises:
-        ConfigError: the name is unknown, torchvision is missing, or the model cannot take such images.
+        ConfigError: the name is unknown, torchvision is missing, an option is not this model's, the model cannot take
+            such images, or `config.classes` is not the data's number of classes.
     """
+    if config.classes not in (None, classes):
+        message = f"model.classes: {config.classes} outputs, but the data has {classes} classes"
+        raise ConfigError(f"{message}: leave it out, and there are as many")
+    if config.batch_norm is not None and "vgg16" not in config.name:
+        raise ConfigError(f"model.batch_norm: {config.name} comes in one form only; leave it out")
     if config.name in SMALL:
-        small = {"alexnet_cifar": alexnet, "resnet18_cifar": ResNet18, "vgg16_cifar": vgg16}[config.name]
-        return _checked(small(classes, shape[0], config.width or 64), config.name, shape)
+        return _checked(_small(config, classes, shape[0]), config.name, shape)
     if config.name not in TORCHVISION:
         hint = nearest(config.name, NAMES)
         raise ConfigError(f"model.name: unknown model {config.name!r}{hint}; known: {listed(NAMES)}")
     if config.width is not None:
         raise ConfigError(f"model.width: {config.name} has a fixed width; leave it out")
-    constructor: Callable[..., nn.Module] = getattr(import_torchvision().models, config.name)
+    name = f"{config.name}_bn" if config.batch_norm else config.name
+    constructor: Callable[..., nn.Module] = getattr(import_torchvision().models, name)
     return _checked(constructor(num_classes=classes), config.name, shape)
+
+
+def _small(config: ModelConfig, classes: int, channels: int) -> nn.Module:
+    width = config.width or 64
+    if config.name == "vgg16_cifar":
+        return vgg16(classes, channels, width, config.batch_norm is not False)
+    return {"alexnet_cifar": alexnet, "resnet18_cifar": ResNet18}[config.name](classes, channels, width)
 
 
 def _checked(model: nn.Module, name: str, shape: tuple[int, int, int]) -> nn.Module:

@@ -1,12 +1,13 @@
-"""A run's folder: resolved config, metrics, counts and checkpoint. It knows files, not how training goes.
+"""A run's folder: resolved settings, metrics, counts and checkpoints. It knows files, not how training goes.
 
-    config.yaml         the resolved settings; `lnpu train RUN/config.yaml resume=RUN` goes on
-    versions.json       what it began with
-    metrics.csv         a row per epoch
-    counts/epochN.json  what epoch N did; `lnpu price` reads it
-    checkpoint.pt       everything the next epoch starts from
+    config.yaml           the resolved settings; `lnpu train --resume RUN` goes on with them
+    versions.json         what it runs with
+    metrics.csv           a row per epoch
+    counts/epochN.json    what epoch N did; `lnpu price` reads it
+    checkpoints/*.pt      everything that the next step starts from
+    tensorboard/          the rows of metrics.csv for TensorBoard, if asked for
 
-Every file is written beside its place and then renamed, so that a crash leaves the earlier one whole.
+Every file but TensorBoard's is written beside its place and then renamed, so that a crash leaves the earlier one whole.
 """
 
 from __future__ import annotations
@@ -14,21 +15,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, listed, parse_yaml, read_text, write_text
-
-NOT_COMPARED = ("resume", "out", "threads", "device")
-"""Settings that may change when a run is resumed: they change neither weights nor counts (threads and device: not
-beyond the order in which floating-point sums are taken)."""
+from lnpu_torch.config import ConfigError, parse_json, parse_yaml, read_text, write_text
+from lnpu_torch.recipes.checkpoints import Checkpoints
+from lnpu_torch.recipes.settings import FREE
 
 
 class RunFolder:
@@ -38,44 +34,83 @@ class RunFolder:
         ConfigError: (every method) a file cannot be read or written; the message names it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
         self.path = Path(path)
-        self.checkpoint = self.path / "checkpoint.pt"
+        self.config, self.versions = self.path / "config.yaml", self.path / "versions.json"
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, settings: Mapping[str, Any]) -> None:
         """Make the folder of a new run; one that holds a run already is refused."""
-        if (self.path / "config.yaml").exists():
-            raise ConfigError(f"{self.path}: holds a run already; choose another out=..., or resume={self.path}")
+        if self.config.exists():
+            raise ConfigError(f"{self.path}: holds a run already; choose another out=..., or --resume {self.path}")
         try:
             (self.path / "counts").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be made: {error.strerror}") from None
-        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        write_text(self.path / "versions.json", json.dumps(lnpu.versions(), indent=1) + "\n")
+        write_text(self.versions, _json(lnpu.versions()))
+        self._write_config(settings)  # last: with it, a folder holds a run
 
-    def resume(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The state that `save` wrote last; settings that differ from the run's own are refused."""
-        file = self.path / "config.yaml"
-        before = parse_yaml(read_text(file, "run to resume"), str(file))
-        changed = [
-            f"{key}: {before.get(key)} -> {config.get(key)}"
-            for key in dict.fromkeys([*before, *config])
-            if before.get(key) != config.get(key) and key not in NOT_COMPARED
+    def resume(
+        self, settings: Mapping[str, Any], accept_changes: bool, warn: Callable[[str], None]
+    ) -> dict[str, Any] | None:
+        """The last good state; None if the run was cut short before there was one.
+
+        Settings that differ from the run's own are refused, but for those that change no result, unless
+        `accept_changes`; then they become the run's own. `warn` is told of them, of damaged checkpoints, and of
+        versions that are others now, with which the run need not end as it would have.
+        """
+        before = _flat(self.settings())
+        now = _flat(settings)
+        changes = [
+            f"{key}: {before.get(key)} -> {now.get(key)}"
+            for key in dict.fromkeys([*before, *now])
+            if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE)
         ]
-        if changed:
-            raise ConfigError(f"{self.path}: cannot be resumed with other settings: {listed(changed)}")
-        return self._load()
+        if changes and not accept_changes:
+            message = f"{self.path}: its settings were others:\n  " + "\n  ".join(changes)
+            raise ConfigError(f"{message}\nLeave them as they were, or go on with the new ones: --accept-changes")
+        ran_with, runs_with = parse_json(read_text(self.versions), str(self.versions)), lnpu.versions()
+        changes += [
+            f"{name}: {ran_with.get(name)} -> {now}" for name, now in runs_with.items() if now != ran_with.get(name)
+        ]
+        for change in changes:
+            warn(f"changed: {change}")
+        write_text(self.versions, _json(runs_with))
+        self._write_config(settings)
+        newest: dict[str, Any] | None = self.checkpoints.newest(warn)
+        return newest
 
-    def save(self, state: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], counts: lnpu.Counts | None) -> None:
-        """Write what the epoch of the last row of `metrics` did, then the state that the next starts from."""
+    def settings(self) -> dict[str, Any]:
+        """What config.yaml holds."""
+        found = parse_yaml(read_text(self.config, "run to resume"), str(self.config))
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.config}: not the settings of a run: a mapping of keys is expected")
+        return found
+
+    def save_epoch(
+        self, metrics: Sequence[Mapping[str, Any]], counts: lnpu.Counts | None, tensorboard: bool = False
+    ) -> None:
+        """Write what the epoch of the last row of `metrics` did."""
         if counts is not None:
             counts.save(self.path / "counts" / f"epoch{metrics[-1]['epoch']}.json")
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(metrics[-1]), lineterminator="\n")
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in metrics for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(metrics)
         write_text(self.path / "metrics.csv", text.getvalue())
-        self._write(dict(state))
+        if tensorboard:
+            self._show_in_tensorboard(metrics[-1])
+
+    def _show_in_tensorboard(self, row: Mapping[str, Any]) -> None:
+        """Add a row of metrics to what TensorBoard reads. An epoch that is done anew replaces what it wrote before."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("tensorboard=true needs tensorboard: pip install 'lnpu-torch[recipes]'") from None
+        with SummaryWriter(str(self.path / "tensorboard"), purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                if value is not None:
+                    writer.add_scalar(name, value, row["epoch"])
 
     def counts(self) -> list[tuple[str, lnpu.Counts]]:
         """The counts of every epoch, in order, each with its name ("epoch1", ...)."""
@@ -85,30 +120,26 @@ class RunFolder:
 
     def how_to_go_on(self) -> str:
         """One sentence for whom the run was cut short."""
-        if not self.checkpoint.exists():
-            return "No epoch was finished, so there is nothing to resume."
-        command = f"lnpu train {self.path / 'config.yaml'} resume={self.path}"
-        return f"The last good checkpoint is {self.checkpoint}. Go on with: {command}"
+        files = self.checkpoints.files()
+        last = f"The last good checkpoint is {files[-1]}. " if files else "There is no checkpoint yet. "
+        return f"{last}Go on with: lnpu train --resume {self.path}"
 
-    def _write(self, state: dict[str, Any]) -> None:
-        beside = self.path / f".checkpoint.pt.{os.getpid()}.partial"
-        try:
-            with beside.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.checkpoint)
-        except (OSError, RuntimeError) as error:  # torch's RuntimeError hides the OSError of a full disk behind it
-            beside.unlink(missing_ok=True)
-            reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise ConfigError(f"{self.checkpoint}: cannot be written: {reason}. {self.how_to_go_on()}") from None
+    def _write_config(self, settings: Mapping[str, Any]) -> None:
+        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False))
 
-    def _load(self) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ConfigError(f"{self.path}: cannot be resumed: it has no checkpoint.pt") from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError(f"{self.checkpoint}: damaged, or not a checkpoint: {reason}") from None
-        return state
+
+def _json(data: Mapping[str, str]) -> str:
+    return json.dumps(data, indent=1) + "\n"
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key."""
+    return dict(_leaves(settings, ""))
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from rich import progress
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -16,29 +15,33 @@ from rich.text import Text
 from torch import nn
 
 import lnpu_torch as lnpu
+from lnpu_torch.config import builtin_names, find, parse_yaml, validate
+from lnpu_torch.recipes.settings import TrainConfig
 from lnpu_torch.tables import add_row, plain_table, si
 
 ENERGY_EVERY_S = 1.0
 """Reading the counters waits for the device, so the energy so far is refreshed this often, in seconds."""
 
 
-def start(model: nn.Module, device: torch.device, images: str, folder: Path, emulated: bool) -> RenderableType:
+def start(model: nn.Module, where: str, images: str, folder: Path, emulated: bool) -> RenderableType:
     """What is trained, on what and where to."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = lnpu.coverage(model)
     held = f"{len(layers.emulated)} of {len(layers.rows)} layers that have any" if emulated else "none of the layers"
-    text = f"{si(parameters)} parameters, {held} emulated; on {device}; {images}; files in {folder}"
+    text = f"{si(parameters)} parameters, {held} emulated; on {where}; {images}; files in {folder}"
     return Text(text)
 
 
 class Progress:
-    """A bar for one epoch: loss, accuracy, images/s, and the energy so far on one chip if `cost` is given."""
+    """A bar for one epoch: loss, accuracy, images/s, and the energy so far in words, if `energy` gives it."""
 
-    def __init__(self, console: Console, name: str, steps: int, cost: lnpu.CostCounter | None, chip: str) -> None:
+    def __init__(
+        self, console: Console, name: str, steps: int, done: int = 0, energy: Callable[[], str] | None = None
+    ) -> None:
         columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[numbers]}")
         self._bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=console, transient=True)
-        self._task = self._bar.add_task(name, total=steps, numbers="")
-        self._cost, self._chip, self._energy, self._read = cost, chip, "", time.monotonic()
+        self._task = self._bar.add_task(name, total=steps, completed=done, numbers="")
+        self._energy, self._words, self._read = energy, "", time.monotonic()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -51,28 +54,42 @@ class Progress:
 
     def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
         """One step further; the numbers are those of the epoch so far."""
-        if self._cost is not None and time.monotonic() - self._read >= ENERGY_EVERY_S:
-            self._energy = f", {si(self._cost.report(chip=self._chip).total.energy_pj, 'pJ')} on {self._chip}"
-            self._read = time.monotonic()
-        numbers = f"loss {loss:.4f}, accuracy {accuracy:.2%}, {images_per_s:,.0f} images/s{self._energy}"
+        if self._energy is not None and time.monotonic() - self._read >= ENERGY_EVERY_S:
+            self._words, self._read = f", {self._energy()}", time.monotonic()
+        numbers = f"loss {loss:.4f}, accuracy {accuracy:.2%}, {images_per_s:,.0f} images/s{self._words}"
         self._bar.update(self._task, advance=1, numbers=numbers)
 
 
-def epoch(row: Mapping[str, Any], epochs: int, reports: Sequence[lnpu.Report]) -> RenderableType:
-    """One epoch: its row of metrics.csv in words, and a table of its work and energy by step."""
-    words = (
+def energy(counts: lnpu.Counts, chip: str) -> str:
+    """The energy of what was counted, in words."""
+    report = lnpu.price(counts, chip)
+    return f"{si(report.total.energy_pj, 'pJ')} on {report.chip}"
+
+
+def columns(report: lnpu.Report) -> dict[str, float | None]:
+    """What metrics.csv keeps of an epoch's price on one chip: pJ, by step too; shares; seconds of the chip."""
+    total, steps = report.total, report.by("step").rows
+    values: dict[str, float | None] = {"energy_pj": total.energy_pj}
+    values |= {f"{row.step}_pj": row.energy_pj for row in steps}
+    values |= {"fp8_share": total.fp8_share, "zero_share": total.zero_share, "time_s": report.time_s}
+    return {f"{report.chip}_{name}": value for name, value in values.items()}
+
+
+def epoch(row: Mapping[str, Any], epochs: int, reports: Sequence[lnpu.Report]) -> Text:
+    """One epoch: its row of metrics.csv in words, and a line for what it cost on each chip."""
+    lines = [
         f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}, train {row['train_accuracy']:.2%}, "
         f"test {row['test_accuracy']:.2%}, {row['images_per_s']:,.0f} images/s"
-    )
-    if not reports:
-        return Text(words)
-    table = plain_table(words, ["step"], ["MACs", "executed", "zeros", "FP8", *(report.chip for report in reports)])
-    for rows in zip(*((*report.by("step").rows, report.total) for report in reports), strict=True):
-        first = rows[0]
-        shares = (first.executed / max(first.slots, 1), first.zero_share, first.fp8_share)
-        work = (si(first.slots), *map(_share, shares))
-        add_row(table, first.step, *work, *(si(each.energy_pj, "pJ") for each in rows))
-    return table
+    ]
+    if row.get("counted_steps") is not None:
+        error = "unknown" if row["energy_error"] is None else f"{row['energy_error']:.2%}"
+        lines[0] += f"; energy extrapolated from {row['counted_steps']} counted step(s), standard error {error}"
+    for report in reports:
+        total, steps = report.total, report.by("step").rows
+        by_step = ", ".join(f"{step.step} {si(step.energy_pj, 'pJ')}" for step in steps)
+        shares = f"FP8 {_share(total.fp8_share)}, zeros {_share(total.zero_share)}"
+        lines.append(f"  {report.chip}: {si(total.energy_pj, 'pJ')} = {by_step}; {shares}; {si(report.time_s, 's')}")
+    return Text("\n".join(lines))
 
 
 def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[str]) -> RenderableType:
@@ -99,3 +116,16 @@ def _energies(key: Literal["layer", "step"], reports: Sequence[lnpu.Report]) -> 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def recipes_table() -> Table:
+    """The built-in recipes: what each trains on what, and the first line of its header."""
+    table = plain_table("Recipes (lnpu train NAME)", ["name", "model", "data", ""], ["epochs", "batch"])
+    for name in builtin_names("recipes"):
+        path = find("recipes", name, "recipe")
+        text = path.read_text(encoding="utf-8")
+        settings = validate(TrainConfig, parse_yaml(text, str(path)), str(path))
+        words = text.splitlines()[0].removeprefix("# ")
+        row = (name, settings.model.name, settings.data.kind, words)
+        add_row(table, *row, str(settings.epochs), str(settings.batch_size))
+    return table

@@ -35,7 +35,7 @@ def epoch_counts(times: int) -> Counts:
     return counted.model_copy(update={"steps": tuple(renamed)}) * times
 
 
-def write_run(folder: Path, epochs: int = 3, settings: str = "chips: [lnpu, dense-fp16]\n") -> Path:
+def write_run(folder: Path, epochs: int = 3, settings: str = "chip: [lnpu, dense-fp16]\n") -> Path:
     (folder / "counts").mkdir(parents=True)
     (folder / "config.yaml").write_text(f"model: {{name: tiny}}\nprecision: fgmp\nlr: 0.1\n{settings}")
     (folder / "versions.json").write_text('{"torch": "9.9"}')

@@ -13,30 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from command import lnpu_command, refused
 from handmade import network
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import lnpu_torch as lnpu
 from lnpu_torch import cli
 from lnpu_torch.config import ConfigError
-from lnpu_torch.recipes import train as recipe
-
-SMALL = ["epochs=1", "limit=2", "batch_size=32", "model.width=2", "data.size=8"]
-
-
-def lnpu_command(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, arguments)
-
-
-def refused(*arguments: str) -> str:
-    """The message of a command that must fail with it alone: exit code 2, on stderr, no traceback."""
-    result = lnpu_command(*arguments)
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
-    return result.stderr
 
 
 @pytest.fixture
@@ -49,110 +32,6 @@ def test_help_and_version() -> None:
     help_text = lnpu_command("--help").stdout
     assert all(command in help_text for command in ("train", "price", "chips", "profile"))
     assert lnpu_command("--version").stdout == f"lnpu {lnpu.__version__}\n"
-
-
-def test_train_prints_each_epoch_and_keeps_the_run(tmp_path: Path) -> None:
-    result = lnpu_command("train", "digits_resnet18", *SMALL, "chips=[lnpu, sparse-inference]", f"out={tmp_path}/run")
-    assert result.exit_code == 0, result.output
-    for words in (
-        "21 of 41 layers",
-        "epoch 1/1: loss",
-        "grad_weight",
-        "sparse-inference",
-        "Energy by layer",
-        "layer4.1.conv2",
-    ):
-        assert words in result.stdout
-    counts_file = f"{tmp_path}/run/counts/epoch1.json"
-    priced = lnpu_command("price", counts_file, "--by", "step", "--format", "json")
-    row = next(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert json.loads(priced.stdout)["total"]["energy_pj"] == float(row["lnpu_energy_pj"])
-    again = lnpu_command("train", f"{tmp_path}/run/config.yaml", f"resume={tmp_path}/run")
-    assert again.exit_code == 0, again.output
-
-
-def test_train_in_float32_says_that_nothing_is_counted(tmp_path: Path) -> None:
-    result = lnpu_command("train", "digits_resnet18", *SMALL, "precision=float32", f"out={tmp_path}/run")
-    assert result.exit_code == 0, result.output
-    assert "nothing was counted" in result.stdout
-
-
-BAD_SETTINGS = {
-    "unknown key 'lrr' (nearest: lr); known: model, data,": ["lrr=1"],
-    "unknown key 'data.sice' (nearest: size); known: kind, path": ["data.sice=1"],
-    "lr: Input should be a valid number, got 'fast'": ["lr=fast"],
-    "seed: Input should be a valid integer, got 1.5": ["seed=1.5"],
-    "epochs: Input should be greater than or equal to 1, got 0": ["epochs=0"],
-    "'epochs': settings are written KEY=VALUE": ["epochs"],
-    "'=3': settings are written KEY=VALUE": ["=3"],
-    "chips: not valid YAML": ["chips=[lnpu"],
-    "lr.max: 'max' is inside 0.1, which has no keys": ["lr.max=1"],
-    "unknown model 'resnet81'": ["model.name=resnet81"],
-    "unknown chip 'lnpo'": ["chips=[lnpo]"],
-    "unknown precision 'fp9'": ["precision=fp9"],
-    "override 'fcc' matches no layer that can be emulated (nearest: fc)": ["overrides.fcc=fp8"],
-    "nowhere.npz: no such data file": ["data.kind=npz", "data.path=nowhere.npz"],
-    "device: torch cannot use 'tpu9' here": ["device=tpu9"],
-    "nowhere/config.yaml: no such run to resume": ["resume=nowhere"],
-}
-
-
-@pytest.mark.parametrize("message", BAD_SETTINGS)
-def test_a_wrong_setting_is_refused(message: str, tmp_path: Path) -> None:
-    assert message in refused("train", "digits_resnet18", *SMALL, f"out={tmp_path}/run", *BAD_SETTINGS[message])
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_wrong_recipe_is_refused(tmp_path: Path) -> None:
-    assert "unknown recipe 'digits'" in refused("train", "digits")
-    assert "digits_resnet18" in refused("train", "digits")
-    (tmp_path / "list.yaml").write_text("[1, 2]")
-    assert "not a recipe" in refused("train", f"{tmp_path}/list.yaml")
-    (tmp_path / "twice.yaml").write_text("lr: 1\nlr: 2")
-    assert "key 'lr' stands twice" in refused("train", f"{tmp_path}/twice.yaml")
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    message = refused("train", "digits_resnet18", *SMALL, f"out={tmp_path}/file/run")
-    assert f"{tmp_path}/file/run: cannot be made: Not a directory" in message
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "pip install 'lnpu-torch[recipes]'" in refused("train", "digits_resnet18", f"out={tmp_path}/run")
-
-
-@pytest.mark.parametrize("code", [2, 130])
-def test_a_run_that_stops_ends_with_its_message_and_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
-        raise recipe.Stopped("The loss is nan [in] epoch 3", code)
-
-    monkeypatch.setattr(recipe, "train", stop)
-    result = lnpu_command("train", "digits_resnet18")
-    assert (result.exit_code, result.stderr.strip()) == (code, "The loss is nan [in] epoch 3")
-
-
-def test_ctrl_c_before_training_has_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(recipe, "train", interrupt)
-    result = lnpu_command("train", "digits_resnet18")
-    assert (result.exit_code, result.stderr.strip()) == (130, "Stopped.")
-
-
-def test_settings_are_yaml_under_dotted_keys() -> None:
-    start: dict[str, Any] = {"lr": 1, "data": {"kind": "npz", "size": 8}}
-    settings = ["lr=2e-3", "data.size=null", "data.flip=true", "chips=[a, b]", "overrides.fc=null", "out=a=b"]
-    assert cli.with_settings(start, settings) == {
-        "lr": 2e-3,
-        "data": {"kind": "npz", "size": None, "flip": True},
-        "chips": ["a", "b"],
-        "overrides": {"fc": None},
-        "out": "a=b",
-    }
-    assert start == {"lr": 1, "data": {"kind": "npz", "size": 8}}
 
 
 def test_price_prints_a_table_for_one_chip_and_a_comparison_for_several(counts: str) -> None:

@@ -1,0 +1,41 @@
+"""How a command ends that cannot go on: with one message on stderr, and an exit code. It knows no command."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lnpu_torch.config import ConfigError
+
+USER_ERROR = 2
+"""Exit code for a mistake in what the user gave, and for a run that cannot go on; Ctrl-C's is 130."""
+
+P = ParamSpec("P")
+
+
+def errors_as_messages(command: Callable[P, None]) -> Callable[P, None]:
+    """A user's mistake ends a command with one message on stderr, and no traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ConfigError, OSError) as error:
+            fail(str(error), USER_ERROR)
+        except KeyboardInterrupt:
+            fail("Stopped.", 130)
+
+    return wrapped
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """End the command. Of several processes that train together, the first speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True, soft_wrap=True).print(Text(message, style="red" if exit_code else ""))
+    raise typer.Exit(exit_code)

@@ -1,0 +1,76 @@
+"""The commands that train: train, recipes. They read arguments; the work is done in the recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lnpu_torch.cli_errors import fail
+from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
+from lnpu_torch.tables import plain
+
+
+def train(
+    config: Annotated[str | None, typer.Argument(help="A recipe (see lnpu recipes) or a YAML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as lr=0.05 data.crop=2.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with the run in this folder; with CONFIG, or begin it there."),
+    ] = None,
+    accept_changes: Annotated[bool, typer.Option(help="Go on although settings have changed.")] = False,
+) -> None:
+    """Train by a recipe; print accuracy and energy per epoch, and keep both in a run folder."""
+    from lnpu_torch.recipes import train as recipe
+    from lnpu_torch.recipes.interrupts import Stopped
+    from lnpu_torch.recipes.settings import TrainConfig
+
+    if config and "=" in config:
+        settings = [config, *(settings or [])]
+        config = None
+    if config is None and resume is None:
+        raise ConfigError("a recipe is needed (lnpu recipes lists them), or --resume RUN")
+    path = find("recipes", config, "recipe") if config else Path(str(resume)) / "config.yaml"
+    data = parse_yaml(read_text(path, "recipe" if config else "run to resume"), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: not a recipe: a mapping of keys is expected")
+    changed = with_settings(data, settings or [])
+    try:
+        recipe.train(validate(TrainConfig, changed, str(path)), Console(), resume, accept_changes)
+    except Stopped as stopped:
+        fail(str(stopped), stopped.exit_code)
+
+
+def recipes() -> None:
+    """List the built-in recipes."""
+    from lnpu_torch.recipes.show import recipes_table
+
+    print(plain(recipes_table()))
+
+
+def with_settings(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """`data` with each KEY=VALUE laid on it: a dotted key, and a value in YAML (so null, true, 2e-3, [a, b]).
+
+    Raises:
+        ConfigError: no "=", an empty key, a value that is not YAML, or a key inside what is no mapping.
+    """
+    changed = dict(data)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"{setting!r}: settings are written KEY=VALUE, such as lr=0.05 or data.crop=2")
+        changed = _with(changed, parts, parse_yaml(value, key), key)
+    return changed
+
+
+def _with(data: Any, parts: list[str], value: Any, key: str) -> dict[str, Any]:
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{key}: {parts[0]!r} is inside {data!r}, which has no keys")
+    data = data or {}
+    return {**data, parts[0]: _with(data.get(parts[0]), parts[1:], value, key) if parts[1:] else value}

@@ -1,0 +1,126 @@
+"""Every setting of a run, and what each may be. It knows no images, no model and no training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from lnpu_torch.config import Frozen, listed
+from lnpu_torch.recipes.models import ModelConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Real = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+NEEDS_PATH = ("npz", "imagefolder")
+
+
+class DataConfig(Frozen):
+    """Where the images come from, how training images are augmented, and how they are read.
+
+    `kind`: "digits" (scikit-learn's 1,797 scans of handwritten digits, 8x8, shipped with it), "cifar10", "cifar100"
+    (torchvision's, in the folder `path`, ./data when null; fetched with `download`), "npz" (the file `path` with
+    x_train, x_test: uint8 [N, C, H, W] and y_train, y_test: integers [N]) or "imagefolder" (photographs in
+    `path`/train/CLASS/ and `path`/val/CLASS/, such as ImageNet).
+
+    `size`: images are resized to size x size pixels (null: left as they are; an imagefolder's are 224). `crop`: random
+    shift by up to this many pixels, zeros moving in; an imagefolder's are cropped as is customary, at random from 8 to
+    100 % of the photograph. `flip`: mirrored left to right at random, half of the time. `cutout`: side of a square at a
+    random place that is blanked out (DeVries & Taylor 2017).
+
+    `workers`: processes that read an imagefolder. `unreadable`: whether a photograph that cannot be read ends the run,
+    or is named and left out. `bench`: measure how fast the images come, and train nothing.
+    """
+
+    kind: Literal["digits", "npz", "cifar10", "cifar100", "imagefolder"]
+    path: str | None = None
+    download: bool = False
+    size: Positive | None = None
+    crop: Whole = 0
+    flip: bool = False
+    cutout: Whole = 0
+    workers: Whole = 4
+    unreadable: Literal["fatal", "skip"] = "fatal"
+    bench: bool = False
+
+    @model_validator(mode="after")
+    def _path_and_crop_belong_to_the_kind(self) -> Self:
+        if self.kind in NEEDS_PATH and self.path is None:
+            raise ValueError(f"data.kind={self.kind} needs data.path")
+        if self.kind == "digits" and self.path is not None:
+            raise ValueError(f"data.path belongs to data.kind={listed(NEEDS_PATH)}, cifar10 or cifar100, not to digits")
+        if self.kind == "imagefolder" and self.crop:
+            raise ValueError("data.crop is not for an imagefolder, whose photographs are cropped at random anyway")
+        return self
+
+
+class CountConfig(Frozen):
+    """`every`: count each so-manieth step only, and take those between to be like it (1: count all, exactly)."""
+
+    every: Positive = 1
+
+
+class CheckpointConfig(Frozen):
+    """`every`: steps between checkpoints within an epoch (null: only at its end). `keep`: how many are kept (0: none
+    is written, for trials)."""
+
+    every: Positive | None = None
+    keep: Whole = 2
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class TrainConfig(Frozen):
+    """Every setting of a run; a recipe's YAML gives them, `key=value` on the command line changes them.
+
+    `precision`: "fgmp", "fp8", "fp16", "float32" (torch's own layers, nothing counted) or a precision YAML.
+    `overrides`: another precision, or null for float, by layer name pattern. `chip`: names or files of the chips to
+    price each epoch on.
+
+    `batch_size`: images per step of the optimizer, over all ranks. `accumulate`: pieces that each rank's share of a
+    batch is computed in, one after the other. `limit`: training and test batches per epoch at most. `ema`: decay of the
+    average of weights that is tested instead of the weights themselves (null: none). `amp`: activations between layers
+    in FP16 (autocast). `compile`: torch.compile. `channels_last`: memory order of images and weights.
+
+    `tensorboard`: also write the rows of metrics.csv for it. `threads`: CPU threads (null: torch's choice). `out`: the
+    run's folder (null: a new one in runs/).
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    precision: str = "fgmp"
+    overrides: dict[str, str | None] = {}
+    chip: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), Field(min_length=1)] = ("lnpu", "dense-fp16")
+    count: CountConfig = CountConfig()
+    epochs: Positive
+    batch_size: Annotated[int, Field(ge=2)]
+    accumulate: Positive = 1
+    limit: Positive | None = None
+    lr: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "onecycle"] = "onecycle"
+    momentum: Share = 0.9
+    weight_decay: Real = 5e-4
+    label_smoothing: Share = 0.1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    amp: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tensorboard: bool = False
+    seed: Whole = 0
+    threads: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: str | None = None
+
+    @property
+    def emulated(self) -> bool:
+        return self.precision != "float32"
+
+
+FREE = ("out", "threads", "device", "tensorboard", "checkpoint", "data.workers", "data.download", "data.bench")
+"""Settings that may change when a run is resumed: they change neither weights nor counts (threads and device: not
+beyond the order in which floating-point sums are taken)."""

@@ -1,0 +1,133 @@
+"""Ranks that train together do what one process does with the same batches, and hold the same weights and T's."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import on_ranks
+from small_run import QUIET, config, equal
+from torch import distributed as dist
+
+import lnpu_torch as lnpu
+from lnpu_torch.config import ConfigError
+from lnpu_torch.recipes import train as recipe
+from lnpu_torch.recipes.interrupts import Interrupts, Stopped
+from lnpu_torch.recipes.run_folder import RunFolder
+
+STATIC = """
+input: {low: e4m3, high: fp16, threshold: 0}
+weight: {low: e4m3, high: fp16, threshold: -14}
+grad_output: {low: e4m3, high: fp16, threshold: 12}
+result: fp32  # rounded to FP16, a batch's gradient is not the sum of its halves'
+"""
+PLAIN: dict[str, Any] = {
+    "model": {"name": "vgg16_cifar", "width": 2, "batch_norm": False},
+    "data": {"kind": "digits", "size": 32, "crop": 2, "flip": True, "cutout": 4},
+    **{"epochs": 2, "limit": 4, "lr": 0.02},
+}
+MACS = ("layer", "step", "slots", "padding", "not_run", "pairs")
+
+
+def launched(rank: int) -> None:
+    """What torchrun tells a process; the group itself is up already."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
+
+
+def train(settings: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    """On each rank."""
+    launched(dist.get_rank())
+    return recipe.train(config(**settings), QUIET, **options)
+
+
+def macs(folder: Path) -> list[list[Any]]:
+    """What each layer did in each step, without what depends on how often it was called."""
+    counts = lnpu.Counts.merge(counts for _, counts in RunFolder(folder).counts())
+    return [[getattr(entry, name) for name in MACS] for entry in counts.steps]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_do_what_one_process_does(accumulate: int, tmp_path: Path) -> None:
+    """With static T's and without batch norm: every MAC is the same, and the loss but for the order of sums."""
+    (tmp_path / "static.yaml").write_text(STATIC)
+    settings = {**PLAIN, "precision": str(tmp_path / "static.yaml"), "accumulate": accumulate}
+    alone = recipe.train(config(**settings, out=str(tmp_path / "alone")), QUIET)
+    first, second = on_ranks(train, {**settings, "out": str(tmp_path / "ranks")})
+    assert macs(tmp_path / "ranks") == macs(tmp_path / "alone")
+    for one, both, other in zip(alone, first, second, strict=True):
+        assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert both["train_accuracy"] == one["train_accuracy"] and both["test_accuracy"] == one["test_accuracy"]
+        assert equal(both, other)  # and both ranks say so
+    assert alone[0]["loss"] != alone[1]["loss"]
+
+
+def weights_and_thresholds(settings: dict[str, Any]) -> dict[str, Any]:
+    launched(dist.get_rank())
+    run = recipe.Run(config(**settings), QUIET)
+    run.open(None, False)
+    run.train_epoch(Interrupts())
+    return {"weights": dict(run.model.named_parameters()), "thresholds": lnpu.thresholds(run.model), "done": run.done}
+
+
+def test_ranks_hold_equal_weights_and_thresholds_after_20_steps(tmp_path: Path) -> None:
+    """With batch norm, dropout-free, and T's that follow what all ranks saw."""
+    settings = {"limit": 20, "epochs": 1, "batch_size": 16, "out": str(tmp_path / "run")}
+    first, second = on_ranks(weights_and_thresholds, settings)
+    assert first["done"] == 20 and equal(first, second)
+    begun = recipe.Run(config(**{**settings, "out": None}), QUIET)
+    assert not torch.equal(first["weights"]["conv1.weight"], begun.model.conv1.weight)
+
+
+def stopped_and_resumed(settings: dict[str, Any], folder: str) -> str:
+    """One rank alone is told to stop, after the third step; all do, and go on."""
+    launched(dist.get_rank())
+    step, taken = recipe.Run.step, list[int]()
+
+    def counted(run: recipe.Run, pieces: Any, asked: int) -> list[float]:
+        taken.append(1)
+        told = signal.SIGTERM if len(taken) == 3 and dist.get_rank() == 1 else 0
+        return step(run, pieces, told)
+
+    recipe.Run.step = counted  # type: ignore[method-assign]
+    try:
+        recipe.train(config(**settings), QUIET, resume=folder)
+    except Stopped as stopped:
+        recipe.Run.step = step  # type: ignore[method-assign]
+        recipe.train(config(**settings), QUIET, resume=folder)
+        return f"{stopped.exit_code}: {stopped}"
+    return "was not stopped"
+
+
+def test_ranks_stop_together_and_go_on_together(tmp_path: Path) -> None:
+    settings = {"model": {"name": "alexnet_cifar", "width": 2}, "data": {"kind": "digits", "size": 16}, "limit": 4}
+    whole = on_ranks(train, {**settings, "out": str(tmp_path / "whole")})
+    messages = on_ranks(stopped_and_resumed, settings, str(tmp_path / "cut"))
+    assert all(message.startswith("0: Stopped after epoch 1, step 3 of 4.") for message in messages)
+    ends = [RunFolder(tmp_path / name).checkpoints.newest(print) for name in ("whole", "cut")]
+    assert equal(*ends) and whole
+    assert RunFolder(tmp_path / "whole").counts() == RunFolder(tmp_path / "cut").counts()
+
+
+def refusals(settings: list[dict[str, Any]]) -> list[str]:
+    launched(dist.get_rank())
+    messages = []
+    for each in settings:
+        with pytest.raises((ConfigError, Stopped)) as refused:
+            recipe.train(config(**each), QUIET)
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_all_ranks_say_what_is_wrong(tmp_path: Path) -> None:
+    """What one rank alone notices ends the others as well, rather than leave them waiting."""
+    recipe.train(config(epochs=1, out=str(tmp_path / "taken")), QUIET)
+    wrong = [{"batch_size": 31}, {"out": str(tmp_path / "taken")}]
+    first, second = on_ranks(refusals, wrong)
+    assert first == second
+    assert "31 images cannot be shared evenly among 2 rank(s)" in first[0]
+    assert "holds a run already" in first[1]
