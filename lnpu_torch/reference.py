@@ -246,10 +246,11 @@ def error_table(rule: Rule, unit: Tensor) -> tuple[Tensor, Tensor]:
     low_ulp = torch.maximum(e, window + low.min_exponent) - low.mantissa
     high_ulp = e.clamp(min=wide.min_exponent) - wide.mantissa
     over = torch.where(bins < t, low_ulp, high_ulp) + 1 - e  # 48 ulp^2 / 12 = 4^e 4^over
-    error = torch.minimum(1 << (2 * over.clamp(0, 4)), square)  # at most the element itself, rounded to zero
-    return _units(error, e + over.clamp(max=0) - unit), _units(square, e - unit)
+    lost = (1 << (2 * over.clamp(0, 4))) > square  # rounded to zero: the error is the element itself
+    whole = _units(square, e - unit)
+    return torch.where(lost, whole, _units(1, e + over - unit)), whole
 
 
-def _units(factor: Tensor, power: Tensor) -> Tensor:
-    """factor * 4^power, or 0 where the power is negative; bins above the top binade, which are empty, get anything."""
-    return torch.where(power < 0, 0, factor << (2 * power.clamp(0, RANGE)))
+def _units(factor: Tensor | int, power: Tensor) -> Tensor:
+    """factor * 4^power, or 0 where the power is negative; above the top binade, where nothing is, it may be anything."""
+    return torch.where(power < 0, 0, factor << (2 * power.clamp(0, RANGE + 3)))
