@@ -31,7 +31,11 @@ def check_device(**tensors: Tensor | None) -> None:
         raise ValueError(
             "a kernel's tensors lie on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items())
         )
-    device = next(iter(devices.values()))
+    check_runs(next(iter(devices.values())))
+
+
+def check_runs(device: torch.device) -> None:
+    """The kernels run on a device: RuntimeError if that is a CPU and Triton's interpreter is off, or a GPU too old."""
     if device.type == "cuda" and capability(device) < OLDEST:
         found, needed = (".".join(map(str, pair)) for pair in (capability(device), OLDEST))
         raise RuntimeError(f"the kernels need compute capability {needed}, but {device} has {found}")

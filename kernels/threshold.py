@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors
-from lnpu_torch.kernels.quantize import FLOATS, _bits, _dense, _readable
+from lnpu_torch.kernels.rounding import FLOATS, bits_of, dense, readable
 
 SAMPLE = 2**16
 """At most this many elements are looked at for a histogram; the same as `reference.SAMPLE`."""
@@ -109,7 +109,7 @@ def _look(x_ptr, row_ptr, part, count, step, sizes, strides, C: tl.constexpr, ST
     if C.mode == LARGEST:
         for i in range(STEPS):
             index = (part.to(tl.int64) * STEPS + i) * BLOCK + lane
-            magnitude = _bits(x_ptr, index, index < count) & 0x7FFFFFFF
+            magnitude = bits_of(x_ptr, index, index < count) & 0x7FFFFFFF
             largest = tl.maximum(largest, tl.where(magnitude < 0x7F800000, magnitude, 0))
         tl.store(row_ptr, tl.max(largest))
     elif C.mode != FIXED:
@@ -123,7 +123,7 @@ def _look(x_ptr, row_ptr, part, count, step, sizes, strides, C: tl.constexpr, ST
             else:
                 offsets += (rest % sizes[d]).to(tl.int64) * strides[d]
                 rest = rest // sizes[d]
-        magnitude = _bits(x_ptr, offsets, mask) & 0x7FFFFFFF
+        magnitude = bits_of(x_ptr, offsets, mask) & 0x7FFFFFFF
         bins = tl.minimum(tl.maximum((magnitude >> 21) - 4 * 127, C.smallest - 1), C.largest) - (C.smallest - 1)
         seen = mask & (magnitude > 0) & (magnitude < 0x7F800000)
         tl.store(row_ptr + tl.arange(0, BINS), tl.histogram(tl.where(seen, bins, BINS - 1), BINS))
@@ -290,7 +290,8 @@ class _Plan(NamedTuple):
 
     launch: Launch
     scratch: int
-    dense: tuple[bool, ...]
+    whole: tuple[bool, ...]
+    """whether an operand is read as it lies in memory, all of it"""
 
 
 def choose(
@@ -317,7 +318,7 @@ def choose(
         check_dtype((torch.int32,), states=states)
         check_device(states=states, **{f"operand {i}": x for i, (x, _, _) in enumerate(operands)})
     used = torch.empty(2, dtype=torch.int32, device=first.device)
-    tensors = [_readable(_dense(x) if dense else x) for (x, _, _), dense in zip(operands, plan.dense, strict=True)]
+    tensors = [readable(dense(x) if whole else x) for (x, _, _), whole in zip(operands, plan.whole, strict=True)]
     rows, tickets = _scratch(first.device, plan.scratch)
     plan.launch(tensors[0], tensors[1] if len(tensors) > 1 else None, states, counts, used, rows, tickets)
     return used

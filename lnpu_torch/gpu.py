@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lnpu_torch import reference
-from lnpu_torch.kernels import count, launch, matmul
+from lnpu_torch.kernels import count, grid, launch, matmul
 from lnpu_torch.kernels import quantize as kernels
+from lnpu_torch.kernels import threshold as thresholds
 from lnpu_torch.precision import Rule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,7 +57,7 @@ def quantize(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`."""
-    single, half, position, sample = kernels.quantize_grid(
+    rounded = grid.quantize_grid(
         x,
         threshold,
         rule.low,
@@ -68,21 +69,29 @@ def quantize(
         seed=seed,
         stream=stream,
     )
-    rounded = _or_empty(single, x, torch.float32), _or_empty(half, x, torch.float16)
-    return *rounded, position, _or_empty(sample, x, torch.int32)
+    values = _or_empty(rounded.single, x, torch.float32), _or_empty(rounded.half, x, torch.float16)
+    return *values, rounded.position, _or_empty(rounded.sample, x, torch.int32)
 
 
-def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
-    """`reference.choose_threshold`."""
-    if not rule.adaptive:
-        return reference.choose_threshold(x, rule, fallback)
-    return reference.choose_by_histogram(histogram(x, rule), rule, fallback)
+def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
+    """`ops.next_threshold`."""
+    used: Tensor = thresholds.choose([(x, choice(rule), row)], states, training)
+    return used[0]
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
-    """`reference.histogram`."""
-    counts: Tensor = kernels.histogram(x, rule.high)
-    return counts
+    """`reference.histogram`, in int32."""
+    counts = torch.zeros(1, choice(rule).bins, dtype=torch.int32, device=x.device)
+    thresholds.choose([(x, choice(rule), 0)], counts, training=False, counts=counts)  # any states will do
+    return counts[0]
+
+
+@lru_cache(maxsize=256)
+def choice(rule: Rule) -> thresholds.Choice:
+    """A rule's choice of T, as the kernel sees it."""
+    return thresholds.Choice.of(
+        rule.low, rule.high, max_error=rule.max_error, fp16_share=rule.fp16_share, threshold=rule.threshold
+    )
 
 
 def accumulates(a: Tensor, b: Tensor, form: str, dims: int) -> bool:

@@ -221,7 +221,10 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
         states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
     """
     parsed, current = _rule(rule), states[row, 0]
-    chosen = (_fast(x, parsed) or reference).choose_threshold(x, parsed, current)
+    fast = _fast(x, parsed) or reference
+    if hasattr(fast, "next_threshold"):
+        return fast.next_threshold(x, states, row, parsed, training)  # type: ignore[no-any-return]
+    chosen = fast.choose_threshold(x, parsed, current)
     used = torch.where(current == reference.UNSET, chosen, current)
     if training:
         states[row] = torch.stack((used, chosen))

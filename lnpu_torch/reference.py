@@ -252,5 +252,5 @@ def error_table(rule: Rule, unit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _units(factor: Tensor | int, power: Tensor) -> Tensor:
-    """factor * 4^power, or 0 where the power is negative; above the top binade, where nothing is, it may be anything."""
+    """factor * 4^power, or 0 where the power is negative; above the top binade, where nothing is, it may be wrong."""
     return torch.where(power < 0, 0, factor << (2 * power.clamp(0, RANGE + 3)))

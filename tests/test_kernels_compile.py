@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lnpu_torch.kernels import count, lanes, launch, matmul, quantize  # noqa: E402
+from lnpu_torch.kernels import count, grid, launch, matmul, quantize, rounding, threshold  # noqa: E402
 
 ARCHITECTURES = [80, 90]
 
@@ -48,9 +48,10 @@ def compiled(request, monkeypatch):
         kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (count, lanes, matmul, quantize):
+    for module in (count, grid, matmul, rounding, threshold):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
-    for module in (matmul, quantize):
+    monkeypatch.setattr(grid, "check_runs", lambda device: None)
+    for module in (grid, matmul, quantize, threshold):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", Driver(request.param))  # reset_active() looks for a GPU
     yield kernels
@@ -90,7 +91,7 @@ def test_quantize_by_other_rules(compiled, low, high, seed, dtype):
     x = torch.empty(64, 32, 16, 16).to(memory_format=torch.channels_last)
     seed = None if seed is None else torch.tensor(seed)
     quantize.quantize(x, t(), low, high, seed=seed, dtype=dtype)
-    quantize.quantize_grid(x, t(), low, high, 64, 1, half=high != "e6m9", single=dtype == torch.float32, seed=seed)
+    grid.quantize_grid(x, t(), low, high, 64, 1, half=high != "e6m9", single=dtype == torch.float32, seed=seed)
     assert compiled.keys() == {"_flat_kernel", "_grid_kernel"}
 
 
@@ -105,18 +106,37 @@ GRIDS = {
 @pytest.mark.parametrize("layout", GRIDS)
 def test_quantize_grid(compiled, layout):
     x, groups = GRIDS[layout]
-    quantize.quantize_grid(x, t(), "e4m3", "fp16", len(x), groups)
+    grid.quantize_grid(x, t(), "e4m3", "fp16", len(x), groups)
     kernel = compiled["_grid_kernel"]
     if layout != "linear":
         assert {("ld", 128), ("st", 128)} <= accesses(kernel)
     assert "atom.global.gpu.relaxed" in kernel.asm["ptx"]
 
 
-def test_grid_sums_and_histogram(compiled):
-    quantize.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
-    quantize.histogram(torch.empty(64, 64, 14, 14, dtype=torch.bfloat16), "fp16")
-    quantize.histogram(torch.empty(64, 64, 14, 14).transpose(0, 3), "e6m9")
-    assert compiled.keys() == {"_grid_kernel", "_histogram_kernel"}
+def test_grid_with_blocks(compiled):
+    x, _ = GRIDS["channels_last"]
+    grid.quantize_grid(x, t(), "e4m3", "fp16", len(x), 1, blocks=True)
+    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_grid_kernel"])
+
+
+def test_grid_sums(compiled):
+    grid.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
+    assert compiled.keys() == {"_grid_kernel"}
+
+
+@pytest.mark.parametrize("options", [{"max_error": 0.01}, {"fp16_share": 0.2}, {"threshold": 3}, {"high": None}])
+def test_threshold(compiled, options):
+    choice = threshold.Choice.of("e4m3", **{"high": "fp16"} | options)
+    states, counts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 300, dtype=torch.int32)
+    x, w = torch.empty(64, 64, 14, 14, dtype=torch.bfloat16), torch.empty(64, 64, 14, 14).transpose(0, 3)
+    threshold.choose([(x, choice, 0), (w, choice, 1)], states, True)
+    threshold.choose([(w, choice, 1)], states, False, counts)
+    ptx = compiled["_threshold_kernel"].asm["ptx"]
+    # What a program found is in memory before its ticket says so: all threads' writes, the barrier, then the ticket.
+    before = ptx[: ptx.index("atom.global.gpu.acq_rel.add")]
+    assert (
+        before.rindex("bar.sync") > before.rindex("st.global") if "st.global" in before else options == {"threshold": 3}
+    )
 
 
 @pytest.mark.parametrize("dims", [0, 2])
@@ -184,12 +204,3 @@ def test_without_a_gpu_the_wrappers_say_so():
         quantize.quantize(x, t(), "e4m3", "fp16")
     with pytest.raises(RuntimeError, match="run on GPUs"):
         matmul.matmul(x.half(), x.half())
-
-
-@pytest.mark.parametrize("shape", [(8, 3, 32, 32), (2, 512, 4, 4), (64, 2000)])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_lanes(compiled, shape, last):
-    x = torch.empty(shape, dtype=torch.float16)
-    lanes.profile(lanes.runs_of(x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x))
-    assert compiled.keys() == {"_runs_kernel", "_profile_kernel"}
-    assert {("ld", 128)} & accesses(compiled["_runs_kernel"]) or shape[1] == 3

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def test_rounding_in_the_interpreter():
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The module, with few programs, and all memory that it allocates full of garbage."""
-    from lnpu_torch.kernels import quantize
+    """The modules, with few programs, and all memory that they allocate full of garbage."""
+    from lnpu_torch.kernels import grid, quantize
 
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -43,8 +44,11 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(empty_like(*args, **options)))
-    monkeypatch.setattr(quantize, "processors", lambda device: 1)
-    return quantize
+    for module in (grid, quantize):
+        monkeypatch.setattr(module, "processors", lambda device: 1)
+    return SimpleNamespace(
+        quantize=quantize.quantize, quantize_grid=grid.quantize_grid, grid_sums=grid.grid_sums, grid=grid
+    )
 
 
 def threshold(value):
@@ -115,7 +119,7 @@ GRIDS = [  # shape, channel groups, samples that share a count
     [(*grid, layout) for grid in GRIDS for layout in LAYOUTS if layout != "channels_last" or len(grid[0]) == 4],
 )
 def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
-    monkeypatch.setattr(kernels, "BLOCK", 256)  # several tiles, though the grid is small
+    monkeypatch.setattr(kernels.grid, "GRID", kernels.grid.GRID._replace(block=256))  # several tiles in a small grid
     key = torch.tensor(5)
     x = LAYOUTS[layout](spread(*shape))
     inputs = ((x, None), (x, key), (x.half(), None), (x.bfloat16(), None))
@@ -145,11 +149,41 @@ def check_random_bits_follow_the_logical_order(kernels, layout):
     assert identical(got, q) and got.stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("high", ["fp16", "e6m9"])
-def check_histogram(kernels, high):
-    large = spread(263, 500)  # more than a sample, so that elements are skipped
-    for x in (large, large.T, large[:, ::3].half(), spread(7, 3, 2).bfloat16(), torch.tensor(3.0), large[:0]):
-        assert torch.equal(kernels.histogram(x, high), reference.histogram(x, Rule(high=high)))
+BLOCKS = [  # shape, channel groups
+    ((3, 192, 5, 7), 1),
+    ((3, 192, 5, 7), 3),
+    ((2, 384, 3, 3), 2),
+    ((5, 100, 4, 4), 1),
+    ((2, 128, 33), 2),
+    ((9, 300), 1),
+    ((4, 3, 9, 9), 1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [256, 4096])
+def check_blocks_of_channels(kernels, monkeypatch, layout, block):
+    monkeypatch.setattr(kernels.grid, "GRID", kernels.grid.GRID._replace(block=block))
+    for shape, groups in BLOCKS:
+        if layout == "channels_last" and len(shape) != 4:
+            continue
+        x = spread(*shape, seed=2)
+        x *= (torch.rand(shape[0], -(-shape[1] // 64), *shape[2:]) < 0.5).repeat_interleave(64, 1)[:, : shape[1]]
+        x[-1, -1] = torch.nan
+        x = LAYOUTS[layout](x.half())
+        q, counted = reference.quantize(x, Rule(), threshold(1))
+        got = kernels.quantize_grid(x, threshold(1), "e4m3", "fp16", len(x), groups, blocks=True)
+        parts = [part.abs().amax(1) for part in torch.where(q.isnan(), torch.inf, q).split(64, 1)]
+        expected = torch.stack([(part > 0).byte() + 2 * part.isinf().byte() for part in parts], 1)
+        assert torch.equal(got.blocks, expected) and 0.2 < (expected == 0).float().mean() < 0.7
+        assert identical(got.half, q) and torch.equal(got.sample, counting.per_sample(counted, groups))
+
+
+def check_blocks_that_there_are_not(kernels):
+    x = spread(2, 192, 3, 3)
+    for groups, options in ((1, {"half": False, "single": True}), (2, {})):
+        with pytest.raises(ValueError, match="have no blocks of 64"):
+            kernels.quantize_grid(x, threshold(1), "e4m3", "fp16", 2, groups, blocks=True, **options)
 
 
 def check_empty(kernels):

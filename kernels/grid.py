@@ -1,0 +1,462 @@
+"""Rounding and counting on a GPU: one pass that reads a grid once, writes it rounded, and counts its groups.
+
+Bit-equal to `reference.quantize`, `counting.per_position` and `counting.per_sample`. Nothing here reads a tensor back
+to the host. Groups are those of `quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dtype, check_runs, power_of_2, processors
+from lnpu_torch.kernels.quantize import quantize
+from lnpu_torch.kernels.rounding import (
+    FLOATS,
+    Config,
+    Formats,
+    bits_of,
+    check_formats,
+    check_keys,
+    random_bits,
+    readable,
+    round_by_rule,
+)
+
+GRID = Config(block=4096, warps=4, per_processor=3, longest=64)
+"""32 elements a thread: 64 to 128 bytes under way. Chosen by reasoning, not yet by measurement: `benchmarks/kernels.py`
+tries others."""
+CHANNELS = 64
+"""Channels of a block of which `round_grid` tells whether anything is in it; as wide as `matmul`'s tiles."""
+
+
+@triton.jit
+def _grid_kernel(
+    x_ptr,
+    single_ptr,
+    half_ptr,
+    sums_ptr,
+    blocks_ptr,
+    threshold_ptr,
+    seed_ptr,
+    place,
+    stream,
+    rows,
+    group_size,
+    groups,
+    space,
+    row_stride,
+    channel_stride,
+    space_stride,
+    space_tiles,
+    channel_tiles,
+    group_tiles,
+    chunks,
+    row_groups,
+    UNITS: tl.constexpr,
+    F: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    POSITION_SHARED: tl.constexpr,
+    SAMPLE_SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    TILE_C: tl.constexpr,
+    TILE_S: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Rounds a grid [row groups * rows, groups * group size, space], and counts over rows, over channels, or both.
+
+    A program holds a tile [TILE_C, TILE_S] of a sample's channels and positions, and walks ROWS samples. Counts over
+    samples stay in registers until the end, counts over channels are one sum per sample. Where several programs
+    share a count they add to it, each to its own stretch of addresses. Both groups' counts are held in one integer,
+    FP8's in the lower 16 bits, FP16's in the upper.
+
+    x: floats, bfloat16 as int16, or groups as uint8. single, half: where the values go, as float32 and binary16, at x's
+    offsets; either or both may be None. sums: the counts over rows [2, row groups, channels, space], then, if SAMPLE,
+    those over channels [2, rows, groups, space]. blocks: uint8 [rows, blocks of CHANNELS channels, space], or None; bit
+    0: a block has a non-zero; bit 1: it has an infinity or NaN. threshold: the T is its element `place`.
+    POSITION_SHARED, SAMPLE_SHARED: several programs have a part in each count; they add to it.
+    TILE_GROUPS: channel groups in a tile; if one, a group takes `group_tiles` tiles.
+    UNITS: what group_size, space and the strides are multiples of; they come divided by it, so that the compiler
+    knows how wide it may access memory.
+    """
+    group_size = group_size * UNITS[0]
+    space = space * UNITS[1]
+    row_stride = row_stride * UNITS[2]
+    channel_stride = channel_stride * UNITS[3]
+    space_stride = space_stride * UNITS[4]
+    channels = groups * group_size
+
+    pid = tl.program_id(0)
+    s = pid % space_tiles * TILE_S + tl.arange(0, TILE_S)
+    tile = pid // space_tiles % channel_tiles
+    chunk = pid // space_tiles // channel_tiles
+    row_group = chunk // chunks
+    first_row = chunk % chunks * ROWS
+    group = tile // group_tiles * TILE_GROUPS
+    first_channel = group * group_size + tile % group_tiles * TILE_C
+    c = first_channel + tl.arange(0, TILE_C)
+    end = channels
+    if TILE_GROUPS == 1:
+        end = (group + 1) * group_size
+    mask = (c < end)[:, None] & (s < space)[None, :]
+    offsets = c[:, None] * channel_stride + s[None, :] * space_stride
+    group = group + tl.arange(0, TILE_GROUPS)
+    sample_offsets = group[:, None] * space + s[None, :]
+    sample_mask = (group < groups)[:, None] & (s < space)[None, :]
+    sample_half = tl.cast(row_groups, tl.int64) * rows * groups * space
+
+    sample_ptr = sums_ptr + tl.cast(row_groups, tl.int64) * 2 * channels * space
+    threshold = 0
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + place)
+    over_rows = tl.zeros((TILE_C, TILE_S), tl.int32)
+    for i in range(ROWS):
+        row = tl.cast(row_group, tl.int64) * rows + first_row + i
+        inside = mask & (first_row + i < rows)
+        if x_ptr.dtype.element_ty == tl.uint8:
+            known = tl.load(x_ptr + row * row_stride + offsets, mask=inside, other=0)
+            found = tl.where(known != 0, tl.where(known == 8, 1, 1 << 16), 0)
+        else:
+            bits = bits_of(x_ptr + row * row_stride, offsets, inside)
+            random = bits
+            if STOCHASTIC:
+                random = random_bits((row * channels + c[:, None]) * space + s[None, :], seed_ptr, stream)
+            HALF: tl.constexpr = single_ptr is None and half_ptr is not None
+            q, small = round_by_rule(bits, threshold, random, F, HALF, STOCHASTIC)
+            if single_ptr is not None:
+                tl.store(single_ptr + row * row_stride + offsets, q, mask=inside)
+            if half_ptr is not None:
+                tl.store(half_ptr + row * row_stride + offsets, q.to(tl.float16), mask=inside)
+            found = tl.where(q != 0, tl.where(small, 1, 1 << 16), 0)
+            if blocks_ptr is not None:
+                PARTS: tl.constexpr = TILE_C // CHANNELS
+                part = first_channel // CHANNELS + tl.arange(0, PARTS)
+                largest = tl.where(inside, (q.to(tl.float16).to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32), 0)
+                largest = tl.max(tl.reshape(largest, (PARTS, CHANNELS, TILE_S)), axis=1)
+                flags = (largest > 0).to(tl.int32) | ((largest >= 0x7C00).to(tl.int32) << 1)
+                blocks = tl.cdiv(channels, CHANNELS)
+                at = blocks_ptr + (row * blocks + part[:, None]) * space + s[None, :]
+                there = (part * CHANNELS < end)[:, None] & (s < space)[None, :] & (first_row + i < rows)
+                tl.store(at, flags.to(tl.uint8), mask=there)
+        over_rows += found
+        if SAMPLE:
+            if TILE_GROUPS == 1:
+                sums = tl.sum(found, axis=0)[None, :]
+            else:
+                sums = tl.sum(tl.reshape(found, (TILE_GROUPS, TILE_C // TILE_GROUPS, TILE_S)), axis=1)
+            at = sample_ptr + row * groups * space + sample_offsets
+            _put(at, sums & 0xFFFF, sample_mask & (first_row + i < rows), SAMPLE_SHARED)
+            _put(at + sample_half, sums >> 16, sample_mask & (first_row + i < rows), SAMPLE_SHARED)
+    at = sums_ptr + (tl.cast(row_group, tl.int64) * channels + c[:, None]) * space + s[None, :]
+    position_half = tl.cast(row_groups, tl.int64) * channels * space
+    _put(at, over_rows & 0xFFFF, mask, POSITION_SHARED)
+    _put(at + position_half, over_rows >> 16, mask, POSITION_SHARED)
+
+
+@triton.jit
+def _put(at, value, mask, SHARED: tl.constexpr):
+    if SHARED:
+        tl.atomic_add(at, value, mask=mask, sem="relaxed")
+    else:
+        tl.store(at, value, mask=mask)
+
+
+class Rounded(NamedTuple):
+    """What `quantize_grid` returns; what was not asked for is None."""
+
+    single: Tensor | None
+    """float32 values"""
+    half: Tensor | None
+    """float16 values"""
+    position: Tensor
+    """`counting.per_position(groups, share)`: int32 [2, N / share, C, *grid]"""
+    sample: Tensor | None
+    """`counting.per_sample(groups, channel_groups)`: int32 [2, N, g, *grid]"""
+    blocks: Tensor | None
+    """What is in each position's blocks of CHANNELS channels: uint8 [N, blocks, *grid]; bit 0: a non-zero; bit 1: an
+    infinity or NaN."""
+
+
+def quantize_grid(
+    x: Tensor,
+    threshold: Tensor,
+    low: str | None,
+    high: str | None,
+    share: int,
+    channel_groups: int,
+    *,
+    single: bool = False,
+    half: bool = True,
+    sample: bool = True,
+    blocks: bool = False,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Rounded:
+    """`quantize` of a grid [N, C, *grid] (or a weight), with the sums that the counters need instead of groups.
+
+    Args:
+        share: how many samples in a row have one count by position; divides N.
+        channel_groups: of the convolution; divides C.
+        single, half: whether the values are wanted as float32, as binary16, or both.
+        sample: whether counts by sample are wanted.
+        blocks: whether it is wanted what is in blocks of channels; see `has_blocks`.
+
+    Raises:
+        As `quantize`; ValueError also for a share or number of groups that does not divide, and for blocks of a grid
+        that has none, or without `half`.
+    """
+    options = {"single": single, "half": half, "sample": sample, "blocks": blocks, "seed": seed, "stream": stream}
+    rounded = round_grid(x, threshold, 0, low, high, share, channel_groups, **options)  # type: ignore[arg-type]
+    return Rounded(rounded.single, rounded.half, *rounded.split(), rounded.blocks)
+
+
+class Grid(NamedTuple):
+    """`Rounded` with its counts as they lie in memory: those by position, then those by sample."""
+
+    single: Tensor | None
+    half: Tensor | None
+    sums: Tensor
+    blocks: Tensor | None
+    plan: GridPlan
+
+    def split(self) -> tuple[Tensor, Tensor | None]:
+        """The counts by position, and those by sample if there are any."""
+        position, sample, at = self.plan.position, self.plan.sample, self.plan.sample_at
+        by_sample = None if sample is None else self.sums[at:].view(sample)
+        return self.sums[:at].view(position), by_sample
+
+
+def round_grid(
+    x: Tensor,
+    thresholds: Tensor,
+    place: int,
+    low: str | None,
+    high: str | None,
+    share: int,
+    channel_groups: int,
+    *,
+    single: bool = False,
+    half: bool = True,
+    sample: bool = True,
+    blocks: bool = False,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Grid:
+    """`quantize_grid` by the T that stands at a place of `thresholds`, with the counts as they lie in memory."""
+    wanted = (single, half, sample, blocks)
+    constants = (low, high, share, channel_groups, wanted, seed is not None, stream, place, GRID, processors(x.device))
+    plan = _grid_plan(x.shape, x.stride(), x.dtype, x.device, *constants)
+    if thresholds.dtype != torch.int32 or thresholds.device != x.device or seed is not None:
+        check_keys(x, thresholds, seed)
+    if plan.fallback:
+        return _grid_in_steps(x, thresholds, plan, low, high, share, channel_groups, wanted, seed, stream, place)
+    x = torch.empty_like(x).copy_(x) if plan.copied else x
+    floats = torch.empty_like(x, dtype=torch.float32) if single else None
+    halves = torch.empty_like(x, dtype=torch.float16) if half else None
+    flags = torch.empty(plan.blocks, dtype=torch.uint8, device=x.device) if plan.blocks is not None else None
+    # Counts to be added to start from zero; counts that are written once need no start.
+    sums = (torch.zeros if plan.shared else torch.empty)(plan.size, dtype=torch.int32, device=x.device)
+    if plan.launch is not None:
+        plan.launch(readable(x), floats, halves, sums, flags, thresholds, seed)
+    return Grid(floats, halves, sums, flags, plan)
+
+
+def has_blocks(channels: int, channel_groups: int) -> bool:
+    """Whether a grid is made of blocks of CHANNELS channels (or, with fewer channels and one group, is one block)."""
+    return channel_groups == 1 or (channels // channel_groups) % CHANNELS == 0
+
+
+def grid_sums(x: Tensor, share: int, channel_groups: int, *, sample: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The counts of `quantize_grid` for a tensor that is not rounded, in one pass.
+
+    Args:
+        x: [N, C, *grid]. Groups (uint8: 0, 8, 16); or floats, of which all that are not zero count as FP16.
+        share, channel_groups, sample: as in `quantize_grid`.
+    """
+    check_dtype((torch.uint8, *FLOATS), x=x)
+    check_device(x=x)
+    x = x if _grid_strides(x.shape, x.stride()) is not None else x.contiguous()
+    wanted = (False, False, sample, False)
+    constants = (None, None, share, channel_groups, wanted, False, 0, 0, GRID, processors(x.device))
+    plan = _grid_plan(x.shape, x.stride(), x.dtype, x.device, *constants)
+    sums = (torch.zeros if plan.shared else torch.empty)(plan.size, dtype=torch.int32, device=x.device)
+    if plan.launch is not None:
+        plan.launch(readable(x), None, None, sums, None, None, None)
+    return Grid(None, None, sums, None, plan).split()
+
+
+def _check_layout(shape: torch.Size, share: int, channel_groups: int) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"expected [N, C, *grid], got {list(shape)}")
+    for name, size, by in (("samples", shape[0], share), ("channels", shape[1], channel_groups)):
+        if size and (by < 1 or size % by):
+            raise ValueError(f"{size} {name} do not divide by {by}")
+
+
+def _grid_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int] | None:
+    """Strides of [N, C, *grid] seen as [N, C, prod(grid)]; None if it cannot be, or if N is the fastest axis."""
+    space = [d for d in range(2, len(shape)) if shape[d] > 1]
+    step = stride[space[-1]] if space else 1
+    if any(stride[a] != stride[b] * shape[b] for a, b in pairwise(space)):
+        return None
+    fastest = [s for s, size in ((stride[1], shape[1]), (step, prod(shape[2:]))) if size > 1]
+    if shape[0] > 1 and fastest and stride[0] < min(fastest):
+        return None
+    return stride[0], stride[1], step
+
+
+class GridPlan(NamedTuple):
+    """What `round_grid` does for tensors of one shape and dtype: memory for the results, and the launch."""
+
+    position: tuple[int, ...]
+    sample: tuple[int, ...] | None
+    sample_at: int
+    """Where counts by sample begin, after those by position."""
+    size: int
+    blocks: tuple[int, ...] | None
+    shared: bool
+    """Whether counts are added to, and so start from zero."""
+    copied: bool
+    """Whether x has gaps in memory, and is copied first."""
+    fallback: bool
+    """Whether memory runs in an order in which no tile serves both sums."""
+    launch: Launch | None
+    """None if there is nothing to do."""
+
+
+@lru_cache(maxsize=1024)
+def _grid_plan(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    low: str | None,
+    high: str | None,
+    share: int,
+    channel_groups: int,
+    wanted: tuple[bool, bool, bool, bool],
+    stochastic: bool,
+    stream: int,
+    place: int,
+    config: Config,
+    processors: int,
+) -> GridPlan:
+    """wanted: float32 values, float16 values, counts by sample, blocks. Without values x is only counted."""
+    single, half, sample, blocks = wanted
+    rounds, copied = single or half or low is not None or high is not None, False
+    check_dtype(FLOATS if rounds else (torch.uint8, *FLOATS), x=dtype)
+    check_runs(device)
+    formats = check_formats(low, high, half) if rounds else Formats.of(None, None)
+    _check_layout(shape, share, channel_groups)
+    if blocks and not (half and has_blocks(shape[1], channel_groups)):
+        raise ValueError(f"{shape[1]} channels in {channel_groups} groups have no blocks of {CHANNELS} in float16")
+    if rounds:
+        dense = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+        stride, copied = dense, dense != stride
+    batch, channels, *grid = shape
+    position = (2, batch // share if share else 1, channels, *grid)
+    by_sample = (2, batch, channel_groups, *grid) if sample else None
+    sizes = prod(position), prod(by_sample) if by_sample else 0
+    flags = (batch, triton.cdiv(channels, CHANNELS), *grid) if blocks else None
+    plan = GridPlan(position, by_sample, sizes[0], sum(sizes), flags, True, copied, False, None)
+    if not shape.numel():
+        return plan
+    strides = _grid_strides(shape, stride)
+    if strides is None:
+        return plan._replace(fallback=True)
+    space, group_size = prod(grid), channels // channel_groups
+    last = strides[1] == 1 and channels > 1
+    tile_groups, tile_c, tile_s = _tile(channels, group_size, space, config.block, last or blocks)
+    group_tiles = triton.cdiv(group_size, tile_c) if tile_groups == 1 else 1
+    channel_tiles = channel_groups * group_tiles if tile_groups == 1 else triton.cdiv(channels, tile_c)
+    space_tiles = triton.cdiv(space, tile_s)
+    programs = config.per_processor * processors * config.block // (tile_c * tile_s)
+    walk = channel_tiles * space_tiles * batch // programs
+    walk = min(config.longest, power_of_2(share), power_of_2(walk + 1) // 2 or 1)
+    chunks = triton.cdiv(share, walk)
+    lengths = (group_size, space, *strides)
+    units = tuple(alignment(length) for length in lengths)
+    group_units, *other_units = (length // unit for length, unit in zip(lengths, units, strict=True))
+    launch = Launch(
+        device,
+        _grid_kernel,
+        (space_tiles * channel_tiles * chunks * (batch // share),),
+        place,
+        stream,
+        share,
+        group_units,
+        channel_groups,
+        *other_units,
+        space_tiles,
+        channel_tiles,
+        group_tiles,
+        chunks,
+        batch // share,
+        UNITS=units,
+        F=formats,
+        STOCHASTIC=stochastic,
+        SAMPLE=sample,
+        POSITION_SHARED=chunks > 1,
+        SAMPLE_SHARED=group_tiles > 1,
+        ROWS=walk,
+        TILE_GROUPS=tile_groups,
+        TILE_C=tile_c,
+        TILE_S=tile_s,
+        CHANNELS=min(tile_c, CHANNELS),
+        num_warps=config.warps,
+    )
+    return plan._replace(shared=chunks > 1 or (sample and group_tiles > 1), launch=launch)
+
+
+def _grid_in_steps(
+    x: Tensor,
+    thresholds: Tensor,
+    plan: GridPlan,
+    low: str | None,
+    high: str | None,
+    share: int,
+    channel_groups: int,
+    wanted: tuple[bool, bool, bool, bool],
+    seed: Tensor | None,
+    stream: int,
+    place: int,
+) -> Grid:
+    """`round_grid` where memory runs in an order in which no tile serves both sums: those are taken of the groups."""
+    single, half, sample, blocks = wanted
+    threshold = thresholds.reshape(-1)[place]
+    dtype = torch.float32 if single else torch.float16
+    rounded, groups, _ = quantize(x, threshold, low, high, seed=seed, stream=stream, dtype=dtype)
+    assert groups is not None
+    counts = grid_sums(groups, share, channel_groups, sample=sample)
+    floats, halves = rounded if single else None, rounded.to(torch.float16) if half else None
+    sums = torch.cat([part.flatten() for part in counts if part is not None])
+    flags = None
+    if blocks:
+        again = round_grid(x.contiguous(), thresholds, place, low, high, share, channel_groups, blocks=True, seed=seed,
+                           stream=stream)  # fmt: skip
+        flags = again.blocks
+    return Grid(floats, halves, sums, flags, plan)
+
+
+def _tile(channels: int, group_size: int, space: int, block: int, deep: bool) -> tuple[int, int, int]:
+    """Channel groups, channels and positions in a tile of at most `block` elements.
+
+    It covers 64 channels if it is to be deep (as where memory runs along them), else 128 positions, if there are so
+    many; and more where the other axis is short. It holds one channel group or a part of one; where groups are narrow
+    powers of two, several whole ones.
+    """
+    wide_c = max(CHANNELS, block // power_of_2(space)) if deep else block // min(128, power_of_2(space))
+    whole = power_of_2(group_size) == group_size and group_size < min(wide_c, channels)
+    tile_c = min(wide_c, power_of_2(channels if whole else group_size))
+    tile_groups = tile_c // group_size if whole else 1
+    return tile_groups, tile_c, min(power_of_2(space), max(1, block // tile_c))
