@@ -1,7 +1,7 @@
-"""The pair tables of a step on a GPU, from the sums that the quantizer leaves: one launch, added to a counter in place.
+"""The pair tables of steps on a GPU, from the sums that the quantizer leaves: one launch, added to counters in place.
 
 Equal to `counting.weight_step` and `counting.grid_step`. All sums are int64.
-The programs of a launch are few (about 512): each ends with one addition of a whole counter.
+The programs of a launch are few: each ends with one addition of a whole counter, and those take turns.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.kernels.launch import INT32, check_device, check_dtype, on, power_of_2
+from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2
 
 WIDTH = 19
 """Integers of a counter: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
 TILE = 1024
-PROGRAMS = 512
+PROGRAMS = 256
+"""For each step: two for each multiprocessor of an H100, not yet measured."""
 
 
 class Sizes(NamedTuple):
@@ -99,12 +100,12 @@ def _meet(p0, p1, p2, offset, big, kernel, stride, padding, dilation):
 
 
 @triton.jit
-def _sums(x_ptr, half, STEPS: tl.constexpr, TILE: tl.constexpr):
-    """This program's share of the sums of x [2, half]."""
+def _sums(x_ptr, half, pid, programs, STEPS: tl.constexpr, TILE: tl.constexpr):
+    """A program's share of the sums of x [2, half]."""
     low = tl.zeros((TILE,), tl.int64)
     high = tl.zeros((TILE,), tl.int64)
     for step in range(STEPS):
-        index = (step * tl.num_programs(0) + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+        index = (step * programs + pid) * TILE + tl.arange(0, TILE)
         low += tl.load(x_ptr + index, mask=index < half, other=0)
         high += tl.load(x_ptr + half + index, mask=index < half, other=0)
     return tl.sum(low), tl.sum(high)
@@ -113,6 +114,7 @@ def _sums(x_ptr, half, STEPS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _add(
     counter_ptr,
+    pid,
     both,
     first,
     second,
@@ -130,7 +132,7 @@ def _add(
     non-zero (8, 16). first_found, second_found: non-zeros of the operands (8, 16). The counts and sizes, of which
     there is one each, are added by the first program. TRANSPOSED: the counter's first operand is the second here.
     """
-    once = tl.where(tl.program_id(0) == 0, 1, 0).to(tl.int64)
+    once = tl.where(pid == 0, 1, 0).to(tl.int64)
     b88, b8x, bx8, bxx = both
     f8, fx = first
     s8, sx = second
@@ -171,11 +173,13 @@ def _add(
     tl.atomic_add(counter_ptr + place, row, mask=place < 19, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["position_count", "weight_count", "slots", "inside"])
-def _weight_step_kernel(
+@triton.jit
+def _weight_step(
     counter_ptr,
     position_ptr,
     weight_ptr,
+    pid,
+    programs,
     channels,
     others,
     batch,
@@ -210,7 +214,7 @@ def _weight_step_kernel(
     b88, b8x, bx8, bxx = zero, zero, zero, zero
     f8, fx, s8, sx = zero, zero, zero, zero
     for step in range(STEPS):
-        tile = tl.program_id(0) * STEPS + step
+        tile = pid * STEPS + step
         p = tile % position_tiles * TILE_P + tl.arange(0, TILE_P)
         offset = tile // position_tiles % offsets
         c = tile // (position_tiles * offsets) * TILE_C + tl.arange(0, TILE_C)
@@ -237,11 +241,12 @@ def _weight_step_kernel(
         sx += wx * times
     _add(
         counter_ptr,
+        pid,
         (tl.sum(b88), tl.sum(b8x), tl.sum(bx8), tl.sum(bxx)),
         (tl.sum(f8) * others, tl.sum(fx) * others),
         (tl.sum(s8) * batch, tl.sum(sx) * batch),
-        _sums(position_ptr, channels * grid, POSITION_STEPS, 1024),
-        _sums(weight_ptr, channels * offsets, WEIGHT_STEPS, 1024),
+        _sums(position_ptr, channels * grid, pid, programs, POSITION_STEPS, 1024),
+        _sums(weight_ptr, channels * offsets, pid, programs, WEIGHT_STEPS, 1024),
         position_count,
         weight_count,
         slots,
@@ -250,13 +255,15 @@ def _weight_step_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["big_count", "small_count", "slots", "inside"])
-def _grid_step_kernel(
+@triton.jit
+def _grid_step(
     counter_ptr,
-    big_sample_ptr,
-    small_sample_ptr,
     big_position_ptr,
+    big_sample_ptr,
     small_position_ptr,
+    small_sample_ptr,
+    pid,
+    programs,
     rows,
     big_channels,
     small_channels,
@@ -291,7 +298,7 @@ def _grid_step_kernel(
     b88, b8x, bx8, bxx = zero, zero, zero, zero
     f8, fx, s8, sx = zero, zero, zero, zero
     for step in range(STEPS):
-        tile = tl.program_id(0) * STEPS + step
+        tile = pid * STEPS + step
         p = tile % position_tiles * TILE_P + tl.arange(0, TILE_P)
         row = tile // position_tiles * TILE_R + tl.arange(0, TILE_R)
         p0, p1, p2 = _split(p, small)
@@ -322,16 +329,185 @@ def _grid_step_kernel(
     big_others = big_channels // groups
     _add(
         counter_ptr,
+        pid,
         (tl.sum(b88), tl.sum(b8x), tl.sum(bx8), tl.sum(bxx)),
         (tl.sum(f8) * small_others, tl.sum(fx) * small_others),
         (tl.sum(s8) * big_others, tl.sum(sx) * big_others),
-        _sums(big_position_ptr, big_channels * grid, BIG_STEPS, 1024),
-        _sums(small_position_ptr, small_channels * positions, SMALL_STEPS, 1024),
+        _sums(big_position_ptr, big_channels * grid, pid, programs, BIG_STEPS, 1024),
+        _sums(small_position_ptr, small_channels * positions, pid, programs, SMALL_STEPS, 1024),
         big_count,
         small_count,
         slots,
         inside,
         SMALL_FIRST,
+    )
+
+
+@triton.jit
+def _add_not_run(counter_ptr, slots):
+    """Add a step that nobody asked for."""
+    place = tl.arange(0, 4)
+    row = tl.where(place == 0, 1, tl.where(place == 2, 0, slots)).to(tl.int64)
+    tl.atomic_add(counter_ptr + place, row, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["position_count", "weight_count", "big_count", "small_count", "slots", "inside"])
+def _steps_kernel(
+    counters_ptr,
+    position_ptr,
+    weight_ptr,
+    big_ptr,
+    big_sample_ptr,
+    small_ptr,
+    small_sample_ptr,
+    states_ptr,
+    weight_programs,
+    grid_programs,
+    weight_counter,
+    grid_counter,
+    weight_at,
+    big_sample_at,
+    small_sample_at,
+    rows,
+    batch,
+    big_channels,
+    small_channels,
+    groups,
+    big,
+    small,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    position_count,
+    weight_count,
+    big_count,
+    small_count,
+    slots,
+    inside,
+    WEIGHT: tl.constexpr,
+    GRID: tl.constexpr,
+    OF_BIG: tl.constexpr,
+    SMALL_FIRST: tl.constexpr,
+    W_STEPS: tl.constexpr,
+    W_SHARES: tl.constexpr,
+    TILE_C: tl.constexpr,
+    W_TILE_P: tl.constexpr,
+    G_STEPS: tl.constexpr,
+    G_SHARES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    TILE_R: tl.constexpr,
+    G_TILE_P: tl.constexpr,
+):
+    """A step that multiplies a grid by the weight, one that multiplies the two grids, or both, of one convolution.
+
+    counters: int64, the steps' own begin at weight_counter and grid_counter. The weight's counts begin at weight_at,
+    the grids' by sample at big_sample_at and small_sample_at of their tensors. states: int32 [rows of T's, 2] of which
+    the T's to come are put into use, or None. The counts are of the operands' elements.
+    WEIGHT, GRID: 0: leave the step out; 1: count it; 2: count it as asked for by nobody. OF_BIG: the weight step's grid
+    is the big one. SMALL_FIRST: the grid step's first operand is the small one. SHARES: see `_share`.
+    """
+    pid = tl.program_id(0)
+    if WEIGHT == 1 and pid < weight_programs:
+        channels, others = small_channels, big_channels // groups
+        if OF_BIG:
+            channels, others = big_channels, small_channels // groups
+        _weight_step(
+            counters_ptr + weight_counter, position_ptr, weight_ptr + weight_at, pid, weight_programs, channels, others,
+            batch, big, small, kernel, stride, padding, dilation, position_count, weight_count, slots, inside,
+            OF_BIG, W_STEPS, W_SHARES[0], W_SHARES[1], TILE_C, W_TILE_P,
+        )  # fmt: skip
+    if GRID == 1 and pid >= weight_programs:
+        _grid_step(
+            counters_ptr + grid_counter, big_ptr, big_sample_ptr + big_sample_at, small_ptr,
+            small_sample_ptr + small_sample_at, pid - weight_programs, grid_programs, rows, big_channels,
+            small_channels, groups, big, small, kernel, stride, padding, dilation, big_count, small_count, slots,
+            inside, SMALL_FIRST, OFFSETS, G_STEPS, G_SHARES[0], G_SHARES[1], TILE_R, G_TILE_P,
+        )  # fmt: skip
+    if pid == 0:
+        if WEIGHT == 2:
+            _add_not_run(counters_ptr + weight_counter, slots)
+        if GRID == 2:
+            _add_not_run(counters_ptr + grid_counter, slots)
+        if states_ptr is not None:
+            row = tl.arange(0, 8)
+            coming = tl.load(states_ptr + 2 * row + 1, mask=row < 6, other=0)
+            tl.store(states_ptr + 2 * row, coming, mask=row < 6)
+
+
+LEFT_OUT, COUNTED, NOT_RUN = 0, 1, 2
+"""What is done with a step: `_steps_kernel`'s WEIGHT and GRID."""
+
+
+class Steps(NamedTuple):
+    """Which of a convolution's steps are counted in one launch, and where their operands' counts lie."""
+
+    geometry: tuple[int, ...]
+    """`Geometry.pack()`"""
+    weight: int = LEFT_OUT
+    grid: int = LEFT_OUT
+    side: str = "big"
+    """which grid the weight step multiplies with the weight"""
+    first: str = "big"
+    """which grid is the grid step's first operand"""
+    weight_counter: int = 0
+    """where the step's counter begins, in integers"""
+    grid_counter: int = 0
+    weight_at: int = 0
+    """where the weight's counts begin"""
+    big_sample_at: int = 0
+    """where a grid's counts by sample begin"""
+    small_sample_at: int = 0
+
+
+@lru_cache(maxsize=1024)
+def steps_launch(steps: Steps, device: torch.device) -> Launch:
+    """The launch that counts steps; its tensors are `_steps_kernel`'s, None where a step is not counted.
+
+    Raises:
+        ValueError: no such side, or a geometry of more than three dimensions.
+    """
+    sizes = _sizes(steps.geometry)
+    _check_side("side", steps.side)
+    _check_side("first", steps.first)
+    grids = {"big": prod(sizes.big), "small": prod(sizes.small)}
+    all_channels = {"big": sizes.big_channels, "small": sizes.small_channels}
+    channels, grid, positions = all_channels[steps.side], grids[steps.side], grids["small"]
+    offsets, rows = prod(sizes.kernel), sizes.batch * sizes.groups
+    tile_p = min(TILE, power_of_2(positions))
+    tile_c, tile_r = (min(TILE // tile_p, power_of_2(size)) for size in (channels, rows))
+    position_tiles = triton.cdiv(positions, tile_p)
+    weight_programs, weight_steps = _programs(triton.cdiv(channels, tile_c) * offsets * position_tiles)
+    grid_programs, grid_steps = _programs(triton.cdiv(rows, tile_r) * position_tiles)
+    weight_programs *= steps.weight == COUNTED
+    grid_programs *= steps.grid == COUNTED
+    return Launch(
+        device,
+        _steps_kernel,
+        (max(1, weight_programs + grid_programs),),
+        weight_programs,
+        grid_programs,
+        *steps[5:],
+        rows,
+        *sizes,
+        sizes.batch * channels * grid,
+        sizes.weights,
+        *(sizes.batch * all_channels[side] * grids[side] for side in ("big", "small")),
+        sizes.slots,
+        sizes.inside,
+        WEIGHT=steps.weight,
+        GRID=steps.grid,
+        OF_BIG=steps.side == "big",
+        SMALL_FIRST=steps.first == "small",
+        W_STEPS=weight_steps,
+        W_SHARES=(_share(channels * grid, weight_programs), _share(channels * offsets, weight_programs)),
+        TILE_C=tile_c,
+        W_TILE_P=tile_p,
+        G_STEPS=grid_steps,
+        G_SHARES=tuple(_share(all_channels[side] * grids[side], grid_programs) for side in ("big", "small")),
+        OFFSETS=offsets if steps.grid == COUNTED else 1,
+        TILE_R=tile_r,
+        G_TILE_P=tile_p,
     )
 
 
@@ -348,40 +524,14 @@ def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry:
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or side; RuntimeError: not on a GPU.
     """
-    if side not in ("big", "small"):
-        raise ValueError(f"side is 'big' or 'small', not {side!r}")
+    _check_side("side", side)
     sizes = _sizes(tuple(geometry))
-    channels, others = sizes.big_channels, sizes.small_channels // sizes.groups
-    grid = prod(sizes.big)
+    channels, grid = sizes.big_channels, prod(sizes.big)
     if side == "small":
-        channels, others, grid = sizes.small_channels, sizes.big_channels // sizes.groups, prod(sizes.small)
+        channels, grid = sizes.small_channels, prod(sizes.small)
     _check(counter, position=(position, 2 * channels * grid), weight=(weight, 2 * channels * prod(sizes.kernel)))
-    positions, offsets = prod(sizes.small), prod(sizes.kernel)
-    tile_p = min(TILE, power_of_2(positions))
-    tile_c = min(TILE // tile_p, power_of_2(channels))
-    tiles = triton.cdiv(channels, tile_c) * offsets * triton.cdiv(positions, tile_p)
-    steps = power_of_2(triton.cdiv(tiles, PROGRAMS))
-    programs = max(1, triton.cdiv(tiles, steps))
-    with on(counter):
-        _weight_step_kernel[(programs,)](
-            counter,
-            position.contiguous(),
-            weight.contiguous(),
-            channels,
-            others,
-            *sizes[:1],
-            *sizes[4:],
-            sizes.batch * channels * grid,
-            sizes.weights,
-            sizes.slots,
-            sizes.inside,
-            OF_BIG=side == "big",
-            STEPS=steps,
-            POSITION_STEPS=_share(channels * grid, programs),
-            WEIGHT_STEPS=_share(channels * offsets, programs),
-            TILE_C=tile_c,
-            TILE_P=tile_p,
-        )
+    launch = steps_launch(Steps(tuple(geometry), weight=COUNTED, side=side), counter.device)
+    launch(counter, position.contiguous(), weight.contiguous(), *[None] * 5)
 
 
 def add_grid_step(
@@ -399,8 +549,7 @@ def add_grid_step(
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or side; RuntimeError: not on a GPU.
     """
-    if first not in ("big", "small"):
-        raise ValueError(f"first is 'big' or 'small', not {first!r}")
+    _check_side("first", first)
     sizes = _sizes(tuple(geometry))
     rows, grids = sizes.batch * sizes.groups, (prod(sizes.big), prod(sizes.small))
     _check(
@@ -410,37 +559,24 @@ def add_grid_step(
         small_position=(small[0], 2 * sizes.small_channels * grids[1]),
         small_sample=(small[1], 2 * rows * grids[1]),
     )
-    tile_p = min(TILE, power_of_2(grids[1]))
-    tile_r = min(TILE // tile_p, power_of_2(rows))
-    tiles = triton.cdiv(rows, tile_r) * triton.cdiv(grids[1], tile_p)
+    launch = steps_launch(Steps(tuple(geometry), grid=COUNTED, first=first), counter.device)
+    launch(counter, None, None, *(part.contiguous() for side in (big, small) for part in side), None)
+
+
+def _programs(tiles: int) -> tuple[int, int]:
+    """Programs, and tiles of each (a power of 2, so that there are few variants to compile)."""
     steps = power_of_2(triton.cdiv(tiles, PROGRAMS))
-    programs = max(1, triton.cdiv(tiles, steps))
-    with on(counter):
-        _grid_step_kernel[(programs,)](
-            counter,
-            big[1].contiguous(),
-            small[1].contiguous(),
-            big[0].contiguous(),
-            small[0].contiguous(),
-            rows,
-            *sizes[1:],
-            sizes.batch * sizes.big_channels * grids[0],
-            sizes.batch * sizes.small_channels * grids[1],
-            sizes.slots,
-            sizes.inside,
-            SMALL_FIRST=first == "small",
-            OFFSETS=prod(sizes.kernel),
-            STEPS=steps,
-            BIG_STEPS=_share(sizes.big_channels * grids[0], programs),
-            SMALL_STEPS=_share(sizes.small_channels * grids[1], programs),
-            TILE_R=tile_r,
-            TILE_P=tile_p,
-        )
+    return max(1, triton.cdiv(tiles, steps)), steps
 
 
 def _share(count: int, programs: int) -> int:
     """Tiles of a tensor that each program sums, rounded up so that there are few variants to compile."""
-    return power_of_2(triton.cdiv(count, TILE * programs)) if count else 0
+    return power_of_2(triton.cdiv(count, TILE * programs)) if count and programs else 0
+
+
+def _check_side(name: str, side: str) -> None:
+    if side not in ("big", "small"):
+        raise ValueError(f"{name} is 'big' or 'small', not {side!r}")
 
 
 def _check(counter: Tensor, **operands: tuple[Tensor, int]) -> None:

@@ -153,7 +153,18 @@ def test_count(compiled, dims):
         weight = torch.empty(2, channels[side], *geometry.kernel).int()
         count.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
         count.add_grid_step(counter, counts["big"], counts["small"], geometry.pack(), side)
-    assert compiled.keys() == {"_weight_step_kernel", "_grid_step_kernel"}
+    assert compiled.keys() == {"_steps_kernel"}
+
+
+def test_steps_in_one_launch(compiled):
+    geometry = make(32, 64, 96, 1, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1))
+    at = {"weight_counter": 190, "grid_counter": 380, "weight_at": 1152, "big_sample_at": 25088}
+    steps = count.Steps(
+        tuple(geometry.pack()), count.COUNTED, count.COUNTED, "small", "big", **at, small_sample_at=37632
+    )
+    x, counters = torch.zeros(100_000, dtype=torch.int32), torch.zeros(570, dtype=torch.int64)
+    count.steps_launch(steps, x.device)(counters, x, x, x, x, x, x, torch.zeros(6, 2, dtype=torch.int32))
+    assert compiled.keys() == {"_steps_kernel"}
 
 
 def uses_tensor_cores(kernel):

@@ -1,0 +1,76 @@
+"""The kernel for a step's result in Triton's interpreter, against the reference, bit by bit."""
+
+import pytest
+import torch
+from test_kernels_interpret import LAYOUTS, identical, interpret, spread
+
+from lnpu_torch.formats import FORMATS
+from lnpu_torch.reference import round_to
+
+pytest.importorskip("triton")
+
+
+def test_results_in_the_interpreter():
+    interpret(__file__)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    from lnpu_torch.kernels import result
+
+    empty_like = torch.empty_like
+
+    def poisoned(*args, **options):
+        x = empty_like(*args, **options)
+        return x if x.is_meta else x.fill_(torch.nan)
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    return result
+
+
+def same(a, b):
+    """Equal, the sign of zero too, but not that of NaN: torch's cast to bfloat16 drops it."""
+    return torch.equal(a.isnan(), b.isnan()) and identical(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["fp16", "e6m9"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def check_results(kernels, layout, form, dtype):
+    for shape in ((7, 6, 11, 13), (63, 50), (2, 1, 5, 5), (1, 9)):
+        x = LAYOUTS[layout](spread(*shape)) if layout != "channels_last" or len(shape) == 4 else spread(*shape)
+        bias = spread(shape[1] + 12)[12:]
+        for source in (torch.float32, torch.float16):
+            for added in (None, bias, bias.half(), bias.bfloat16()):
+                total = x.to(source).float()
+                if added is not None:
+                    total = total + added.float().reshape(-1, *(1 for _ in shape[2:]))
+                got = kernels.round_result(x.to(source), added, form, dtype)
+                assert got.dtype == dtype and same(got, round_to(total, FORMATS[form]).to(dtype))
+                assert got.stride() == torch.empty_like(x).stride()
+
+
+def check_every_bfloat16(kernels):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    for x in (every, every * 1.0009765625):
+        assert same(kernels.round_result(x, None, "fp16", torch.bfloat16), x.half().bfloat16())
+
+
+def check_nothing_to_do(kernels):
+    x = spread(3, 4).half()
+    assert kernels.round_result(x, None, "fp16", torch.float16) is x
+    assert kernels.round_result(x[:0], None, "fp16", torch.float32).shape == (0, 4)
+
+
+def check_what_is_refused(kernels):
+    x = torch.ones(4, 6)
+    with pytest.raises(TypeError, match=r"x is torch\.float64"):
+        kernels.round_result(x.double(), None, "fp16", torch.float32)
+    with pytest.raises(ValueError, match="rounded to fp16 or e6m9, not e4m3"):
+        kernels.round_result(x, None, "e4m3", torch.float32)
+    with pytest.raises(ValueError, match=r"a bias for \[4, 6\] is \[6\], not \[4\]"):
+        kernels.round_result(x, torch.ones(4), "fp16", torch.float32)
+    with pytest.raises(ValueError, match="different devices"):
+        kernels.round_result(x, torch.ones(6, device="meta"), "fp16", torch.float32)
+    with pytest.raises(ValueError, match="a dimension of channels"):
+        kernels.round_result(torch.ones(4), torch.ones(4), "fp16", torch.float32)
