@@ -12,6 +12,7 @@ infinity or NaN. It changes no value (only, at most, the sign of a zero).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,12 +21,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.kernels.launch import INT32, check_device, check_dtype, on, power_of_2, processors
+from lnpu_torch.kernels.grid import CHANNELS
+from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, on, power_of_2, processors
 
 MATMUL = tl.constexpr(0)  # a [m, k] by b [k, n]
 FORWARD = tl.constexpr(1)  # the small grid from the big one (a) and the weight (b)
 GRAD_INPUT = tl.constexpr(2)  # the big grid from the small one (a) and the weight (b)
 GRAD_WEIGHT = tl.constexpr(3)  # the weight from the small grid (a) and the big one (b)
+
+
+class Config(NamedTuple):
+    """The widest tiles, and stages of the pipeline that fills them."""
+
+    m: int
+    n: int
+    stages: int
+
+
+class Configs(NamedTuple):
+    """What is used for what. Chosen by reasoning, not yet by measurement: `benchmarks/kernels.py` tries others."""
+
+    streamed: Config = Config(128, 128, 3)
+    """operands that are copied to shared memory in wide pieces"""
+    gathered: Config = Config(64, 64, 3)
+    """operands fetched element by element, which takes registers for the addresses"""
+
+
+CONFIGS = Configs()
 
 
 class Tiles(NamedTuple):
@@ -38,22 +60,23 @@ class Tiles(NamedTuple):
     """Products between two roundings, or just the tile; also the unit of skipping."""
     parts: int
     """Tiles along a chunk; the last may reach beyond it, and is padded with zeros."""
+    stages: int = 3
 
     @classmethod
-    def of(cls, m: int, n: int, k: int, chunk: int | None, widest: int = 128) -> Tiles:
-        tile_m, tile_n = (min(widest, max(16, power_of_2(size))) for size in (m, n))
+    def of(cls, m: int, n: int, k: int, chunk: int | None, config: Config = CONFIGS.streamed) -> Tiles:
+        tile_m, tile_n = (min(wide, max(16, power_of_2(size))) for size, wide in ((m, config.m), (n, config.n)))
         if chunk is None:
-            return cls(tile_m, tile_n, 64, 64, 1)
+            return cls(tile_m, tile_n, CHANNELS, CHANNELS, 1, config.stages)
         chunk = min(chunk, max(k, 1))
         tile = min(64, chunk & -chunk)  # the widest that divides it
         if tile < 16:  # the tensor cores' least
             tile = min(64, max(16, power_of_2(chunk)))
-        return cls(tile_m, tile_n, tile, chunk, triton.cdiv(chunk, tile))
+        return cls(tile_m, tile_n, tile, chunk, triton.cdiv(chunk, tile), config.stages)
 
     @property
     def options(self) -> dict[str, int]:
         """The launch's own: warps enough to hold the accumulators in registers, stages that fit shared memory."""
-        return {"num_warps": 8 if self.m * self.n >= 128 * 128 else 4, "num_stages": 3}
+        return {"num_warps": 8 if self.m * self.n >= 128 * 128 else 4, "num_stages": self.stages}
 
 
 class Lists(NamedTuple):
@@ -208,6 +231,7 @@ def _product_kernel(
     a_ptr,
     b_ptr,
     out_ptr,
+    bias_ptr,
     counts_ptr,
     chunks_ptr,
     m,
@@ -233,7 +257,8 @@ def _product_kernel(
 ):
     """A matrix product [m, k] by [k, n] for each channel group, or a convolution's step that is one.
 
-    counts, chunks: `Lists`, or None to skip nothing. big_channels, small_channels: of one group. geometry: pairs (big,
+    bias: of each output channel, added to the float32 result, or None. counts, chunks: `Lists`, or None to skip
+    nothing. big_channels, small_channels: of one group. geometry: pairs (big,
     small, kernel, stride, padding, dilation). ROUND: round the accumulator to binary16 after each chunk. SPLITS: parts
     of the reduction, each its own program, whose results lie split_stride apart.
     """
@@ -280,6 +305,9 @@ def _product_kernel(
         if ROUND:
             total = (total + part).to(tl.float16).to(tl.float32)
 
+    if bias_ptr is not None:
+        output_channels = n if STEP == MATMUL else small_channels if STEP == FORWARD else big_channels
+        total += tl.load(bias_ptr + group * output_channels + columns, mask=columns < n, other=0.0).to(tl.float32)
     if STEP == MATMUL:
         at = rows * out_strides[0] + columns * out_strides[1]
     elif STEP == GRAD_WEIGHT:
@@ -348,6 +376,38 @@ def _occupancy_kernel(
 
 
 @triton.jit
+def _summary_kernel(
+    blocks_ptr,
+    out_ptr,
+    size,
+    k,
+    big_channels,
+    small_channels,
+    geometry,
+    strides,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """`_occupancy_kernel` of the first operand, from what the quantizer found in each position's blocks of channels.
+
+    k, big_channels, small_channels: in blocks, of which one is a chunk. blocks: uint8 [N, blocks, *grid].
+    """
+    tiles = tl.cdiv(size, TILE)
+    group = tl.program_id(1)
+    first = tl.program_id(0) // tiles * TILE_K
+    outer = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE))[:, None]
+    lane = tl.arange(0, TILE_K)[None, :]
+    mask = (outer < size) & (first + lane < k)
+    found = _load_a(
+        blocks_ptr, outer, first, lane, mask, group, big_channels, small_channels, geometry, strides, STEP, True, False
+    )
+    chunk = first + tl.arange(0, TILE_K)
+    at = out_ptr + (group * tiles + tl.program_id(0) % tiles) * k + chunk
+    tl.store(at, tl.max(found.to(tl.int32), axis=0).to(tl.uint8), mask=chunk < k)
+
+
+@triton.jit
 def _lists_kernel(
     a_ptr, b_ptr, counts_ptr, chunks_ptr, tiles_m, tiles_n, chunks, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -368,64 +428,37 @@ def _lists_kernel(
     tl.store(counts_ptr + pid, count)
 
 
-class _Product(NamedTuple):
-    """One product: its operands, and how `_product_kernel` is to see them."""
+class Problem(NamedTuple):
+    """One product, as `_product_kernel` is to see it."""
 
-    step: tl.constexpr
-    a: Tensor
-    b: Tensor
+    step: int
     shape: tuple[int, ...]
+    """of the result"""
     m: int
     n: int
     k: int
+    a_strides: tuple[int, ...]
+    b_strides: tuple[int, ...]
     groups: int = 1
     big_channels: int = 1
     small_channels: int = 1
     geometry: tuple[tuple[int, int], ...] = ((1, 1),) * 6
     channels_inner: bool = False
 
-    def run(self, chunk: int | None, skip: bool, dtype: torch.dtype) -> Tensor:
-        """The product, in `shape`."""
-        _check(self.a, self.b, chunk, dtype)
-        if 0 in (self.m, self.n, self.k):
-            return torch.zeros(self.shape, dtype=dtype, device=self.a.device)
-        # Gathering an operand element by element takes registers for the addresses.
-        gathers = not self.channels_inner and self.step != MATMUL
-        tiles = Tiles.of(self.m, self.n, self.k, chunk, widest=64 if gathers else 128)
-        programs = triton.cdiv(self.m, tiles.m) * triton.cdiv(self.n, tiles.n)
-        splits = self._splits(programs * self.groups, tiles) if chunk is None else 1
-        out = self._empty(splits, dtype if splits == 1 else torch.float32)
-        lists = self._lists(tiles) if skip else (None, None)
-        with on(self.a):
-            _product_kernel[(programs, self.groups, splits)](
-                self.a,
-                self.b,
-                out,
-                *lists,
-                self.m,
-                self.n,
-                self.k,
-                self.big_channels,
-                self.small_channels,
-                self.geometry,
-                self.a.stride(),
-                self.b.stride(),
-                out.stride()[1:],
-                out.stride(0),
-                ROUND=chunk is not None,
-                SPLITS=splits,
-                TILE_M=tiles.m,
-                TILE_N=tiles.n,
-                **self._reduction(tiles),
-                **tiles.options,
-            )
-        return out[0] if splits == 1 else out.sum(0).to(dtype)
+    def tiles(self, chunk: int | None, configs: Configs) -> Tiles:
+        """How it is cut."""
+        gathers = not self.channels_inner and self.step != MATMUL.value
+        return Tiles.of(self.m, self.n, self.k, chunk, configs.gathered if gathers else configs.streamed)
 
-    def _reduction(self, tiles: Tiles) -> dict[str, Any]:
+    def splits(self, programs: int, tiles: Tiles, processors: int) -> int:
+        """Into how many parts to cut the reduction so that two programs run on each multiprocessor, of 8 tiles each."""
+        return max(1, min(2 * processors // max(1, programs), self.k // (8 * tiles.k), 64))
+
+    def reduction(self, tiles: Tiles) -> dict[str, Any]:
         """The options by which the reduction is walked, common to all kernels."""
-        channels = self.big_channels if self.step == FORWARD else self.small_channels
+        channels = self.big_channels if self.step == FORWARD.value else self.small_channels
         return {
-            "STEP": self.step.value,
+            "STEP": self.step,
             "CHANNELS_INNER": self.channels_inner,
             "ONE_TAP": self.channels_inner and channels % tiles.k == 0,
             "TILE_K": tiles.k,
@@ -433,61 +466,169 @@ class _Product(NamedTuple):
             "PARTS": tiles.parts,
         }
 
-    def _splits(self, programs: int, tiles: Tiles) -> int:
-        """Into how many parts to cut the reduction so that two programs run on each multiprocessor, of 8 tiles each."""
-        wanted = 2 * processors(self.a.device) // programs
-        return max(1, min(wanted, self.k // (8 * tiles.k), 64))
+    def has_summary(self, tiles: Tiles) -> bool:
+        """Whether each chunk of the first operand is one of the quantizer's blocks of channels."""
+        channels = self.big_channels if self.step == FORWARD.value else self.small_channels
+        inner = self.channels_inner or prod(self.geometry[2]) == 1
+        return self.step in (FORWARD.value, GRAD_INPUT.value) and inner and channels % CHANNELS == 0 == tiles.chunk % 64
 
-    def _empty(self, splits: int, dtype: torch.dtype) -> Tensor:
-        """[splits, *shape], in memory as the products come: channels last where they are innermost."""
-        if not self.channels_inner:
-            return torch.empty(splits, *self.shape, dtype=dtype, device=self.a.device)
-        outer, channels, *grid = self.shape
-        return torch.empty(splits, outer, *grid, channels, dtype=dtype, device=self.a.device).movedim(-1, 2)
 
-    def _lists(self, tiles: Tiles) -> Lists:
-        """Which chunks to walk, from both operands' blocks."""
-        tiles_m, tiles_n = triton.cdiv(self.m, tiles.m), triton.cdiv(self.n, tiles.n)
-        chunks, device = triton.cdiv(self.k, tiles.chunk), self.a.device
-        a = self._occupancy(self.a, self.m, tiles.m, tiles, first=True)
-        b = self._occupancy(self.b, self.n, tiles.n, tiles, first=False)
-        places = (self.groups, tiles_m, tiles_n)
-        counts = torch.empty(places, dtype=torch.int32, device=device)
-        active = torch.empty(*places, chunks, dtype=torch.int32, device=device)
-        block = min(1024, power_of_2(chunks))
-        steps = power_of_2(triton.cdiv(chunks, block))
-        with on(self.a):
-            _lists_kernel[(counts.numel(),)](a, b, counts, active, tiles_m, tiles_n, chunks, STEPS=steps, BLOCK=block)
-        return Lists(counts, active)
+class Plan(NamedTuple):
+    """How a problem is computed: its launch, and where the results go."""
 
-    def _occupancy(self, operand: Tensor, size: int, tile: int, tiles: Tiles, first: bool) -> Tensor:
-        shape = (self.groups, triton.cdiv(size, tile), triton.cdiv(self.k, tiles.chunk))
-        out = torch.empty(shape, dtype=torch.uint8, device=operand.device)
-        with on(operand):
-            _occupancy_kernel[(shape[1] * shape[2], self.groups)](
-                operand,
-                out,
-                size,
-                self.k,
-                self.big_channels,
-                self.small_channels,
-                self.geometry,
-                operand.stride(),
-                FIRST=first,
-                TILE=tile,
-                **self._reduction(tiles),
-            )
-        return out
+    tiles: Tiles
+    splits: int
+    launch: Launch
+    memory: tuple[int, ...]
+    """the result's dimensions in the order of memory: channels last where they are innermost"""
+
+    def empty(self, dtype: torch.dtype, device: torch.device, inner: bool) -> Tensor:
+        """[splits, *shape]"""
+        out = torch.empty(self.memory, dtype=dtype, device=device)
+        return out.movedim(-1, 2) if inner else out
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem, chunk: int | None, device: torch.device, configs: Configs, processors: int) -> Plan:
+    tiles = problem.tiles(chunk, configs)
+    programs = triton.cdiv(problem.m, tiles.m) * triton.cdiv(problem.n, tiles.n)
+    splits = problem.splits(programs * problem.groups, tiles, processors) if chunk is None else 1
+    shape = problem.shape
+    memory = (splits, *((shape[0], *shape[2:], shape[1]) if problem.channels_inner else shape))
+    like = Plan(tiles, splits, None, memory).empty(torch.float32, torch.device("meta"), problem.channels_inner)  # type: ignore[arg-type]
+    launch = Launch(
+        device,
+        _product_kernel,
+        (programs, problem.groups, splits),
+        problem.m,
+        problem.n,
+        problem.k,
+        problem.big_channels,
+        problem.small_channels,
+        problem.geometry,
+        problem.a_strides,
+        problem.b_strides,
+        like.stride()[1:],
+        like.stride(0),
+        ROUND=chunk is not None,
+        SPLITS=splits,
+        TILE_M=tiles.m,
+        TILE_N=tiles.n,
+        **problem.reduction(tiles),
+        **tiles.options,
+    )
+    return Plan(tiles, splits, launch, memory)
+
+
+def _run(
+    problem: Problem,
+    a: Tensor,
+    b: Tensor,
+    chunk: int | None,
+    skip: bool,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    blocks: Tensor | None = None,
+) -> Tensor:
+    """A problem's product, in its shape."""
+    _check(a, b, chunk, dtype, bias)
+    plan = _plan(problem, chunk, a.device, CONFIGS, processors(a.device))
+    out = plan.empty(dtype if plan.splits == 1 else torch.float32, a.device, problem.channels_inner)
+    if 0 in (problem.m, problem.n):
+        return out[0].to(dtype)
+    lists = (None, None)
+    if skip and problem.k:
+        lists = _lists(problem, plan.tiles, a, b, blocks)
+    once = bias if plan.splits == 1 else None
+    plan.launch(a, b, out, once, *lists)
+    if plan.splits == 1:
+        return out[0]
+    total = out.sum(0)
+    if bias is not None:
+        total += bias.reshape(-1, *(1 for _ in problem.shape[2:]))
+    return total.to(dtype)
+
+
+def _lists(problem: Problem, tiles: Tiles, a: Tensor, b: Tensor, blocks: Tensor | None = None) -> Lists:
+    """Which chunks to walk, from both operands' blocks."""
+    places = (problem.groups, triton.cdiv(problem.m, tiles.m), triton.cdiv(problem.n, tiles.n))
+    chunks, device = triton.cdiv(problem.k, tiles.chunk), a.device
+    if blocks is not None and problem.has_summary(tiles):
+        first = _summary(problem, tiles, blocks)
+    else:
+        first = _occupancy(problem, tiles, a, first=True)
+    second = _occupancy(problem, tiles, b, first=False)
+    counts = torch.empty(places, dtype=torch.int32, device=device)
+    active = torch.empty(*places, chunks, dtype=torch.int32, device=device)
+    block = min(1024, power_of_2(chunks))
+    steps = power_of_2(triton.cdiv(chunks, block))
+    with on(a):
+        _lists_kernel[(counts.numel(),)](
+            first, second, counts, active, places[1], places[2], chunks, STEPS=steps, BLOCK=block
+        )
+    return Lists(counts, active)
+
+
+def _occupancy(problem: Problem, tiles: Tiles, operand: Tensor, first: bool) -> Tensor:
+    size, tile = (problem.m, tiles.m) if first else (problem.n, tiles.n)
+    shape = (problem.groups, triton.cdiv(size, tile), triton.cdiv(problem.k, tiles.chunk))
+    out = torch.empty(shape, dtype=torch.uint8, device=operand.device)
+    with on(operand):
+        _occupancy_kernel[(shape[1] * shape[2], problem.groups)](
+            operand,
+            out,
+            size,
+            problem.k,
+            problem.big_channels,
+            problem.small_channels,
+            problem.geometry,
+            problem.a_strides if first else problem.b_strides,
+            FIRST=first,
+            TILE=tile,
+            **problem.reduction(tiles),
+        )
+    return out
+
+
+def _summary(problem: Problem, tiles: Tiles, blocks: Tensor) -> Tensor:
+    """The first operand's occupancy, from its blocks of channels."""
+    chunks, rows = problem.k // CHANNELS, triton.cdiv(problem.m, tiles.m)
+    grid = problem.geometry[0] if problem.step == FORWARD.value else problem.geometry[1]
+    blocks = blocks.reshape(blocks.shape[0], -1, *grid)
+    out = torch.empty(problem.groups, rows, chunks, dtype=torch.uint8, device=blocks.device)
+    tile = min(64, max(16, power_of_2(chunks)))
+    with on(blocks):
+        _summary_kernel[(rows * triton.cdiv(chunks, tile), problem.groups)](
+            blocks,
+            out,
+            problem.m,
+            chunks,
+            problem.big_channels // CHANNELS,
+            problem.small_channels // CHANNELS,
+            problem.geometry,
+            blocks.stride(),
+            STEP=problem.step,
+            TILE=tiles.m,
+            TILE_K=tile,
+        )
+    return out
 
 
 def matmul(
-    a: Tensor, b: Tensor, *, chunk: int | None = None, skip: bool = False, dtype: torch.dtype = torch.float32
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    skip: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """a @ b, as `accumulate.reduce` walks it.
+    """a @ b + bias, as `accumulate.reduce` walks it.
 
     Args:
         a: float16 [M, K], any strides.
         b: float16 [K, N], any strides.
+        bias: float32 or float16 [N], added in float32; or None.
         chunk: products whose FP32 sum is added to the accumulator before that is rounded to binary16; None leaves
             the accumulator in FP32.
         skip: leave out the blocks in which an operand is all zero. It reads both operands once more.
@@ -503,7 +644,8 @@ def matmul(
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"expected [M, K] and [K, N], got {list(a.shape)} and {list(b.shape)}")
     m, n, k = a.shape[0], b.shape[1], a.shape[1]
-    return _Product(MATMUL, a, b, (m, n), m, n, k).run(chunk, skip, dtype)
+    problem = Problem(MATMUL.value, (m, n), m, n, k, a.stride(), b.stride())
+    return _run(problem, a, b, chunk, skip, dtype, bias)
 
 
 def small_from_big(
@@ -511,8 +653,10 @@ def small_from_big(
     weight: Tensor,
     geometry: Sequence[int],
     *,
+    bias: Tensor | None = None,
     chunk: int | None = None,
     skip: bool = False,
+    blocks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A convolution's forward (a transposed one's grad_input), as `accumulate.small_from_big` walks it.
@@ -521,7 +665,9 @@ def small_from_big(
         big: float16 [N, C, *big], contiguous or channels_last.
         weight: float16 [K, C / groups, *kernel].
         geometry: `Geometry.pack()`, of at most two dimensions.
+        bias: float32 or float16 [K], added in float32; or None.
         chunk, skip, dtype: as in `matmul`.
+        blocks: what is in the big grid's blocks of channels, as `grid.round_grid` tells; it saves a pass over the grid.
 
     Returns:
         [N, K, *small]; channels_last if `big` is and the accumulator is not rounded.
@@ -529,12 +675,12 @@ def small_from_big(
     Raises:
         As `matmul`; ValueError also if a tensor does not fit the geometry, or that has three dimensions.
     """
-    shape = _Shape.of(geometry)
+    shape = _shape(tuple(geometry))
     big, weight = shape.fit(big=big, weight=weight)
     inner = chunk is None and _channels_last(big)
     m, n, k = shape.small_positions, shape.small_channels, shape.big_channels * shape.offsets
-    product = shape.product(FORWARD, big, weight, shape.small_shape, (m, n, k), inner)
-    return product.run(chunk, skip, dtype).reshape(shape.unpadded(shape.small_shape))
+    problem = shape.problem(FORWARD, big, weight, shape.small_shape, (m, n, k), inner)
+    return shape.unpadded(_run(problem, big, weight, chunk, skip, dtype, bias, blocks))
 
 
 def big_from_small(
@@ -542,8 +688,10 @@ def big_from_small(
     weight: Tensor,
     geometry: Sequence[int],
     *,
+    bias: Tensor | None = None,
     chunk: int | None = None,
     skip: bool = False,
+    blocks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A convolution's grad_input (a transposed one's forward), as `accumulate.big_from_small` walks it.
@@ -551,16 +699,18 @@ def big_from_small(
     Args:
         small: float16 [N, K, *small], contiguous or channels_last.
         weight, geometry, chunk, skip, dtype: as in `small_from_big`.
+        bias: float32 or float16 [C], added in float32; or None.
+        blocks: what is in the small grid's blocks of channels.
 
     Returns:
         [N, C, *big]; channels_last if `small` is and the accumulator is not rounded.
     """
-    shape = _Shape.of(geometry)
+    shape = _shape(tuple(geometry))
     small, weight = shape.fit(small=small, weight=weight)
     inner = chunk is None and _channels_last(small)
     m, n, k = shape.big_positions, shape.big_channels, shape.small_channels * shape.offsets
-    product = shape.product(GRAD_INPUT, small, weight, shape.big_shape, (m, n, k), inner)
-    return product.run(chunk, skip, dtype).reshape(shape.unpadded(shape.big_shape))
+    problem = shape.problem(GRAD_INPUT, small, weight, shape.big_shape, (m, n, k), inner)
+    return shape.unpadded(_run(problem, small, weight, chunk, skip, dtype, bias, blocks))
 
 
 def weight_from_both(
@@ -580,12 +730,12 @@ def weight_from_both(
     Returns:
         [K, C / groups, *kernel]; channels_last if `big` is.
     """
-    shape = _Shape.of(geometry)
+    shape = _shape(tuple(geometry))
     big, small = shape.fit(big=big, small=small)
     inner = _channels_last(big)  # the reduction is over positions, so that this order is free
     m, n, k = shape.small_channels, shape.big_channels * shape.offsets, shape.small_positions
-    product = shape.product(GRAD_WEIGHT, small, big, shape.weight_shape, (m, n, k), inner)
-    return product.run(chunk, skip, dtype).reshape(shape.unpadded(shape.weight_shape))
+    problem = shape.problem(GRAD_WEIGHT, small, big, shape.weight_shape, (m, n, k), inner)
+    return shape.unpadded(_run(problem, small, big, chunk, skip, dtype))
 
 
 class _Shape(NamedTuple):
@@ -599,7 +749,7 @@ class _Shape(NamedTuple):
     dims: int
 
     @classmethod
-    def of(cls, packed: Sequence[int]) -> _Shape:
+    def of(cls, packed: tuple[int, ...]) -> _Shape:
         dims, rest = divmod(len(packed) - 4, 6)
         if rest or not 0 <= dims <= 2:
             raise ValueError(f"{len(packed)} numbers are not the packed geometry of 0 to 2 dimensions")
@@ -634,34 +784,39 @@ class _Shape(NamedTuple):
     def offsets(self) -> int:
         return prod(self.pairs[2])
 
-    def product(
+    def problem(
         self, step: tl.constexpr, a: Tensor, b: Tensor, shape: tuple[int, ...], mnk: tuple[int, int, int], inner: bool
-    ) -> _Product:
-        channels = self.big_channels, self.small_channels
-        return _Product(step, a, b, shape, *mnk, self.groups, *channels, self.pairs, channels_inner=inner)
+    ) -> Problem:
+        strides, channels = (a.stride(), b.stride()), (self.big_channels, self.small_channels)
+        return Problem(step.value, shape, *mnk, *strides, self.groups, *channels, self.pairs, inner)
 
-    def unpadded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A shape without the dimensions that were put there to make two."""
-        return *shape[:2], *shape[4 - self.dims :]
+    def unpadded(self, x: Tensor) -> Tensor:
+        """A tensor without the dimensions that were put there to make two."""
+        return x if self.dims == 2 else x.reshape(*x.shape[:2], *x.shape[4 - self.dims :])
 
     def fit(self, **tensors: Tensor) -> list[Tensor]:
         """The tensors with two dimensions; ValueError if one does not have the geometry's shape."""
         shapes = {"big": self.big_shape, "small": self.small_shape, "weight": self.weight_shape}
         for name, tensor in tensors.items():
-            if tuple(tensor.shape) != self.unpadded(shapes[name]):
-                expected = list(self.unpadded(shapes[name]))
-                raise ValueError(f"{name} is {list(tensor.shape)}; the geometry says {expected}")
-        return [tensor.reshape(shapes[name]) for name, tensor in tensors.items()]
+            expected = (*shapes[name][:2], *shapes[name][4 - self.dims :])
+            if tensor.shape != expected:
+                raise ValueError(f"{name} is {list(tensor.shape)}; the geometry says {list(expected)}")
+        return [x if self.dims == 2 else x.reshape(shapes[name]) for name, x in tensors.items()]
+
+
+_shape = lru_cache(maxsize=512)(_Shape.of)
 
 
 def _channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1 and prod(x.shape[2:]) > 1
 
 
-def _check(a: Tensor, b: Tensor, chunk: int | None, dtype: torch.dtype) -> None:
+def _check(a: Tensor, b: Tensor, chunk: int | None, dtype: torch.dtype, bias: Tensor | None) -> None:
     check_dtype((torch.float16,), first=a, second=b)
     check_dtype((torch.float16, torch.float32), result=dtype)
-    check_device(first=a, second=b)
+    check_device(first=a, second=b, bias=bias)
+    if bias is not None:
+        check_dtype((torch.float16, torch.float32), bias=bias)
     if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk has at least one product, not {chunk}")
     for tensor in (a, b):

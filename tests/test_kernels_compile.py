@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lnpu_torch.kernels import count, grid, launch, matmul, quantize, rounding, threshold  # noqa: E402
+from lnpu_torch.kernels import count, grid, launch, matmul, quantize, result, rounding, threshold  # noqa: E402
 
 ARCHITECTURES = [80, 90]
 
@@ -48,9 +48,10 @@ def compiled(request, monkeypatch):
         kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (count, grid, matmul, rounding, threshold):
+    for module in (count, grid, matmul, result, rounding, threshold):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
-    monkeypatch.setattr(grid, "check_runs", lambda device: None)
+    for module in (grid, result):
+        monkeypatch.setattr(module, "check_runs", lambda device: None)
     for module in (grid, matmul, quantize, threshold):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", Driver(request.param))  # reset_active() looks for a GPU
@@ -167,6 +168,15 @@ def test_steps_in_one_launch(compiled):
     assert compiled.keys() == {"_steps_kernel"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_result(compiled, dtype):
+    x, bias = torch.empty(64, 64, 14, 14).to(memory_format=torch.channels_last), torch.empty(64)
+    result.round_result(x, bias, "fp16", dtype)
+    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
+    result.round_result(x, None, "e6m9", torch.float32)
+    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
+
+
 def uses_tensor_cores(kernel):
     return any(word in kernel.asm["ptx"] for word in ("wgmma.mma_async", "mma.sync.aligned"))
 
@@ -206,6 +216,20 @@ def test_convolution(compiled, layout, chunk, skip):
         assert uses_tensor_cores(kernel)
         if layout == "last" and chunk is None:
             assert "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
+
+
+def test_convolution_with_bias_and_blocks(compiled):
+    geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (1, 1), (1, 1), (1, 1))
+    x, weight = (
+        torch.empty(shape, dtype=torch.float16).to(memory_format=torch.channels_last)
+        for shape in ((16, 64, 32, 32), (128, 64, 3, 3))
+    )
+    blocks = torch.empty(16, 1, 32, 32, dtype=torch.uint8)
+    bias = torch.empty(128)
+    matmul.small_from_big(x, weight, geometry.pack(), bias=bias, skip=True, blocks=blocks, dtype=torch.float16)
+    assert compiled.keys() == {"_summary_kernel", "_occupancy_kernel", "_lists_kernel", "_product_kernel"}
+    kernel = compiled["_product_kernel"]
+    assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 
 
 def test_without_a_gpu_the_wrappers_say_so():

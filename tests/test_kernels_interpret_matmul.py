@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from test_counting import GEOMETRIES
-from test_kernels_interpret import interpret
+from test_kernels_interpret import identical, interpret
 
 from lnpu_torch import accumulate
 from lnpu_torch.formats import FORMATS
@@ -75,8 +75,8 @@ def check_skipping(kernels, chunk):
     a[128:] = 0
     expected = reduce(a, b, chunk)
     assert torch.equal(kernels.matmul(a, b, chunk=chunk, skip=True), expected)
-    product = kernels._Product(kernels.MATMUL, a, b, (200, 150), 200, 150, 320)
-    counts, _ = product._lists(kernels.Tiles.of(200, 150, 320, chunk))
+    problem = kernels.Problem(kernels.MATMUL.value, (200, 150), 200, 150, 320, a.stride(), b.stride())
+    counts, _ = kernels._lists(problem, problem.tiles(chunk, kernels.CONFIGS), a, b)
     per_step = 1 if chunk is None else 2
     assert counts.flatten().tolist() == [3 * per_step, 2 * per_step, 0, 0]
 
@@ -97,10 +97,11 @@ def check_splits(kernels, monkeypatch):
     a[:, 300:900] = 0
     for skip in (False, True):
         assert torch.equal(kernels.matmul(a, b, skip=skip), reduce(a, b, None))
-    assert (
-        kernels._Product(kernels.MATMUL, a, b, (30, 20), 30, 20, 2000)._splits(1, kernels.Tiles.of(30, 20, 2000, None))
-        == 3
-    )
+        bias = integers(20).float() / 8
+        got = kernels.matmul(a, b, bias=bias, skip=skip, dtype=torch.float16)
+        assert torch.equal(got, (reduce(a, b, None) + bias).half())
+    problem = kernels.Problem(kernels.MATMUL.value, (30, 20), 30, 20, 2000, a.stride(), b.stride())
+    assert problem.splits(1, problem.tiles(None, kernels.CONFIGS), 8) == 3
 
 
 STEPS = {
@@ -131,6 +132,64 @@ def check_convolution(kernels, step, geometry):
         assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("geometry", PLANE.values(), ids=PLANE.keys())
+@pytest.mark.parametrize("step", ["small_from_big", "big_from_small"])
+def check_bias(kernels, step, geometry):
+    operands = STEPS[step](geometry)
+    channels = geometry.small_channels if step == "small_from_big" else geometry.big_channels
+    bias = torch.randn(channels, generator=torch.Generator().manual_seed(1)) * 9
+    for chunk in (None, 16):
+        form = FORMATS["fp32" if chunk is None else "fp16"]
+        expected = getattr(accumulate, step)(*(x.float() for x in operands), geometry, form, chunk or 10**9)
+        expected = (expected + bias.reshape(-1, *(1 for _ in geometry.kernel))).half()
+        last = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in operands]
+        got = getattr(kernels, step)(*last, geometry.pack(), bias=bias, chunk=chunk, dtype=torch.float16)
+        assert torch.equal(got, expected)
+
+
+def check_blocks_of_channels(kernels):
+    """What the quantizer found in blocks of channels stands in for a pass over the first operand."""
+    from test_counting import make
+
+    threshold = torch.tensor(4, dtype=torch.int32)
+    for geometry in (
+        make(3, 128, 192, 1, (9, 7), (3, 3), (2, 1), (1, 1), (1, 1)),
+        make(3, 256, 128, 2, (6, 5), (2, 3), (1, 2), (0, 2), (2, 1)),
+        make(150, 192, 128, 1, (), (), (), (), ()),
+    ):
+        for step, name in (("small_from_big", "big"), ("big_from_small", "small")):
+            x, weight = integers(*grid(geometry, name)), integers(*grid(geometry, "weight"))
+            x[: len(x) // 2, 64:128] = 0
+            x[-1] = 0
+            x[0, 0], weight[0, 0] = torch.inf, 0.0
+            x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+            rounded = kernels_grid().quantize_grid(x, threshold, None, "fp16", len(x), geometry.groups, blocks=True)
+            assert torch.equal(rounded.half, x)
+            shape = kernels._shape(tuple(geometry.pack()))
+            a, b = shape.fit(**{name: x, "weight": weight})
+            kind = kernels.FORWARD if name == "big" else kernels.GRAD_INPUT
+            result, reduced = ("small", "big") if name == "big" else ("big", "small")
+            sizes = {side: getattr(shape, f"{side}_channels") for side in ("big", "small")}
+            mnk = getattr(shape, f"{result}_positions"), sizes[result], sizes[reduced] * shape.offsets
+            problem = shape.problem(kind, a, b, getattr(shape, f"{result}_shape"), mnk, x.dim() == 4)
+            tiles = problem.tiles(None, kernels.CONFIGS._replace(streamed=kernels.Config(16, 32, 3)))
+            assert problem.has_summary(tiles)
+            expected = kernels._occupancy(problem, tiles, a, first=True)
+            assert torch.equal(kernels._summary(problem, tiles, rounded.blocks), expected)
+            assert set(expected.flatten().tolist()) == {0, 1, 3}
+            got = [
+                getattr(kernels, step)(x, weight, geometry.pack(), skip=True, blocks=blocks)
+                for blocks in (None, rounded.blocks)
+            ]
+            assert identical(*got)
+
+
+def kernels_grid():
+    from lnpu_torch.kernels import grid
+
+    return grid
+
+
 def check_one_kernel_offset_per_tile(kernels):
     """64 channels: a tile of the reduction lies within one kernel offset, which is computed once."""
     from test_counting import make
@@ -151,6 +210,8 @@ def check_empty(kernels):
 
 def check_what_is_refused(kernels):
     a = integers(4, 6)
+    with pytest.raises(TypeError, match="bias is torch"):
+        kernels.matmul(a, a.T, bias=torch.ones(4).double())
     with pytest.raises(ValueError, match="expected \\[M, K\\] and \\[K, N\\]"):
         kernels.matmul(a, a)
     with pytest.raises(TypeError, match="second is torch"):
