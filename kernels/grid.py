@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lnpu_torch.kernels.lanes import RUN, runs_of
 from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dtype, check_runs, power_of_2, processors
 from lnpu_torch.kernels.quantize import quantize
 from lnpu_torch.kernels.rounding import (
@@ -37,6 +38,9 @@ tries others."""
 CHANNELS = 64
 """Channels of a block of which `round_grid` tells whether anything is in it; as wide as `matmul`'s tiles."""
 
+Wanted = tuple[bool, bool, bool, bool, bool]
+"""float32 values, float16 values, counts by sample, blocks, runs"""
+
 
 @triton.jit
 def _grid_kernel(
@@ -45,6 +49,7 @@ def _grid_kernel(
     half_ptr,
     sums_ptr,
     blocks_ptr,
+    runs_ptr,
     threshold_ptr,
     seed_ptr,
     place,
@@ -72,6 +77,7 @@ def _grid_kernel(
     TILE_C: tl.constexpr,
     TILE_S: tl.constexpr,
     CHANNELS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Rounds a grid [row groups * rows, groups * group size, space], and counts over rows, over channels, or both.
 
@@ -83,7 +89,8 @@ def _grid_kernel(
     x: floats, bfloat16 as int16, or groups as uint8. single, half: where the values go, as float32 and binary16, at x's
     offsets; either or both may be None. sums: the counts over rows [2, row groups, channels, space], then, if SAMPLE,
     those over channels [2, rows, groups, space]. blocks: uint8 [rows, blocks of CHANNELS channels, space], or None; bit
-    0: a block has a non-zero; bit 1: it has an infinity or NaN. threshold: the T is its element `place`.
+    0: a block has a non-zero; bit 1: it has an infinity or NaN. runs: uint8 [rows, channels, runs of 16 positions], the
+    non-zeros of each, or None; RUN: 16, or all of a shorter tile. threshold: the T is its element `place`.
     POSITION_SHARED, SAMPLE_SHARED: several programs have a part in each count; they add to it.
     TILE_GROUPS: channel groups in a tile; if one, a group takes `group_tiles` tiles.
     UNITS: what group_size, space and the strides are multiples of; they come divided by it, so that the compiler
@@ -148,6 +155,13 @@ def _grid_kernel(
                 at = blocks_ptr + (row * blocks + part[:, None]) * space + s[None, :]
                 there = (part * CHANNELS < end)[:, None] & (s < space)[None, :] & (first_row + i < rows)
                 tl.store(at, flags.to(tl.uint8), mask=there)
+            if runs_ptr is not None:
+                lengths = tl.sum(tl.reshape((found != 0).to(tl.int32), (TILE_C, TILE_S // RUN, RUN)), axis=2)
+                run = pid % space_tiles * (TILE_S // RUN) + tl.arange(0, TILE_S // RUN)
+                times = tl.cdiv(space, RUN)
+                at = runs_ptr + (row * channels + c[:, None]) * times + run[None, :]
+                there = (c < end)[:, None] & (run < times)[None, :] & (first_row + i < rows)
+                tl.store(at, lengths.to(tl.uint8), mask=there)
         over_rows += found
         if SAMPLE:
             if TILE_GROUPS == 1:
@@ -185,6 +199,8 @@ class Rounded(NamedTuple):
     blocks: Tensor | None
     """What is in each position's blocks of CHANNELS channels: uint8 [N, blocks, *grid]; bit 0: a non-zero; bit 1: an
     infinity or NaN."""
+    runs: Tensor | None
+    """`lanes.runs_of` the values: uint8 [N, C, ceil(positions / 16)]"""
 
 
 def quantize_grid(
@@ -199,6 +215,7 @@ def quantize_grid(
     half: bool = True,
     sample: bool = True,
     blocks: bool = False,
+    runs: bool = False,
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> Rounded:
@@ -210,14 +227,15 @@ def quantize_grid(
         single, half: whether the values are wanted as float32, as binary16, or both.
         sample: whether counts by sample are wanted.
         blocks: whether it is wanted what is in blocks of channels; see `has_blocks`.
+        runs: whether the non-zeros of runs of positions are wanted.
 
     Raises:
-        As `quantize`; ValueError also for a share or number of groups that does not divide, and for blocks of a grid
-        that has none, or without `half`.
+        As `quantize`; ValueError also for a share or number of groups that does not divide, for blocks of a grid that
+        has none, or without `half`, and for runs of a tensor without a grid.
     """
-    options = {"single": single, "half": half, "sample": sample, "blocks": blocks, "seed": seed, "stream": stream}
-    rounded = round_grid(x, threshold, 0, low, high, share, channel_groups, **options)  # type: ignore[arg-type]
-    return Rounded(rounded.single, rounded.half, *rounded.split(), rounded.blocks)
+    wanted = {"single": single, "half": half, "sample": sample, "blocks": blocks, "runs": runs}
+    rounded = round_grid(x, threshold, 0, low, high, share, channel_groups, **wanted, seed=seed, stream=stream)
+    return Rounded(rounded.single, rounded.half, *rounded.split(), rounded.blocks, rounded.runs)
 
 
 class Grid(NamedTuple):
@@ -227,6 +245,7 @@ class Grid(NamedTuple):
     half: Tensor | None
     sums: Tensor
     blocks: Tensor | None
+    runs: Tensor | None
     plan: GridPlan
 
     def split(self) -> tuple[Tensor, Tensor | None]:
@@ -249,11 +268,12 @@ def round_grid(
     half: bool = True,
     sample: bool = True,
     blocks: bool = False,
+    runs: bool = False,
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> Grid:
     """`quantize_grid` by the T that stands at a place of `thresholds`, with the counts as they lie in memory."""
-    wanted = (single, half, sample, blocks)
+    wanted = (single, half, sample, blocks, runs)
     constants = (low, high, share, channel_groups, wanted, seed is not None, stream, place, GRID, processors(x.device))
     plan = _grid_plan(x.shape, x.stride(), x.dtype, x.device, *constants)
     if thresholds.dtype != torch.int32 or thresholds.device != x.device or seed is not None:
@@ -264,11 +284,12 @@ def round_grid(
     floats = torch.empty_like(x, dtype=torch.float32) if single else None
     halves = torch.empty_like(x, dtype=torch.float16) if half else None
     flags = torch.empty(plan.blocks, dtype=torch.uint8, device=x.device) if plan.blocks is not None else None
+    lengths = torch.empty(plan.runs, dtype=torch.uint8, device=x.device) if plan.runs is not None else None
     # Counts to be added to start from zero; counts that are written once need no start.
     sums = (torch.zeros if plan.shared else torch.empty)(plan.size, dtype=torch.int32, device=x.device)
     if plan.launch is not None:
-        plan.launch(readable(x), floats, halves, sums, flags, thresholds, seed)
-    return Grid(floats, halves, sums, flags, plan)
+        plan.launch(readable(x), floats, halves, sums, flags, lengths, thresholds, seed)
+    return Grid(floats, halves, sums, flags, lengths, plan)
 
 
 def has_blocks(channels: int, channel_groups: int) -> bool:
@@ -286,13 +307,13 @@ def grid_sums(x: Tensor, share: int, channel_groups: int, *, sample: bool = True
     check_dtype((torch.uint8, *FLOATS), x=x)
     check_device(x=x)
     x = x if _grid_strides(x.shape, x.stride()) is not None else x.contiguous()
-    wanted = (False, False, sample, False)
+    wanted = (False, False, sample, False, False)
     constants = (None, None, share, channel_groups, wanted, False, 0, 0, GRID, processors(x.device))
     plan = _grid_plan(x.shape, x.stride(), x.dtype, x.device, *constants)
     sums = (torch.zeros if plan.shared else torch.empty)(plan.size, dtype=torch.int32, device=x.device)
     if plan.launch is not None:
-        plan.launch(readable(x), None, None, sums, None, None, None)
-    return Grid(None, None, sums, None, plan).split()
+        plan.launch(readable(x), None, None, sums, None, None, None, None)
+    return Grid(None, None, sums, None, None, plan).split()
 
 
 def _check_layout(shape: torch.Size, share: int, channel_groups: int) -> None:
@@ -324,6 +345,7 @@ class GridPlan(NamedTuple):
     """Where counts by sample begin, after those by position."""
     size: int
     blocks: tuple[int, ...] | None
+    runs: tuple[int, ...] | None
     shared: bool
     """Whether counts are added to, and so start from zero."""
     copied: bool
@@ -344,15 +366,15 @@ def _grid_plan(
     high: str | None,
     share: int,
     channel_groups: int,
-    wanted: tuple[bool, bool, bool, bool],
+    wanted: Wanted,
     stochastic: bool,
     stream: int,
     place: int,
     config: Config,
     processors: int,
 ) -> GridPlan:
-    """wanted: float32 values, float16 values, counts by sample, blocks. Without values x is only counted."""
-    single, half, sample, blocks = wanted
+    """Without values wanted, x is only counted."""
+    single, half, sample, blocks, runs = wanted
     rounds, copied = single or half or low is not None or high is not None, False
     check_dtype(FLOATS if rounds else (torch.uint8, *FLOATS), x=dtype)
     check_runs(device)
@@ -360,6 +382,8 @@ def _grid_plan(
     _check_layout(shape, share, channel_groups)
     if blocks and not (half and has_blocks(shape[1], channel_groups)):
         raise ValueError(f"{shape[1]} channels in {channel_groups} groups have no blocks of {CHANNELS} in float16")
+    if runs and len(shape) < 3:
+        raise ValueError(f"{list(shape)} has no grid along which to run: see `lanes.runs_of`")
     if rounds:
         dense = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
         stride, copied = dense, dense != stride
@@ -368,7 +392,8 @@ def _grid_plan(
     by_sample = (2, batch, channel_groups, *grid) if sample else None
     sizes = prod(position), prod(by_sample) if by_sample else 0
     flags = (batch, triton.cdiv(channels, CHANNELS), *grid) if blocks else None
-    plan = GridPlan(position, by_sample, sizes[0], sum(sizes), flags, True, copied, False, None)
+    lengths = (batch, channels, triton.cdiv(prod(grid), RUN)) if runs else None
+    plan = GridPlan(position, by_sample, sizes[0], sum(sizes), flags, lengths, True, copied, False, None)
     if not shape.numel():
         return plan
     strides = _grid_strides(shape, stride)
@@ -380,7 +405,7 @@ def _grid_plan(
     group_tiles = triton.cdiv(group_size, tile_c) if tile_groups == 1 else 1
     channel_tiles = channel_groups * group_tiles if tile_groups == 1 else triton.cdiv(channels, tile_c)
     space_tiles = triton.cdiv(space, tile_s)
-    programs = config.per_processor * processors * config.block // (tile_c * tile_s)
+    programs = max(1, config.per_processor * processors * config.block // (tile_c * tile_s))
     walk = channel_tiles * space_tiles * batch // programs
     walk = min(config.longest, power_of_2(share), power_of_2(walk + 1) // 2 or 1)
     chunks = triton.cdiv(share, walk)
@@ -413,6 +438,7 @@ def _grid_plan(
         TILE_C=tile_c,
         TILE_S=tile_s,
         CHANNELS=min(tile_c, CHANNELS),
+        RUN=min(tile_s, RUN),
         num_warps=config.warps,
     )
     return plan._replace(shared=chunks > 1 or (sample and group_tiles > 1), launch=launch)
@@ -426,13 +452,13 @@ def _grid_in_steps(
     high: str | None,
     share: int,
     channel_groups: int,
-    wanted: tuple[bool, bool, bool, bool],
+    wanted: Wanted,
     seed: Tensor | None,
     stream: int,
     place: int,
 ) -> Grid:
     """`round_grid` where memory runs in an order in which no tile serves both sums: those are taken of the groups."""
-    single, half, sample, blocks = wanted
+    single, half, sample, blocks, runs = wanted
     threshold = thresholds.reshape(-1)[place]
     dtype = torch.float32 if single else torch.float16
     rounded, groups, _ = quantize(x, threshold, low, high, seed=seed, stream=stream, dtype=dtype)
@@ -441,15 +467,17 @@ def _grid_in_steps(
     floats, halves = rounded if single else None, rounded.to(torch.float16) if half else None
     sums = torch.cat([part.flatten() for part in counts if part is not None])
     flags = None
-    if blocks:
-        again = round_grid(x.contiguous(), thresholds, place, low, high, share, channel_groups, blocks=True, seed=seed,
-                           stream=stream)  # fmt: skip
-        flags = again.blocks
-    return Grid(floats, halves, sums, flags, plan)
+    if blocks:  # of the same values, rounded once more
+        options = {"blocks": True, "sample": False}
+        flags = round_grid(
+            rounded.contiguous(), thresholds, place, None, "fp16", share, channel_groups, **options
+        ).blocks
+    lengths = runs_of(rounded.contiguous()) if runs else None
+    return Grid(floats, halves, sums, flags, lengths, plan)
 
 
 def _tile(channels: int, group_size: int, space: int, block: int, deep: bool) -> tuple[int, int, int]:
-    """Channel groups, channels and positions in a tile of at most `block` elements.
+    """Channel groups, channels and positions in a tile of `block` elements, or fewer (more if that were part of a run).
 
     It covers 64 channels if it is to be deep (as where memory runs along them), else 128 positions, if there are so
     many; and more where the other axis is short. It holds one channel group or a part of one; where groups are narrow
@@ -459,4 +487,4 @@ def _tile(channels: int, group_size: int, space: int, block: int, deep: bool) ->
     whole = power_of_2(group_size) == group_size and group_size < min(wide_c, channels)
     tile_c = min(wide_c, power_of_2(channels if whole else group_size))
     tile_groups = tile_c // group_size if whole else 1
-    return tile_groups, tile_c, min(power_of_2(space), max(1, block // tile_c))
+    return tile_groups, tile_c, min(power_of_2(space), max(RUN, block // tile_c))

@@ -110,6 +110,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+_kept: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+
+def scratch(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for so many numbers, and two tickets (int32) at zero, which a launch leaves at zero.
+
+    Kept for each stream, on which launches take turns.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    rows, tickets = _kept.get((device, stream, dtype), (None, None))
+    if rows is None or tickets is None or len(rows) < size:
+        rows = torch.empty(power_of_2(max(size, 2**16)), dtype=dtype, device=device)
+        tickets = torch.zeros(2, dtype=torch.int32, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else they are the graph's own
+            _kept[device, stream, dtype] = rows, tickets
+    return rows, tickets
+
+
 def power_of_2(size: int) -> int:
     """The smallest power of two not below size (1 for 0)."""
     return 1 << max(0, size - 1).bit_length()

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lnpu_torch.formats import FORMATS
-from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors
+from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors, scratch
 from lnpu_torch.kernels.rounding import FLOATS, bits_of, dense, readable
 
 SAMPLE = 2**16
@@ -319,7 +319,7 @@ def choose(
         check_device(states=states, **{f"operand {i}": x for i, (x, _, _) in enumerate(operands)})
     used = torch.empty(2, dtype=torch.int32, device=first.device)
     tensors = [readable(dense(x) if whole else x) for (x, _, _), whole in zip(operands, plan.whole, strict=True)]
-    rows, tickets = _scratch(first.device, plan.scratch)
+    rows, tickets = scratch(first.device, plan.scratch, torch.int32)
     plan.launch(tensors[0], tensors[1] if len(tensors) > 1 else None, states, counts, used, rows, tickets)
     return used
 
@@ -397,18 +397,3 @@ def _joined(shape: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int, ...
             joined.append([size, step])
     joined = joined or [[1, 1]]
     return tuple(size for size, _ in joined), tuple(step for _, step in joined)
-
-
-_kept: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-
-
-def _scratch(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-    """Memory for so many integers, and two tickets at zero: kept for each stream, on which launches take turns."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    rows, tickets = _kept.get((device, stream), (None, None))
-    if rows is None or tickets is None or len(rows) < size:
-        rows = torch.empty(power_of_2(max(size, 2**16)), dtype=torch.int32, device=device)
-        tickets = torch.zeros(2, dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else they are the graph's own
-            _kept[device, stream] = rows, tickets
-    return rows, tickets

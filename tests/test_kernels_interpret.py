@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lnpu_torch import counting, reference
+from lnpu_torch import counting, lanes, reference
 from lnpu_torch.precision import Rule
 
 pytest.importorskip("triton")
@@ -129,12 +129,14 @@ def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
         position, sample = counting.per_position(groups, share), counting.per_sample(groups, channel_groups)
         for single, half in ((False, True), (True, True), (True, False)) if seed is None else ((True, False),):
             got = kernels.quantize_grid(
-                y, threshold(1), "e4m3", "fp16", share, channel_groups, single=single, half=half, seed=seed, stream=2
-            )
+                y, threshold(1), "e4m3", "fp16", share, channel_groups, single=single, half=half, runs=y.dim() > 2,
+                seed=seed, stream=2,
+            )  # fmt: skip
             for values, wanted in zip(got, (single, half), strict=False):
                 assert (values is not None) == wanted
                 assert not wanted or (identical(values, q) and values.stride() == torch.empty_like(y).stride())
             assert torch.equal(got[2], position) and torch.equal(got[3], sample)
+            assert got.runs is None if y.dim() == 2 else torch.equal(got.runs, lanes.runs_of(q))
     counts = kernels.grid_sums(groups, share, channel_groups)
     assert torch.equal(counts[0], position) and torch.equal(counts[1], sample)
     counts = kernels.grid_sums(x, share, channel_groups, sample=False)
@@ -184,6 +186,8 @@ def check_blocks_that_there_are_not(kernels):
     for groups, options in ((1, {"half": False, "single": True}), (2, {})):
         with pytest.raises(ValueError, match="have no blocks of 64"):
             kernels.quantize_grid(x, threshold(1), "e4m3", "fp16", 2, groups, blocks=True, **options)
+    with pytest.raises(ValueError, match="has no grid along which to run"):
+        kernels.quantize_grid(spread(4, 6), threshold(1), "e4m3", "fp16", 4, 1, runs=True)
 
 
 def check_empty(kernels):

@@ -1,53 +1,83 @@
-"""The lane kernels in Triton's interpreter, against plain torch."""
+"""The lane profile's kernels in Triton's interpreter, against the plain sums."""
 
 import pytest
 import torch
-from test_kernels_interpret import interpret
-from test_lanes import SHAPES, sparse
+from test_kernels_interpret import LAYOUTS, interpret
 
-from lnpu_torch import lane_ops, lanes, ops
-from lnpu_torch.lane_family import JOIN, LANES, LONGEST, MEMBERS, RUN
+from lnpu_torch import lane_family, lanes
 
 pytest.importorskip("triton")
+SHAPES = [
+    (3, 5, 9, 11),
+    (2, 64, 8, 8),
+    (5, 130, 3, 7),
+    (1, 40, 301),
+    (70, 33),
+    (600, 20),
+    (2, 1, 1, 1),
+    (3, 20, 4, 4),
+    (3, 20, 5, 5),
+    (3, 20, 9, 7),
+    (3, 20, 11, 11),
+    (2, 1100, 2, 2),
+]
 
 
 def test_lanes_in_the_interpreter():
     interpret(__file__)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def check_lanes(shape, dtype, last):
-    x = sparse(shape).to(dtype)
-    x.view(-1)[-2:] = torch.tensor([torch.nan, -torch.inf])
-    expected = lanes.runs_of(x)
-    x = x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x
-    with ops.backend("triton"):
-        assert torch.equal(lane_ops.count_runs(x), expected)
-        assert torch.equal(lane_ops.lane_profile(expected), lanes.profile(expected))
+@pytest.fixture(params=[1, 500])
+def kernels(request, monkeypatch):
+    from lnpu_torch.kernels import lanes
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(77))
+    monkeypatch.setattr(lanes, "processors", lambda device: request.param)
+    return lanes
 
 
-def check_more_tiles_than_programs(monkeypatch):
-    from lnpu_torch.kernels import lanes as kernels
+def values(*shape):
+    """Zeros in clusters, of both signs."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator)
+    keep = torch.rand(shape, generator=generator) < torch.rand(shape[:2] + (1,) * (len(shape) - 2), generator=generator)
+    return torch.where(keep, x, -0.0)
 
-    monkeypatch.setattr(kernels, "PROGRAMS", 3)
-    runs = lanes.runs_of(sparse((4, 20, 40, 40)))
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def check_profiles(kernels, shape):
+    x = values(*shape)
+    runs = lanes.runs_of(x)
+    for layout in ("contiguous", "channels_last", "transposed"):
+        if layout != "channels_last" or x.dim() == 4:
+            for y in (x, x.half(), x.bfloat16()):
+                assert torch.equal(kernels.runs_of(LAYOUTS[layout](y)), runs)
+    for _ in range(2):  # the scratch memory is left as it was found
+        assert torch.equal(kernels.profile(runs), lanes.profile(runs))
+
+
+def check_full(kernels):
+    runs = torch.full((9, 48, 33), 16, dtype=torch.uint8)
     assert torch.equal(kernels.profile(runs), lanes.profile(runs))
 
 
-def check_constants_are_the_familys():
-    from lnpu_torch.kernels import lanes as kernels
+def check_constants(kernels):
+    for name in ("RUN", "JOIN", "LONGEST", "LANES"):
+        assert getattr(kernels, name) == getattr(lane_family, name)
+    assert len(lane_family.MEMBERS) == kernels.MEMBERS and lane_family.BALANCERS == (1, 4, 16)
+    assert lane_family.LEVELS == (11, 9, 7) and len(lane_family.RUNS) == 3
 
-    family = (LANES, RUN, JOIN, LONGEST, len(MEMBERS))
-    constants = (kernels.RUN, kernels.JOIN, kernels.LONGEST, kernels.MEMBERS)
-    assert (kernels.LANES, *(constant.value for constant in constants)) == family
+
+def check_empty(kernels):
+    x = torch.ones(0, 3, 4, 4)
+    assert kernels.runs_of(x).shape == (0, 3, 1) and torch.equal(
+        kernels.profile(kernels.runs_of(x)), torch.zeros(81, dtype=torch.int64)
+    )
 
 
-def check_what_is_refused():
-    from lnpu_torch.kernels import lanes as kernels
-
-    with pytest.raises(TypeError, match="values is"):
-        kernels.runs_of(torch.zeros(2, 3, 4, dtype=torch.float64))
-    with pytest.raises(TypeError, match="runs is"):
-        kernels.profile(torch.zeros(2, 3, 4))
+def check_what_is_refused(kernels):
+    with pytest.raises(TypeError, match=r"values is torch\.float64"):
+        kernels.runs_of(torch.ones(2, 3).double())
+    with pytest.raises(TypeError, match=r"runs is torch\.int32"):
+        kernels.profile(torch.ones(1, 3, 2, dtype=torch.int32))
