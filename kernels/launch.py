@@ -34,13 +34,19 @@ def check_device(**tensors: Tensor | None) -> None:
     check_runs(next(iter(devices.values())))
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device: a GPU that is not too old, or a CPU if Triton's interpreter is on."""
+    return capability(device) >= OLDEST if device.type == "cuda" else INTERPRETED and device.type == "cpu"
+
+
 def check_runs(device: torch.device) -> None:
-    """The kernels run on a device: RuntimeError if that is a CPU and Triton's interpreter is off, or a GPU too old."""
-    if device.type == "cuda" and capability(device) < OLDEST:
-        found, needed = (".".join(map(str, pair)) for pair in (capability(device), OLDEST))
-        raise RuntimeError(f"the kernels need compute capability {needed}, but {device} has {found}")
-    if device.type != "cuda" and not INTERPRETED:
+    """Raises RuntimeError if the kernels do not run on a device."""
+    if runs_on(device):
+        return
+    if device.type != "cuda":
         raise RuntimeError(f"Triton kernels run on GPUs, but the tensors are on {device}")
+    found, needed = (".".join(map(str, pair)) for pair in (capability(device), OLDEST))
+    raise RuntimeError(f"the kernels need compute capability {needed}, but {device} has {found}")
 
 
 def check_dtype(allowed: tuple[torch.dtype, ...], **tensors: Tensor | torch.dtype) -> None:

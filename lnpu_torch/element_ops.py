@@ -177,6 +177,7 @@ OWN: dict[str, Formula] = {
         "activation", lambda call: (call.args[0].numel(), 0), lambda call: call.args[0], lambda call: call.args[1]
     ),
     "packed_relu_backward": each("activation", 1),
+    **_all("half_matmul half_convolution", by.product(bias=2)),
 }
 """What our own ops stand for; all others are the datapath of the multiply-accumulates, or emulation."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lnpu_torch import counting, lane_ops, ops
+from lnpu_torch import backends, counting, lane_ops, ops, product_ops
 from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Precision, Rule
 from lnpu_torch.products import Accumulator
@@ -165,7 +165,10 @@ class Emulation:
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
-        if self.emulates(step) and self.result_format != "fp32" and x.dtype != torch.float16:
+        done = x.dtype == torch.float16 and self.result_format == "fp16"
+        if self.emulates(step) and self.result_format != "fp32" and not done:
+            if backends.on_gpu(x):
+                return product_ops.rounded_result(x, self.result_format, dtype)  # type: ignore[no-any-return]
             ops.round_result_(x, self.result_format)
         return x.to(dtype)
 

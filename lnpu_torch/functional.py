@@ -10,6 +10,7 @@ Each operand is rounded once and used by both steps that read it, where their ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch import ops, relu_ops
+from lnpu_torch import backends, ops
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.products import Convolution, Linear
+from lnpu_torch.products import Accumulator, Convolution, Linear
+from lnpu_torch.relu import refuse_double_backward
+from lnpu_torch.relu import relu as relu
 
 
 class _Emulated(torch.autograd.Function):
@@ -46,7 +49,7 @@ class _Emulated(torch.autograd.Function):
         ws = call.weights(weight, chosen, seed, "forward")
 
         values, weights = _alike(call.values(xs["forward"].values, input, "forward", "input"), ws.values)
-        output = product.forward(values, weights, _as(bias, values.dtype), emulation.accumulator)
+        output = product.forward(values, weights, bias, call.accumulator("forward"))
         if emulation.counting:
             counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
             ops.count_weight_step(*emulation.counter("forward"), *counts, call.sizes, side)
@@ -66,7 +69,11 @@ class _Emulated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
+        kind = grad_output.device.type
+        if torch.is_autocast_enabled(kind):  # where backward is called under it, against torch's advice
+            with torch.autocast(kind, enabled=False):
+                return _Emulated.backward(ctx, grad_output)
         weight, threshold, *kept, seed = ctx.saved_tensors
         call: _Call = ctx.call
         emulation, wants = call.emulation, call.wants
@@ -92,13 +99,6 @@ class _Emulated(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():  # as it is in a backward with create_graph=True alone
-        raise RuntimeError(
-            "double backward (create_graph=True) through an emulated model is not supported: revert it to torch's own"
-        )
-
-
 class _Call:
     """One call of one layer: what its steps share, and the two that run in backward."""
 
@@ -118,11 +118,13 @@ class _Call:
             (input.shape, weight.shape),
             (input.dtype, weight.dtype, bias.dtype if bias is not None else None),
         )
-        # cuDNN sums binary16 products in float32 and rounds the sum once; of cuBLAS that is not sure
-        direct = emulation.accumulator.form == "fp32" and isinstance(product, Convolution)
-        self.halves = (
-            ops.on_gpu(input) and emulation.result_format == "fp16" and (direct or emulation.accumulator.form == "fp16")
-        )
+        # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
+        exact = emulation.result_format == "fp16" or isinstance(product, Linear)
+        self.halves = backends.on_gpu(input) and exact and emulation.accumulator.form in ("fp32", "fp16")
+
+    def accumulator(self, step: str) -> Accumulator:
+        """How a step's products are summed."""
+        return replace(self.emulation.accumulator, exact=self.halves and self.emulation.emulates(step))
 
     def values(self, rounded: Tensor, original: Tensor, step: str, operand: str) -> Tensor:
         """An operand's values as the product takes them: what came in itself, if the step reads it in float."""
@@ -166,9 +168,8 @@ class _Call:
         """The second step. The weight is rounded anew, with the T of the forward, which costs less than to keep it."""
         row = self.emulation.reads["grad_input", "weight"].row
         weights = self.weights(weight, {} if threshold is None else {row: threshold}, seed, "grad_input")
-        values = self.product.grad_input(
-            *_alike(error.values, weights.values), self.shapes[0], self.emulation.accumulator
-        )
+        operands = _alike(error.values, weights.values)
+        values = self.product.grad_input(*operands, self.shapes[0], self.accumulator("grad_input"))
         if self.emulation.counting:
             side = self.product.output_side
             counts = error.position.squeeze(1), _over(weights, side)
@@ -181,7 +182,7 @@ class _Call:
         values, position, sample, lanes = kept
         x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
         operands, wanted = _alike(error.values, x), self.wants[1:]
-        results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.emulation.accumulator)
+        results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.accumulator("grad_weight"))
         if position is not None and sample is not None:
             sides = {self.product.input_side: (position, sample)}
             sides[self.product.output_side] = (error.position.squeeze(1), error.sample)
@@ -239,31 +240,6 @@ def convolution(
     return output if input.dim() == dims + 2 else output.squeeze(0)
 
 
-def relu(x: Tensor, inplace: bool = False) -> Tensor:
-    """Torch's ReLU, bit for bit, which keeps one bit per element for its backward where it can."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or not ops.packed_relu(x):
-        return F.relu(x, inplace)
-    output: Tensor = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _PackedReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        out = x if inplace else torch.empty_like(x)
-        ctx.format = ops.memory_format(x)
-        ctx.save_for_backward(relu_ops.packed_relu(x, out))
-        if inplace:
-            ctx.mark_dirty(x)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        _refuse_double_backward()
-        (signs,) = ctx.saved_tensors
-        return relu_ops.packed_relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
-
-
 def _emulate(
     input: Tensor, weight: Tensor, bias: Tensor | None, product: Linear | Convolution, emulation: Emulation
 ) -> Tensor:
@@ -287,10 +263,6 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two operands in the wider of their dtypes."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
-
-
-def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
 
 
 def _over(weight: Operand, side: str) -> Tensor:

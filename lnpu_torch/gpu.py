@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lnpu_torch.kernels import count, grid, launch, matmul
+from lnpu_torch.kernels import count, grid, launch, matmul, result
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import threshold as thresholds
 from lnpu_torch.precision import Rule
@@ -24,9 +24,8 @@ add_weight_step, add_grid_step = count.add_weight_step, count.add_grid_step
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:
-    """Whether this module takes a tensor (and any rule): on a GPU, at most float32, neither empty nor too large."""
-    placed = x.is_cuda or (launch.INTERPRETED and x.device.type == "cpu")
-    return placed and x.dtype in DTYPES and 0 < x.numel() < launch.INT32
+    """Whether this module takes a tensor (and any rule): at most float32, neither empty nor too large."""
+    return x.dtype in DTYPES and 0 < x.numel() < launch.INT32
 
 
 def quantize_flat(
@@ -103,6 +102,21 @@ def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], chun
     """A product of `lnpu_torch.accumulate`, by name, with a binary16 accumulator; float32."""
     result: Tensor = PRODUCTS[product](a, b, geometry, chunk=chunk)
     return result
+
+
+def biased_convolution(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], transposed: bool) -> Tensor:
+    """`product_ops.half_convolution`, of a channels_last x."""
+    product = matmul.big_from_small if transposed else matmul.small_from_big
+    result: Tensor = product(x, weight, geometry, bias=bias, dtype=torch.float16)
+    return result
+
+
+def rounds_results(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `round_result` takes a result and the dtype that it is to have."""
+    return x.dtype in DTYPES[:2] and dtype in DTYPES
+
+
+round_result = result.round_result
 
 
 def _or_empty(x: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:

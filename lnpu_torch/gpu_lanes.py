@@ -11,7 +11,7 @@ from lnpu_torch.kernels import launch
 
 def runs_of(values: Tensor) -> Tensor:
     """`lanes.runs_of`, of a contiguous or channels_last tensor."""
-    takes = values.dtype in kernels.DTYPES and values.numel() < launch.INT32
+    takes = values.dtype in kernels.FLOATS and values.numel() < launch.INT32
     return kernels.runs_of(values) if takes else lanes.runs_of(values)
 
 

@@ -7,19 +7,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lnpu_torch import lanes, ops
+from lnpu_torch import backends, lanes
 from lnpu_torch.lane_family import MEMBERS, RUN
 from lnpu_torch.registry import fake, op
 
 
 def _module(x: Tensor) -> ModuleType:
-    return ops.fast_module(x, "cpu_lanes", "gpu_lanes") or lanes
+    return backends.fast_module(x, "cpu_lanes", "gpu_lanes") or lanes
 
 
 @op()
 def count_runs(values: Tensor) -> Tensor:
     """`lanes.runs_of` an operand [N, C, *grid] or [rows, C]: uint8 [N, C, T] or [1, C, T]."""
-    dense = values.contiguous(memory_format=ops.memory_format(values))
+    dense = values.contiguous(memory_format=backends.memory_format(values))
     return _module(dense).runs_of(dense)  # type: ignore[no-any-return]
 
 

@@ -5,95 +5,24 @@ Each picks its implementation by device and dtype; all give the bits of `referen
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lnpu_torch import accumulate as accumulating
-from lnpu_torch import counting, reference
-from lnpu_torch.config import listed
+from lnpu_torch import backends, counting, reference
+from lnpu_torch.backends import backend as backend
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.precision import Rule
 from lnpu_torch.registry import fake, op
 
-Backend = Literal["auto", "reference", "triton"]
-_chosen: list[Backend] = ["auto"]
-
-
-@contextmanager
-def backend(name: Backend) -> Iterator[None]:
-    """Within the block, in all threads: which implementation of the ops is used.
-
-    "auto" is the fastest there is for each tensor: Triton on a GPU, Numba on a CPU, else plain torch. "reference" is
-    plain torch throughout. "triton" is Triton for whatever its kernels take, on a CPU too if its interpreter is on.
-
-    Raises:
-        ValueError: no such backend.
-    """
-    if name not in get_args(Backend):
-        raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Backend))}")
-    _chosen.append(name)
-    try:
-        yield
-    finally:
-        _chosen.pop()
-
-
-@lru_cache(maxsize=2)
-def _module(name: str) -> ModuleType | None:
-    """`lnpu_torch.cpu` or `.gpu`, imported when it is first of use; None where Numba or Triton is not installed."""
-    try:
-        return importlib.import_module(f"lnpu_torch.{name}")
-    except ModuleNotFoundError as missing:
-        if missing.name in ("numba", "llvmlite", "triton"):
-            return None
-        raise
-
-
-def on_gpu(x: Tensor) -> bool:
-    """Whether the GPU's ways are taken for a tensor: binary16 products, Triton's kernels."""
-    return _chosen[-1] == "triton" or (_chosen[-1] == "auto" and x.is_cuda)
-
-
-def _fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """The fast implementation for a tensor (and rule), if there is one that can take it."""
-    module = None
-    if on_gpu(x):
-        module = _module("gpu")
-    elif _chosen[-1] == "auto" and x.device.type == "cpu":
-        module = _module("cpu")
-    return module if module is not None and module.supports(x, rule) else None
-
-
-def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
-    """The one of two modules that is for a tensor's device, unless plain torch is: for an empty one, for instance."""
-    if not x.numel() or _chosen[-1] == "reference":
-        return None
-    return _module(gpu) if on_gpu(x) else _module(cpu) if x.device.type == "cpu" else None
-
-
-def packed_relu(x: Tensor) -> ModuleType | None:
-    """The module with `relu` and `relu_backward` that keep one bit per element, if they can take this tensor."""
-    fast = _fast(x) if x.dtype == torch.float32 and not on_gpu(x) else None
-    return fast if fast is not None and fast.is_dense(x) else None
-
 
 @lru_cache(maxsize=256)
 def _rule(text: str) -> Rule:
     return Rule.model_validate_json(text)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The order in which an operand is rounded and kept: its own if that is channels_last, else contiguous."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
 
 
 @op()
@@ -107,7 +36,7 @@ def quantize(
         seed, stream: key of the random bits, for stochastic rounding only.
         rule: a `Rule` as JSON.
     """
-    fast, parsed = _fast(x, _rule(rule)), _rule(rule)
+    fast, parsed = backends.fast(x, _rule(rule)), _rule(rule)
     if fast:
         return fast.quantize_flat(x, parsed, threshold, seed, stream, want_groups)  # type: ignore[no-any-return]
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
@@ -143,7 +72,7 @@ def round_and_count(
     Returns:
         Both kinds of values, `counting.per_position` and `counting.per_sample`.
     """
-    fast, parsed, x = _fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=memory_format(x))
+    fast, parsed, x = backends.fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=backends.memory_format(x))
     if fast:
         return fast.quantize(x, parsed, threshold, seed, stream, layout, wanted)  # type: ignore[no-any-return]
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
@@ -163,7 +92,7 @@ def _(
     layout: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=memory_format(x))
+    dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=backends.memory_format(x))
     values = [
         torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
     ]
@@ -193,7 +122,7 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
 @op(["x"])
 def round_result_(x: Tensor, form: str) -> None:
     """Round a step's result to a format in place, nearest, overflow to infinity."""
-    fast = _fast(x) if x.device.type == "cpu" and not on_gpu(x) else None
+    fast = backends.fast(x) if x.device.type == "cpu" and not backends.on_gpu(x) else None
     if form == "fp16" and fast and x.dtype == torch.float32 and fast.is_dense(x):
         fast.round_half_(x)
     elif form == "fp16" and x.dtype == torch.float32:
@@ -221,7 +150,7 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
         states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
     """
     parsed, current = _rule(rule), states[row, 0]
-    fast = _fast(x, parsed) or reference
+    fast = backends.fast(x, parsed) or reference
     if hasattr(fast, "next_threshold"):
         return fast.next_threshold(x, states, row, parsed, training)  # type: ignore[no-any-return]
     chosen = fast.choose_threshold(x, parsed, current)
@@ -241,7 +170,7 @@ def add_histogram(x: Tensor, histograms: Tensor, row: int, rule: str) -> None:
     """Add to a row what the choice of x's T rests on, so that several ranks' can be summed (int32 [rows, bins])."""
     parsed = _rule(rule)
     if parsed.adaptive:
-        counts = (_fast(x, parsed) or reference).histogram(x, parsed)
+        counts = (backends.fast(x, parsed) or reference).histogram(x, parsed)
     elif parsed.threshold is None and parsed.high is None:
         counts = reference.largest_bin(x, parsed)
     else:
@@ -276,27 +205,10 @@ def count_grid_step(
 
 def _counting(sums: Tensor) -> ModuleType:
     """The module that counts a step from such sums."""
-    return fast_module(sums, "cpu_counting", "gpu") or counting
+    return backends.fast_module(sums, "cpu_counting", "gpu") or counting
 
 
 @op(["counters"])
 def count_not_run(counters: Tensor, slots: int) -> None:
     """Add a step that nobody asked for, such as the first layer's grad_input, to that step's counters."""
     counters[counting.NOT_RUN, :4] += counters.new_tensor((1, slots, 0, slots))
-
-
-@op()
-def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
-    """A product of `lnpu_torch.accumulate`, by name; its accumulator is rounded to a format every `chunk` products."""
-    shape, gpu = Geometry.unpack(geometry), _module("gpu") if on_gpu(a) else None
-    if gpu and gpu.accumulates(a, b, form, len(shape.kernel)):
-        return gpu.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]
-    compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
-    result = getattr(accumulating, product)(a.to(compute), b.to(compute), shape, FORMATS[form], chunk)
-    return result.contiguous()  # type: ignore[no-any-return]
-
-
-@fake("accumulate")
-def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
-    compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
-    return a.new_empty(Geometry.unpack(geometry).shape(product.split("_")[0]), dtype=compute)

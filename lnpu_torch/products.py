@@ -11,20 +11,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import ops
+from lnpu_torch import backends, product_ops
 from lnpu_torch.geometry import Geometry, part
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """Format of the accumulator, rounded every `chunk` products; "fp32" is torch's own."""
+    """Format of the accumulator, rounded every `chunk` products; "fp32" is torch's own.
+
+    `exact`: binary16 operands are summed in float32 whatever torch does with them, and rounded once, after the bias.
+    """
 
     form: str = "fp32"
     chunk: int = 64
+    exact: bool = False
+
+    def widens(self, x: Tensor) -> bool:
+        """Whether torch's own product is not enough, for operands such as x."""
+        return self.exact and self.form == "fp32" and x.dtype == torch.float16
+
+    def bias(self, bias: Tensor | None, x: Tensor) -> Tensor | None:
+        """A bias in the dtype in which it is added to products of operands such as x."""
+        return None if bias is None else bias.to(torch.float32 if self.widens(x) else x.dtype)
 
     def __call__(self, product: str, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """One of the products of `lnpu_torch.accumulate`, by name."""
-        result: Tensor = ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
+        result: Tensor = product_ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
         return result
 
 
@@ -36,6 +48,10 @@ class Linear:
     output_side: str = "small"
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
+        bias = by.bias(bias, x)
+        if by.widens(x):
+            sums: Tensor = product_ops.half_matmul(self.grid(x), weight.T, bias)
+            return sums.reshape(*x.shape[:-1], -1)
         if by.form == "fp32":
             return F.linear(x, weight, bias)
         flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
@@ -44,7 +60,7 @@ class Linear:
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
         if by.form == "fp32":
-            return error @ weight
+            return _matmul(self.grid(error), weight, by).reshape(shape) if by.widens(error) else error @ weight
         geometry = self.geometry(shape, weight.shape)
         return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(shape)
 
@@ -54,11 +70,11 @@ class Linear:
         """Gradients of weight and bias, as far as `wanted`."""
         flat, weight_grad = self.grid(error), None
         if wanted[0] and by.form == "fp32":
-            weight_grad = flat.T @ self.grid(x)
+            weight_grad = _matmul(flat.T, self.grid(x), by)
         elif wanted[0]:
             geometry = self.geometry(x.shape, shape)
             weight_grad = by("weight_from_both", self.grid(x), flat, geometry=geometry)
-        return weight_grad, flat.sum(0) if wanted[1] else None
+        return weight_grad, flat.sum(0, dtype=torch.float32 if by.widens(flat) else None) if wanted[1] else None
 
     def grid(self, x: Tensor) -> Tensor:
         """The tensor as `Geometry` sees it: [batch, channels]."""
@@ -97,6 +113,14 @@ class Convolution:
         return "big" if self.transposed else "small"
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
+        bias = by.bias(bias, x)
+        if by.widens(x) and bias is not None:
+            geometry = self.geometry(x.shape, weight.shape, margin=False).pack()
+            lists = (self.stride, self.padding, self.dilation, self.output_padding)
+            rounded: Tensor = product_ops.half_convolution(
+                x, weight, bias, geometry, *lists, self.groups, self.transposed
+            )
+            return rounded
         if by.form == "fp32":
             out: Tensor = torch.ops.aten.convolution(x, weight, bias, *self._arguments)
             return out
@@ -170,6 +194,11 @@ class Convolution:
         return grads
 
 
+def _matmul(a: Tensor, b: Tensor, by: Accumulator) -> Tensor:
+    product: Tensor = product_ops.half_matmul(a, b, None) if by.widens(a) else a @ b
+    return product
+
+
 def _unread(like: Tensor, shape: torch.Size) -> Tensor:
     """What stands in for an operand that a step does not read: of its shape, and in the same memory format."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=ops.memory_format(like))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))

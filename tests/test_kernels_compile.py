@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lnpu_torch.kernels import count, grid, launch, matmul, quantize, result, rounding, threshold  # noqa: E402
+from lnpu_torch.kernels import count, grid, lanes, launch, matmul, quantize, result, rounding, threshold  # noqa: E402
 
 ARCHITECTURES = [80, 90]
 
@@ -48,11 +48,11 @@ def compiled(request, monkeypatch):
         kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (count, grid, matmul, result, rounding, threshold):
+    for module in (count, grid, lanes, matmul, result, rounding, threshold):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
     for module in (grid, result):
         monkeypatch.setattr(module, "check_runs", lambda device: None)
-    for module in (grid, matmul, quantize, threshold):
+    for module in (grid, lanes, matmul, quantize, threshold):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", Driver(request.param))  # reset_active() looks for a GPU
     yield kernels
@@ -239,3 +239,18 @@ def test_without_a_gpu_the_wrappers_say_so():
         quantize.quantize(x, t(), "e4m3", "fp16")
     with pytest.raises(RuntimeError, match="run on GPUs"):
         matmul.matmul(x.half(), x.half())
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 32, 32), (2, 512, 4, 4), (64, 2000)])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_lanes(compiled, shape, last):
+    x = torch.empty(shape, dtype=torch.float16)
+    lanes.profile(lanes.runs_of(x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x))
+    assert compiled.keys() == {"_runs_kernel", "_profile_kernel"}
+    assert {("ld", 128)} & accesses(compiled["_runs_kernel"]) or shape[1] == 3
+
+
+def test_runs_while_rounding(compiled):
+    x, _ = GRIDS["channels_last"]
+    grid.quantize_grid(x, t(), "e4m3", "fp16", len(x), 1, runs=True)
+    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_grid_kernel"])

@@ -64,6 +64,20 @@ def test_autocast_returns_its_dtype_and_rounds_the_float32_weights(dtype):
     assert layer.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("layer", [lnpu.nn.Linear(40, 8), lnpu.nn.Conv2d(3, 4, 3)], ids=["linear", "convolution"])
+def test_backward_under_autocast_is_backward_without(layer):
+    x = torch.randn(64, 40) if isinstance(layer, nn.Linear) else torch.randn(4, 3, 8, 8)
+    grads = []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer.eval()(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output.backward(torch.full_like(output, 1 / 3))
+        grads.append(layer.weight.grad)
+    assert torch.equal(*grads)
+
+
 def test_half_precision_model():
     layer = lnpu.nn.Conv2d(3, 4, 3).half()
     x = batch().half().requires_grad_()

@@ -1,0 +1,90 @@
+"""Which implementation is used for a tensor: plain torch, Numba's loops, Triton's kernels. It knows none of the ops."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lnpu_torch.config import listed
+from lnpu_torch.precision import Rule
+
+Backend = Literal["auto", "reference", "triton"]
+_chosen: list[Backend] = ["auto"]
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Within the block, in all threads: which implementation of the ops is used.
+
+    "auto" is the fastest there is for each tensor: Triton on a GPU (of compute capability 8.0 or newer), Numba on a
+    CPU, else plain torch. "reference" is plain torch throughout. "triton" is Triton for whatever its kernels take, on a
+    CPU too if its interpreter is on.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if name not in get_args(Backend):
+        raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Backend))}")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    """A module of the package that needs Numba or Triton, imported when it is first of use; None without those."""
+    try:
+        return importlib.import_module(f"lnpu_torch.{name}")
+    except ModuleNotFoundError as missing:
+        if missing.name in ("numba", "llvmlite", "triton"):
+            return None
+        raise
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the GPU's ways are taken for a tensor: binary16 products, Triton's kernels where they run."""
+    return _chosen[-1] == "triton" or (_chosen[-1] == "auto" and x.is_cuda)
+
+
+def gpu_module(x: Tensor, name: str = "gpu") -> ModuleType | None:
+    """A module that puts work to Triton's kernels, if those run where x is."""
+    if not on_gpu(x):
+        return None
+    module, launch = _module(name), _module("kernels.launch")
+    return module if module is not None and launch is not None and launch.runs_on(x.device) else None
+
+
+def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
+    """`lnpu_torch.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
+    module = gpu_module(x)
+    if _chosen[-1] == "auto" and x.device.type == "cpu":
+        module = _module("cpu")
+    return module if module is not None and module.supports(x, rule) else None
+
+
+def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
+    """The one of two modules that is for a tensor's device, unless plain torch is: for an empty one, for instance."""
+    if not x.numel() or _chosen[-1] == "reference":
+        return None
+    return gpu_module(x, gpu) if on_gpu(x) else _module(cpu) if x.device.type == "cpu" else None
+
+
+def packed_relu(x: Tensor) -> ModuleType | None:
+    """The module with `relu` and `relu_backward` that keep one bit per element, if they can take this tensor."""
+    module = fast(x) if x.dtype == torch.float32 and not on_gpu(x) else None
+    return module if module is not None and module.is_dense(x) else None
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The order in which an operand is rounded and kept: its own if that is channels_last, else contiguous."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,111 @@
+"""The registered torch ops of products: of binary16 operands with float32 sums, and with reduced accumulators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lnpu_torch import accumulate as accumulating
+from lnpu_torch import backends, reference
+from lnpu_torch.formats import FORMATS
+from lnpu_torch.geometry import Geometry
+from lnpu_torch.registry import fake, op
+
+
+@op()
+def half_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a [M, K] by b [K, N], both binary16, and a bias [N], summed and returned in float32.
+
+    cuBLAS' reductions in reduced precision are a switch of the whole process, but touch only results that are narrower
+    than the sums. Where the process has sums themselves in binary16, operands are widened first: their products are
+    exact in float32 and in TF32 alike.
+    """
+    if a.is_cuda and not torch.backends.cuda.matmul.allow_fp16_accumulation:
+        sums = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        sums = a.float() @ b.float()
+    return sums if bias is None else sums.add_(bias)
+
+
+@fake("half_matmul")
+def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+
+
+@op()
+def half_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """Torch's convolution of binary16 operands, with the bias added to the float32 sums; binary16, rounded once.
+
+    cuDNN's own binary16 convolutions round before torch adds the bias. So either Triton's product is taken, or cuDNN's
+    on TF32: binary16 is exact in it, and its sums come in float32. The TF32 switch is this call's alone.
+    """
+    module, last = backends.gpu_module(x), backends.memory_format(x) == torch.channels_last
+    if module is not None and last and module.supports(x, None):
+        return module.biased_convolution(x, weight, bias, geometry, transposed)  # type: ignore[no-any-return]
+    cudnn = torch.backends.cudnn
+    lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+    switches = (cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled(), cudnn.enabled)
+    sums = torch.ops.aten._convolution(x.float(), weight.float(), None, *lists, *switches, True)
+    return sums.add_(bias.reshape(-1, *(1 for _ in stride))).half()  # type: ignore[no-any-return]
+
+
+@fake("half_convolution")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    result = x.new_empty(Geometry.unpack(geometry).shape("big" if transposed else "small"))
+    return result.to(memory_format=backends.memory_format(x))
+
+
+@op()
+def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+    """A product of `lnpu_torch.accumulate`, by name; its accumulator is rounded to a format every `chunk` products."""
+    shape, module = Geometry.unpack(geometry), backends.gpu_module(a)
+    if module is not None and module.accumulates(a, b, form, len(shape.kernel)):
+        return module.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]
+    compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
+    result = getattr(accumulating, product)(a.to(compute), b.to(compute), shape, FORMATS[form], chunk)
+    return result.contiguous()  # type: ignore[no-any-return]
+
+
+@fake("accumulate")
+def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+    compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
+    return a.new_empty(Geometry.unpack(geometry).shape(product.split("_")[0]), dtype=compute)
+
+
+@op()
+def rounded_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
+    """A step's fresh result rounded to a format, nearest, overflow to infinity, in another dtype; x may be used up."""
+    module = backends.gpu_module(x)
+    if module is not None and module.rounds_results(x, dtype):
+        out: Tensor = module.round_result(x, None, form, dtype)
+        return out.clone() if out is x else out
+    return reference.round_to(x, FORMATS[form]).to(dtype)
+
+
+@fake("rounded_result")
+def _(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)

@@ -1,0 +1,48 @@
+"""A ReLU that keeps one bit per element, and what autograd's functions of this package refuse. It knows no layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lnpu_torch import backends, relu_ops
+
+
+def refuse_double_backward() -> None:
+    """Raises RuntimeError inside a backward whose own gradient is asked for."""
+    if torch.is_grad_enabled():  # as it is in a backward with create_graph=True alone
+        raise RuntimeError(
+            "double backward (create_graph=True) through an emulated model is not supported: revert it to torch's own"
+        )
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """Torch's ReLU, bit for bit, which keeps one bit per element for its backward where it can."""
+    if (
+        torch.compiler.is_compiling()
+        or not (torch.is_grad_enabled() and x.requires_grad)
+        or not backends.packed_relu(x)
+    ):
+        return F.relu(x, inplace)
+    output: Tensor = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _PackedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        out = x if inplace else torch.empty_like(x)
+        ctx.format = backends.memory_format(x)
+        ctx.save_for_backward(relu_ops.packed_relu(x, out))
+        if inplace:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward()
+        (signs,) = ctx.saved_tensors
+        return relu_ops.packed_relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
