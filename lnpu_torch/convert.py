@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnpu_torch.config import ConfigError, listed, nearest
+from lnpu_torch.float_products import forward_slots
 from lnpu_torch.nn import LAYERS, Emulated, ReLU, emulated_layers
 from lnpu_torch.precision import Precision, Rule, precision
 
@@ -62,7 +64,11 @@ def convert(
 
 
 def revert(model: Model) -> Model:
-    """Undo `convert` in place: torch's own classes again. Returns the same model."""
+    """Undo `convert` in place: torch's own classes again. Returns the same model.
+
+    Raises:
+        ConfigError: a layer's class was changed since, as `fully_shard` does.
+    """
     for module in model.modules():
         _revert(module)
     return model
@@ -87,7 +93,7 @@ def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         layer.emulation.thresholds.copy_(state[name])
 
 
-UNSEEN = "Functional calls in a model's own forward (matmul, F.linear, attention) are not seen, nor counted."
+UNSEEN = "Functional calls in a model's own forward (matmul, F.linear, attention) are not emulated, nor counted."
 BYPASSED = (
     "nn.TransformerEncoderLayer bypasses its layers in eval mode without gradients, emulated ones too: "
     "call torch.backends.mha.set_fastpath_enabled(False)."
@@ -106,11 +112,26 @@ class CoverageRow:
 
 
 @dataclass(frozen=True)
+class FloatProduct:
+    """Multiplications outside emulated layers: the module that does them, torch's op, slots in one forward pass."""
+
+    layer: str
+    op: str
+    slots: int
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """Which layers of a model are emulated, and notes on what passes them by. `str()` gives a table of the rest."""
+    """Which layers of a model are emulated, and notes on what passes them by. `str()` gives a table of the rest.
+
+    If a batch was given, `products` are the multiplications of its forward pass that are not emulated, and `slots`
+    are those of all of it; else both are None.
+    """
 
     rows: tuple[CoverageRow, ...]
     notes: tuple[str, ...] = (UNSEEN,)
+    products: tuple[FloatProduct, ...] | None = None
+    slots: int | None = None
 
     @property
     def emulated(self) -> tuple[CoverageRow, ...]:
@@ -126,13 +147,34 @@ class Coverage:
         lines = [f"{len(self.emulated)} of {len(self.rows)} layers emulated{share}. In float:"]
         width = max((len(row.layer) for row in self.in_float), default=0)
         lines += [f"  {row.layer:<{width}}  {row.kind:<16}  {row.reason}" for row in self.in_float] or ["  none"]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self._product_lines(), *self.notes])
+
+    def _product_lines(self) -> list[str]:
+        if self.products is None or not self.slots:
+            return []
+        outside = sum(product.slots for product in self.products)
+        lines = [f"{outside:,} of {self.slots:,} slots of a forward pass in float ({outside / self.slots:.1%}):"]
+        width = max((len(product.layer) for product in self.products), default=0)
+        rows = [f"  {each.layer or '(model)':<{width}}  {each.op}  {each.slots:,}" for each in self.products]
+        return lines + (rows or ["  none"])
 
 
-def coverage(model: nn.Module) -> Coverage:
-    """Which layers are emulated, and why the others stayed in float. Layers are modules with weights of their own."""
+def coverage(model: nn.Module, *inputs: Any) -> Coverage:
+    """Which layers are emulated, and why the others stayed in float. Layers are modules with weights of their own.
+
+    Args:
+        inputs: a batch, to see which multiplications of a forward pass in training mode are in float too, attention's
+            among them. A copy of the model runs it in float. Of a product whose operands both have gradients, backward
+            does twice as many. Not seen are products of a matrix and a vector, and ops that are others' own.
+    """
     bypassed = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
-    return Coverage(tuple(_rows(model)), (UNSEEN, BYPASSED) if bypassed else (UNSEEN,))
+    rows, notes = tuple(_rows(model)), ((UNSEEN, BYPASSED) if bypassed else (UNSEEN,))
+    if not inputs:
+        return Coverage(rows, notes)
+    slots = forward_slots(revert(copy.deepcopy(model)), inputs)
+    emulated = emulated_layers(model)
+    products = [FloatProduct(*place, count) for place, count in slots.items() if place[0] not in emulated]
+    return Coverage(rows, notes, tuple(products), sum(slots.values()))
 
 
 def _rows(model: nn.Module) -> Iterator[CoverageRow]:
@@ -188,6 +230,11 @@ def _convert(module: nn.Module, chosen: Precision) -> None:
 
 def _revert(module: nn.Module) -> None:
     if isinstance(module, Emulated):
+        if type(module) is not LAYERS[module.torch_class]:
+            name = type(module).__name__
+            raise ConfigError(
+                f"a layer has become {name} (fully_shard does so with FSDP...): revert or convert before it"
+            )
         del module.emulation
     if isinstance(module, Emulated | ReLU):
         module.__class__ = module.torch_class  # type: ignore[assignment]

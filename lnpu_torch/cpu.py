@@ -55,7 +55,7 @@ def quantize(
     samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
     loop = loops.quantize_last if channels_last else loops.quantize
     bits = None if half is None else half.view(torch.uint16)
-    arrays = [None if t is None else _memory(t).numpy() for t in (dense, single, bits)]
+    arrays = [None if t is None else _memory(t) for t in (dense, single, bits)]
     parameters = _parameters(rule, int(threshold))
 
     def run(start: int, stop: int) -> Array:
@@ -88,8 +88,8 @@ def quantize_flat(
     dense = dense if is_dense(dense) else dense.contiguous()
     values = torch.empty_like(dense) if out is None else out
     groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else None
-    source, target = _memory(dense).numpy(), _memory(values).numpy()
-    marks = None if groups is None else _memory(groups).numpy()
+    source, target = _memory(dense), _memory(values)
+    marks = None if groups is None else _memory(groups)
     parameters = _parameters(rule, int(threshold))
 
     def run(start: int, stop: int) -> tuple[int, int]:
@@ -103,7 +103,7 @@ def quantize_flat(
 
 def round_half_(x: Tensor) -> None:
     """Round a contiguous or channels_last float32 tensor to binary16, in place."""
-    flat = _memory(x).numpy()
+    flat = _memory(x)
     split(lambda start, stop: loops.round_half(flat[start:stop]), len(flat), len(flat))
 
 
@@ -122,7 +122,7 @@ def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
 
 
 def _by_vector(loop: Callable[..., None], source: Tensor, target: Tensor, signs: Tensor) -> None:
-    arrays = [(_memory(source).numpy(), vectors.LANES), (_memory(target).numpy(), vectors.LANES), (signs.numpy(), 1)]
+    arrays = [(_memory(source), vectors.LANES), (_memory(target), vectors.LANES), (signs.numpy(), 1)]
 
     def run(start: int, stop: int) -> None:
         loop(*(array[start * step : stop * step] for array, step in arrays))
@@ -157,7 +157,7 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
 
 def _histogram(x: Tensor, rule: Rule) -> Array:
     smallest, largest = rule.threshold_range
-    return loops.histogram(x.detach().reshape(-1).numpy(), sample_step(x.numel()), smallest - 1, largest)  # type: ignore[no-any-return]
+    return loops.histogram(_memory(x), sample_step(x.numel()), smallest - 1, largest)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=128)
@@ -171,9 +171,12 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _memory(x: Tensor) -> Tensor:
-    """A dense tensor as it lies in memory, one-dimensional."""
-    return x.detach().as_strided((x.numel(),), (1,))
+def _memory(x: Tensor) -> Array:
+    """A dense tensor as it lies in memory, one-dimensional.
+
+    Unlike `Tensor.numpy`, this leaves its storage resizable, as FSDP needs it.
+    """
+    return np.from_dlpack(x.detach().as_strided((x.numel(),), (1,)))
 
 
 def _shaped(x: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import lane_loops
-from lnpu_torch.lane_family import JOIN, LONGEST, MEMBERS, RUN, RUNS
+from lnpu_torch.lane_family import LONGEST, MEMBERS, RUN
 from lnpu_torch.threads import split
 
 Array = np.ndarray[Any, Any]
@@ -44,8 +44,4 @@ def profile(runs: Tensor) -> Tensor:
         return entries
 
     parts = len(array) if whole else -(-array.shape[2] // LONGEST)
-    entries = np.asarray(sum(split(run, parts, array.size))).reshape(len(RUNS), -1)
-    for i in range(1, len(RUNS)):
-        if array.shape[2] <= JOIN ** (i - 1):  # a sample is one run already
-            entries[i] = entries[i - 1]
-    return torch.from_numpy(entries.reshape(-1))
+    return torch.from_numpy(np.asarray(sum(split(run, parts, array.size))))

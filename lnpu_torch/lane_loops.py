@@ -50,10 +50,7 @@ def runs_of_last(bits, magnitude, runs):
 
 @compiled
 def profile(runs, entries):
-    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T].
-
-    A run length that makes no longer runs than the one before, as T is too small, is left out.
-    """
+    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T]."""
     samples, channels, times = runs.shape
     share = len(entries) // len(RUNS)
     for first in range(0, channels, LANES):
@@ -68,18 +65,21 @@ def profile(runs, entries):
 
 @compiled
 def _add_tile(runs, entries, share):
-    """`profile` of few enough runs."""
+    """`profile` of few enough runs. A run length that makes no longer runs than the one before is not measured anew."""
     samples, channels, times = runs.shape
     work = np.empty((channels, samples * times), np.uint16)
     for c in range(channels):
         for n in range(samples):
             for t in range(times):
                 work[c, n * times + t] = runs[n, c, t]
+    own = np.empty(share, np.int64)
     for i in range(len(RUNS)):
         if i == 0 or times > JOIN ** (i - 1):
             joined = _joined(work, samples)
-            _add_run(work, entries[i * share : (i + 1) * share])
+            own[:] = 0
+            _add_run(work, own)
             work = joined
+        entries[i * share : (i + 1) * share] += own
 
 
 @compiled

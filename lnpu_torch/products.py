@@ -53,10 +53,14 @@ class Linear:
             sums: Tensor = product_ops.half_matmul(self.grid(x), weight.T, bias)
             return sums.reshape(*x.shape[:-1], -1)
         if by.form == "fp32":
-            return F.linear(x, weight, bias)
-        flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
-        out = flat.reshape(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+            out = F.linear(x, weight, bias)
+        else:
+            flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
+            out = flat.reshape(*x.shape[:-1], -1)
+            out = out if bias is None else out + bias
+        # a view that autograd does not know as one, or what an autograd function returns could not be changed in place
+        fresh: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
+        return fresh
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
         if by.form == "fp32":

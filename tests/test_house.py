@@ -42,6 +42,7 @@ NUMERICS += [
     "functional",
     "nn",
     "ranks",
+    "float_products",
     "convert",
 ]
 COST = ["config", "units", "lane_family", "lane_profile", "elements", "counts", "tables", "tagged", "operating_point"]

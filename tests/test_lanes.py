@@ -115,3 +115,9 @@ def test_worked_by_hand():
     assert held[64, 16, 16] == 3 * 11
     assert Member(16, 4, 2) not in held
     assert BALANCERS == (1, 4, 16)
+
+
+@pytest.mark.parametrize("rows", [17, 784])
+def test_a_sample_whose_last_part_is_short_is_counted_whole(rows):
+    runs = lane_ops.count_runs(torch.ones(rows, 576))
+    assert lane_ops.lane_profile(runs).tolist() == [rows * 576] * len(MEMBERS)
