@@ -70,33 +70,35 @@ class _Emulated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        kind = grad_output.device.type
-        if torch.is_autocast_enabled(kind):  # where backward is called under it, against torch's advice
-            with torch.autocast(kind, enabled=False):
-                return _Emulated.backward(ctx, grad_output)
-        weight, threshold, *kept, seed = ctx.saved_tensors
-        call: _Call = ctx.call
-        emulation, wants = call.emulation, call.wants
-        now = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted]
-        grid = call.product.grid(grad_output)
-        ts = emulation.choose("grad_output", grid, now)
-        errors = call.read("grad_output", grid, ts, seed, now=now)
-        for step, error in errors.items():
-            values = call.values(error.values, grad_output, step, "grad_output")
-            errors[step] = error._replace(values=values)
+        # even where it seems off: dynamo traces a backward in the forward's state of autocast, then runs it in another
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _backward(ctx, grad_output)
 
-        grads: list[Tensor | None] = [None, None, None]
-        if wants[0]:
-            grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
-        elif emulation.counting:
-            ops.count_not_run(emulation.counter("grad_input")[0], call.geometry.slots)
-        if wants[1] or wants[2]:
-            grads[1:] = call.grad_weight(errors["grad_weight"], kept)
-        if emulation.counting and not wants[1]:
-            ops.count_not_run(emulation.counter("grad_weight")[0], call.geometry.slots)
-        if emulation.training:
-            ops.commit_thresholds(emulation.thresholds)
-        return (*grads, None, None, None, None)
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    weight, threshold, *kept, seed = ctx.saved_tensors
+    call: _Call = ctx.call
+    emulation, wants = call.emulation, call.wants
+    now = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted]
+    grid = call.product.grid(grad_output)
+    ts = emulation.choose("grad_output", grid, now)
+    errors = call.read("grad_output", grid, ts, seed, now=now)
+    for step, error in errors.items():
+        values = call.values(error.values, grad_output, step, "grad_output")
+        errors[step] = error._replace(values=values)
+
+    grads: list[Tensor | None] = [None, None, None]
+    if wants[0]:
+        grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
+    elif emulation.counting:
+        ops.count_not_run(emulation.counter("grad_input")[0], call.geometry.slots)
+    if wants[1] or wants[2]:
+        grads[1:] = call.grad_weight(errors["grad_weight"], kept)
+    if emulation.counting and not wants[1]:
+        ops.count_not_run(emulation.counter("grad_weight")[0], call.geometry.slots)
+    if emulation.training:
+        ops.commit_thresholds(emulation.thresholds)
+    return (*grads, None, None, None, None)
 
 
 class _Call:

@@ -128,7 +128,7 @@ def round_result_(x: Tensor, form: str) -> None:
     elif form == "fp16" and x.dtype == torch.float32:
         x.copy_(x.half())
     elif x.numel():
-        x.copy_(reference.round_to(x, FORMATS[form]))
+        x.copy_(reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]))
 
 
 @op((), torch.Tag.nondeterministic_seeded)

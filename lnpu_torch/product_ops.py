@@ -80,6 +80,20 @@ def _(
 
 
 @op()
+def unread(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """What stands in for an operand that a step does not read: of its shape, and in the same memory format.
+
+    An op, as dynamo would make each gradient contiguous first, were its memory format asked of it.
+    """
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
+
+
+@fake("unread")
+def _(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
+
+
+@op()
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
     """A product of `lnpu_torch.accumulate`, by name; its accumulator is rounded to a format every `chunk` products."""
     shape, module = Geometry.unpack(geometry), backends.gpu_module(a)
@@ -103,7 +117,7 @@ def rounded_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
     if module is not None and module.rounds_results(x, dtype):
         out: Tensor = module.round_result(x, None, form, dtype)
         return out.clone() if out is x else out
-    return reference.round_to(x, FORMATS[form]).to(dtype)
+    return reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]).to(dtype)
 
 
 @fake("rounded_result")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import backends, product_ops
+from lnpu_torch import product_ops
 from lnpu_torch.geometry import Geometry, part
 
 
@@ -134,7 +134,7 @@ class Convolution:
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
         if by.form == "fp32":
-            return self._backward(error, _unread(error, shape), weight, [True, False, False])[0]
+            return self._backward(error, product_ops.unread(error, shape), weight, [True, False, False])[0]
         product = "small_from_big" if self.transposed else "big_from_small"
         return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
 
@@ -143,7 +143,7 @@ class Convolution:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         if by.form == "fp32":
-            grads = self._backward(error, x, _unread(x, shape), [False, *wanted])
+            grads = self._backward(error, x, product_ops.unread(x, shape), [False, *wanted])
             return grads[1], grads[2]
         weight_grad = None
         if wanted[0]:
@@ -201,8 +201,3 @@ class Convolution:
 def _matmul(a: Tensor, b: Tensor, by: Accumulator) -> Tensor:
     product: Tensor = product_ops.half_matmul(a, b, None) if by.widens(a) else a @ b
     return product
-
-
-def _unread(like: Tensor, shape: torch.Size) -> Tensor:
-    """What stands in for an operand that a step does not read: of its shape, and in the same memory format."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
