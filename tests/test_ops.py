@@ -108,6 +108,14 @@ def test_counted_steps(geometry):
     assert counters[0].sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_in_half_precision_are_rounded_by_their_values(dtype):
+    x = torch.randn(1000).to(dtype)
+    rounded = x.clone()
+    ops.round_result_(rounded, "fp16")
+    assert torch.equal(rounded, x.half().to(dtype))
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_round_result_in_place(last):
     x = torch.cat([all_patterns(torch.bfloat16), random_patterns(2**16, 2)]).reshape(8, 4, 64, 64)

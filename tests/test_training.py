@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import ConfigError, Precision, Rule, ops
+from lnpu_torch import ConfigError, Precision, Rule
 from lnpu_torch.nn import emulated_layers
 
 PRECISIONS = {
@@ -76,14 +76,6 @@ def test_backward_under_autocast_is_backward_without(layer):
             output.backward(torch.full_like(output, 1 / 3))
         grads.append(layer.weight.grad)
     assert torch.equal(*grads)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_in_half_precision_are_rounded_by_their_values(dtype):
-    x = torch.randn(1000).to(dtype)
-    rounded = x.clone()
-    ops.round_result_(rounded, "fp16")
-    assert torch.equal(rounded, x.half().to(dtype))
 
 
 def test_half_precision_model():
