@@ -32,8 +32,8 @@ class Batches(Protocol):
     images: tuple[int, int]  # training and test images, over all ranks
 
     @property
-    def steps(self) -> int:
-        """Training batches per epoch."""
+    def sizes(self) -> list[int]:
+        """Images in each training batch of an epoch, over all ranks."""
 
     def train(self, epoch: int, first: int = 0) -> Generator[Iterator[Pair], None, None]:
         """The batches of an epoch from step `first` on, shuffled and augmented, each as its pieces in time."""
@@ -66,7 +66,7 @@ class BytesOnDevice:
         self._division, self._train, self._test = division, data.train.to(device), data.test.to(device)
         mean, std = (value.to(device) for value in data.normalisation())
         self._augment = Augment(config.crop, config.flip, config.cutout, mean, std)
-        self.steps = len(division.sizes(len(data.train)))
+        self.sizes = division.sizes(len(data.train))
 
     def train(self, epoch: int, first: int = 0) -> Generator[Iterator[Pair], None, None]:
         """As `Batches.train`."""

@@ -55,7 +55,7 @@ class Photographs:
     ) -> None:
         size, (classes, train, test) = config.size or SIZE, class_folders(Path(str(config.path)))
         self.classes, self.shape, self.images = len(classes), (3, size, size), (len(train), len(test))
-        self.steps = len(division.sizes(len(train)))
+        self.sizes = division.sizes(len(train))
         self._config, self._division, self._device, self._warn = config, division, device, warn
         self._named: set[str] = set()
         mean, std = (255 * torch.tensor(value, device=device).reshape(3, 1, 1) for value in (MEAN, STD))

@@ -17,7 +17,7 @@ NOTHING = lnpu.Counts.merge([])
 
 @dataclass(frozen=True)
 class Tallied:
-    """Counts of an epoch so far; and the energy of each step that was counted, in pJ, if not all were."""
+    """Counts of an epoch so far; and the energy of each step that stood for others, in pJ."""
 
     counts: lnpu.Counts = NOTHING
     energies_pj: tuple[float, ...] = ()
@@ -29,7 +29,7 @@ class Tallied:
         return cls(lnpu.Counts.merge(rank.counts for rank in ranks), tuple(sum(step) for step in steps))
 
     def error(self, steps: int) -> float | None:
-        """Standard error of the energy of all `steps`, as a share of it, from how much the counted ones differ.
+        """Standard error of the energy of `steps` like ones, as a share of it, from how much the counted ones differ.
 
         None if all steps were counted, or so few that nothing is known.
         """
@@ -50,19 +50,20 @@ class Tallied:
 
 
 class Tally:
-    """Counts an epoch of `steps` steps: each `every`-th is counted, and stands for those up to the next as well.
+    """Counts an epoch: each `every`-th step is counted, and stands for those up to the next as well.
 
     All steps are taken inside its own `with` block.
 
     Args:
         model: with emulated layers.
+        alike: that many steps, from the first on, do equally much; one after them is always counted, for itself.
         every: None counts nothing; then layers need not be emulated.
         chip: what counted steps are priced on.
         before: what of the epoch was done before the process began.
     """
 
-    def __init__(self, model: nn.Module, steps: int, every: int | None, chip: str, before: Tallied) -> None:
-        self._model, self._steps, self._every, self._chip = model, steps, every, chip
+    def __init__(self, model: nn.Module, alike: int, every: int | None, chip: str, before: Tallied) -> None:
+        self._model, self._alike, self._every, self._chip = model, alike, every, chip
         self._done, self._now = before, lnpu.CostCounter(model) if every == 1 else None
 
     def __enter__(self) -> Tally:
@@ -79,13 +80,13 @@ class Tally:
         """Around the step of that number, the first being 0."""
         if self._every is None or self._now:
             yield
-        elif number % self._every:
+        elif number % self._every and number < self._alike:
             with lnpu.uncounted(self._model):
                 yield
         else:
             with lnpu.CostCounter(self._model) as cost:
                 yield
-            self._add(cost.counts, min(self._every, self._steps - number))
+            self._add(cost.counts, number)
 
     @property
     def so_far(self) -> Tallied:
@@ -93,6 +94,9 @@ class Tally:
         counts = self._done.counts + self._now.counts if self._now else self._done.counts
         return Tallied(counts.model_copy(update={"extrapolated": self._every not in (None, 1)}), self._done.energies_pj)
 
-    def _add(self, counts: lnpu.Counts, times: int) -> None:
-        energy = lnpu.price(counts, self._chip).total.energy_pj or 0.0
-        self._done = Tallied(self._done.counts + counts * times, (*self._done.energies_pj, energy))
+    def _add(self, counts: lnpu.Counts, number: int) -> None:
+        energies, times = self._done.energies_pj, 1
+        if number < self._alike:
+            energies = (*energies, lnpu.price(counts, self._chip).total.energy_pj or 0.0)
+            times = min(self._every or 1, self._alike - number)
+        self._done = Tallied(self._done.counts + counts * times, energies)

@@ -83,7 +83,8 @@ class Run:
         division = Division(config.batch_size, config.accumulate, self.ranks, rank, config.seed)
         with self.accelerator.local_main_process_first() if config.data.download else contextlib.nullcontext():
             self.batches = open_batches(config.data, division, self.device, self.console.print)
-        self.steps = min(self.batches.steps, config.limit or self.batches.steps)
+        sizes = self.batches.sizes[: config.limit]
+        self.steps, self.alike = len(sizes), sizes.count(sizes[0])  # the last batch may be smaller
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
         self._build()
@@ -130,7 +131,7 @@ class Run:
         """The rest of an epoch's steps; returns what this rank did in all of them, and images/s over all ranks."""
         config, started, before = self.config, time.perf_counter(), self.sums[2]
         every = config.count.every if config.emulated else None
-        tally = Tally(self.model, self.steps, every, config.chip[0], self.tallied)
+        tally = Tally(self.model, self.alike, every, config.chip[0], self.tallied)
         shown = every and self.ranks == 1  # of several, this one knows its own share only
         energy = (lambda: show.energy(tally.so_far.counts, config.chip[0])) if shown else None
         name, rate = f"epoch {self.epoch}/{config.epochs}", 0.0
@@ -219,7 +220,7 @@ class Run:
         for report in reports:
             row |= show.columns(report)
         if whole.counts.extrapolated:
-            row |= {"counted_steps": len(whole.energies_pj), "energy_error": whole.error(self.steps)}
+            row |= {"counted_steps": len(whole.energies_pj), "energy_error": whole.error(self.alike)}
         self.metrics.append(row)
         self.epoch, self.done, self.sums, self.tallied = self.epoch + 1, 0, [0.0] * 3, Tallied()
         counts, tensorboard = whole.counts if reports else None, self.config.tensorboard

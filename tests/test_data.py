@@ -44,7 +44,7 @@ def test_digits_are_split_evenly_and_the_same_every_time() -> None:
 
 def test_batches_are_normalised_and_ordered_by_seed_and_epoch() -> None:
     data = batches(DataConfig(kind="digits"))
-    assert [len(labels) for labels in labels_of(data, 1)] == [200] * 7 + [37] and data.steps == 8
+    assert [len(labels) for labels in labels_of(data, 1)] == [200] * 7 + [37] and data.sizes == [200] * 7 + [37]
     assert all(map(torch.equal, labels_of(data, 1), labels_of(data, 1)))
     assert not torch.equal(labels_of(data, 1)[0], labels_of(data, 2)[0])
     assert not torch.equal(labels_of(data, 1)[0], labels_of(batches(DataConfig(kind="digits"), seed=1), 1)[0])
@@ -74,7 +74,7 @@ def test_ranks_and_pieces_see_the_batches_of_one_process(ranks: int, accumulate:
         together = [torch.cat(each) for each in zip(*parts, strict=True)]
         assert all(torch.equal(one, other[: len(one)]) for one, other in zip(together, whole[step], strict=True))
         assert len(whole[step][0]) - len(together[0]) < ranks * accumulate
-    assert step + 1 == len(whole) == everyone[0].steps
+    assert step + 1 == len(whole) == len(everyone[0].sizes)
     tested = torch.cat([labels for data in everyone for _, labels in data.test()])
     assert torch.equal(tested.bincount(), load(DIGITS).test.labels.bincount())
 
@@ -91,7 +91,7 @@ def test_a_batch_that_cannot_be_shared_says_what_can() -> None:
 
 def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path) -> None:
     data = batches(DataConfig(kind="npz", path=str(image_file(tmp_path / "x.npz"))), 16)
-    assert [len(labels) for labels in labels_of(data, 1)] == [16, 16] and data.steps == 2  # of 33
+    assert [len(labels) for labels in labels_of(data, 1)] == [16, 16] and data.sizes == [16, 16]  # of 33
 
 
 def augment(crop: int = 0, flip: bool = False, cutout: int = 0) -> Augment:

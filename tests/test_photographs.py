@@ -45,7 +45,7 @@ def same(ones: list[Pair], others: list[Pair]) -> bool:
 
 def test_workers_change_nothing_and_an_epoch_goes_on_at_any_step(root: Path) -> None:
     alone, helped = opened(root, cutout=8), opened(root, cutout=8, workers=2)
-    assert (alone.classes, alone.shape, alone.images, alone.steps) == (3, (3, 32, 32), (12, 6), 3)
+    assert (alone.classes, alone.shape, alone.images, alone.sizes) == (3, (3, 32, 32), (12, 6), [4, 4, 4])
     whole = pairs(alone, 1)
     assert [tuple(images.shape) for images, _ in whole] == [(4, 3, 32, 32)] * 3
     assert torch.cat([labels for _, labels in whole]).bincount().tolist() == [4, 4, 4]

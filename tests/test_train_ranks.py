@@ -64,6 +64,10 @@ def test_two_ranks_do_what_one_process_does(accumulate: int, tmp_path: Path) -> 
         assert both["train_accuracy"] == one["train_accuracy"] and both["test_accuracy"] == one["test_accuracy"]
         assert equal(both, other)  # and both ranks say so
     assert alone[0]["loss"] != alone[1]["loss"]
+    counts = lnpu.Counts.merge(counts for _, counts in RunFolder(tmp_path / "ranks").counts())
+    for step in {entry.step for entry in counts.steps}:  # zeros, FP8 and FP16 on both sides: there was much to err in
+        mine = [entry for entry in counts.steps if entry.step == step]
+        assert all(sum(entry.pairs[i][j] for entry in mine) for i in range(3) for j in (1, 2))
 
 
 def weights_and_thresholds(settings: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +109,20 @@ def stopped_and_resumed(settings: dict[str, Any], folder: str) -> str:
 
 def test_ranks_stop_together_and_go_on_together(tmp_path: Path) -> None:
     settings = {"model": {"name": "alexnet_cifar", "width": 2}, "data": {"kind": "digits", "size": 16}, "limit": 4}
+    settings["checkpoint"] = {"keep": 9}
     whole = on_ranks(train, {**settings, "out": str(tmp_path / "whole")})
     messages = on_ranks(stopped_and_resumed, settings, str(tmp_path / "cut"))
     assert all(message.startswith("0: Stopped after epoch 1, step 3 of 4.") for message in messages)
     ends = [RunFolder(tmp_path / name).checkpoints.newest(print) for name in ("whole", "cut")]
     assert equal(*ends) and whole
-    assert RunFolder(tmp_path / "whole").counts() == RunFolder(tmp_path / "cut").counts()
+    counts = RunFolder(tmp_path / "whole").counts()
+    assert counts == RunFolder(tmp_path / "cut").counts()
+    for later in RunFolder(tmp_path / "cut").checkpoints.files()[1:]:
+        later.unlink()
+    recipe.train(config(**settings), QUIET, resume=str(tmp_path / "cut"))  # alone, from where both were stopped
+    alone = RunFolder(tmp_path / "cut").counts()
+    slots = [[entry.slots for _, each in found for entry in each.steps] for found in (counts, alone)]
+    assert slots[0] == slots[1]
 
 
 def refusals(settings: list[dict[str, Any]]) -> list[str]:
