@@ -5,11 +5,12 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 READY := .venv/ready
 
-.PHONY: help train test test-slow lint format wheel clean
+.PHONY: help train test test-slow exhaustive lint format wheel clean
 
 help:
 	@echo 'make train      train ResNet-18 on scikit-learn digits with FGMP; print its energy per epoch'
 	@echo 'make test       run the tests (test-slow: the long ones too)'
+	@echo 'make exhaustive compare rounding with ml_dtypes over all 2^32 float32s; about an hour on one core'
 	@echo 'make lint       ruff and mypy (format: let ruff rewrite)'
 	@echo 'make wheel      build dist/*.whl'
 	@echo 'make clean      remove .venv and everything built'
@@ -28,6 +29,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	.venv/bin/python -m pytest -n 2
+
+exhaustive: $(READY)
+	nice -n 19 .venv/bin/python tests/exhaustive.py reference numba
+	TRITON_INTERPRET=1 nice -n 19 .venv/bin/python -W ignore::RuntimeWarning tests/exhaustive.py triton
 
 lint: $(READY)
 	.venv/bin/ruff check .
