@@ -189,14 +189,14 @@ def _shaped(x: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor:
 def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
     """What `loops.quantize` needs to know of a rule and its T: bit patterns, exponents, limits."""
     t, wide = torch.tensor(threshold, dtype=torch.int32), rule.wide
-    boundary = np.int32(0)
+    last = np.int32(-1)  # the bits of the largest magnitude that is FP8's: none
     low_mantissa, low_least, low_max = wide.mantissa, wide.min_exponent, float("inf")
     if rule.low:
         low = FORMATS[rule.low]
         window = int(window_exponent(rule, t)) - low.max_exponent
         low_mantissa, low_least = low.mantissa, low.min_exponent + window
-        boundary = np.float32(float(tau(t, torch.float64))).view(np.int32) if rule.high else np.int32(2**31 - 1)
+        last = np.float32(float(tau(t, torch.float64))).view(np.int32) - 1 if rule.high else np.int32(2**31 - 1)
         low_max = float("inf") if rule.high else low.max * 2.0**window
     exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
     beyond = np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32)
-    return (boundary, *map(np.int32, exponents), beyond, np.float32(low_max), np.float32(wide.max))
+    return (np.int32(last), *map(np.int32, exponents), beyond, np.float32(low_max), np.float32(wide.max))

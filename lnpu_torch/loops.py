@@ -67,9 +67,9 @@ def _single(context: Any, bits: Any) -> Any:
 @compiled
 def _rounded(bits, parameters):
     """One number's bits -> its rounded value, and what its group adds to a packed counter."""
-    boundary, low_mantissa, low_least, wide_mantissa, wide_least, beyond, low_max, wide_max = parameters
+    last, low_mantissa, low_least, wide_mantissa, wide_least, beyond, low_max, wide_max = parameters
     magnitude = int32(bits & MAGNITUDE)
-    small = magnitude < boundary
+    small = magnitude <= last
     mantissa = low_mantissa if small else wide_mantissa
     clamped = min(magnitude, beyond)  # else the anchor's binade would lie far above the number
     exponent = max(int32(clamped >> 23), low_least if small else wide_least)

@@ -11,8 +11,7 @@ from lnpu_torch import reference
 
 
 def test_reference_and_numba() -> None:
-    patterns = list(exhaustive.some_patterns())
-    assert exhaustive.compare(["reference", "numba"], patterns) == len({each.tobytes() for each in patterns}) * 2**16
+    assert exhaustive.compare(["reference", "numba"], exhaustive.some_patterns()) == 2**19
 
 
 @pytest.mark.slow

@@ -43,6 +43,14 @@ def test_quantize_over_all_16_bit_inputs_and_random_patterns(rule, t):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_nan_of_any_payload_is_in_the_group_of_the_large(rule):
+    x = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x400000], dtype=torch.int32).view(torch.float32)
+    values, groups, totals = ops.quantize(x, scalar(5), None, rule.model_dump_json(), 0, True)
+    assert torch.equal(values.view(torch.int32), x.view(torch.int32))
+    assert set(groups.tolist()) == {16 if rule.high else 8} and totals.sum() == totals.max() == 5
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize(("shape", "share", "groups"), LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_round_and_count(rule, shape, share, groups, last):
