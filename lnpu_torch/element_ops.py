@@ -21,7 +21,6 @@ class Other(Enum):
     COMPOSITE = "made of ops that have formulas"
     BEGINS = "begins a named range, as an optimizer's step does"
     ENDS = "ends a named range"
-    LAYER = "counts a step of an emulated layer"
     UNKNOWN = "not known"
 
 
@@ -177,7 +176,6 @@ OWN: dict[str, Formula] = {
         "activation", lambda call: (call.args[0].numel(), 0), lambda call: call.args[0], lambda call: call.args[1]
     ),
     "packed_relu_backward": each("activation", 1),
-    **_all("half_matmul half_convolution", by.product(bias=2)),
 }
 """What our own ops stand for; all others are the datapath of the multiply-accumulates, or emulation."""
 
@@ -191,7 +189,6 @@ OF_NODE: dict[str, Kind] = {
 SPECIAL: dict[str, Other] = {
     **dict.fromkeys(("profiler::_record_function_enter", "profiler::_record_function_enter_new"), Other.BEGINS),
     "profiler::_record_function_exit": Other.ENDS,
-    **dict.fromkeys(("lnpu::count_weight_step", "lnpu::count_grid_step", "lnpu::count_not_run"), Other.LAYER),
 }
 SILENT = ("prim", "profiler", "c10d", "_c10d_functional")
 """Namespaces of ops that compute nothing: they ask, mark or communicate."""

@@ -51,7 +51,7 @@ class Elements(Frozen):
     """What was counted, in the order of KINDS and PHASES.
 
     `uncounted` names the ops that ran and were not counted, with their calls: those that no formula is known for, and
-    in training also the forward products of layers that are not emulated.
+    products outside emulated layers.
     """
 
     entries: tuple[ElementOp, ...] = ()

@@ -64,7 +64,7 @@ class Formula:
     """An op's kind, and its operations and special functions in a call; None if that call is no element operation.
 
     `read` and `written` give the tensors that go in and out, where those are not all arguments and all results.
-    `product`: it is a matrix product or a convolution, which emulated layers count; here is what it adds.
+    `product`: it is a matrix product or a convolution; here is what it adds to it.
     """
 
     kind: Kind

@@ -21,6 +21,7 @@ from torch.nn.modules.utils import _ntuple
 from lnpu_torch import backends, ops
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
+from lnpu_torch.hiding import hidden
 from lnpu_torch.products import Accumulator, Convolution, Linear
 from lnpu_torch.relu import refuse_double_backward
 from lnpu_torch.relu import relu as relu
@@ -30,6 +31,7 @@ class _Emulated(torch.autograd.Function):
     """The three steps of one layer. `wants` says which gradients are asked for: input, weight, bias."""
 
     @staticmethod
+    @hidden
     def forward(
         ctx: Any,
         input: Tensor,
@@ -68,6 +70,7 @@ class _Emulated(torch.autograd.Function):
         return emulation.result("forward", output, dtype)
 
     @staticmethod
+    @hidden
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         # even where it seems off: dynamo traces a backward in the forward's state of autocast, then runs it in another
@@ -116,10 +119,8 @@ class _Call:
     ) -> None:
         self.product, self.emulation, self.geometry, self.wants = product, emulation, geometry, wants
         self.sizes, self.layout = geometry.pack(), (geometry.batch, geometry.groups)
-        self.shapes, self.dtypes = (
-            (input.shape, weight.shape),
-            (input.dtype, weight.dtype, bias.dtype if bias is not None else None),
-        )
+        self.shapes = (input.shape, weight.shape)
+        self.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
         # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
         exact = emulation.result_format == "fp16" or isinstance(product, Linear)
         self.halves = backends.on_gpu(input) and exact and emulation.accumulator.form in ("fp32", "fp16")

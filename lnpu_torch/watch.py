@@ -5,20 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-)
 
 from lnpu_torch.element_ops import Other, find, general_kind
 from lnpu_torch.elements import SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
 from lnpu_torch.formulas import Call, Formula, tensors
+from lnpu_torch.hiding import LayerSteps, LayerWatcher
+from lnpu_torch.hiding import unwatched as unwatched
 
 UNREADABLE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a formula raises for arguments that it was not written for; they must not end anyone's training."""
@@ -87,18 +82,17 @@ class _Ranges(threading.local):
         return fetched, stored
 
 
-class Watch(TorchDispatchMode):
+class Watch(LayerWatcher):
     """Adds up what runs while it is entered. It changes nothing, and waits for no device.
 
     Torch takes it along to the threads of backward, but not to threads that a program starts itself; nor does it see
-    into code that torch.compile made. While `paused` it sees nothing.
+    into code that torch.compile made. Of emulated layers it is told.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
         self._layer_calls = 0
         self._compiled: bool | None = None  # known once it was stopped
         self._sums: dict[tuple[Kind, Phase, str], list[int]] = {}
@@ -162,8 +156,7 @@ class Watch(TorchDispatchMode):
         if self.paused:
             return
         try:
-            # an emulated layer's products run with gradients off, in forward as in backward
-            if formula.product and torch.is_grad_enabled():
+            if formula.product:  # none of an emulated layer's: those are hidden
                 self._miss(func)
             work = formula.work(call)
             if work is None:
@@ -173,21 +166,33 @@ class Watch(TorchDispatchMode):
         except UNREADABLE:
             self._note(func, Other.UNKNOWN, call)
             return
-        key = kind, phase, func._schema.name.removeprefix("aten::").rstrip("_")
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        self._add_up(kind, phase, name, (1, work.read, work.written, work.operations, work.special, *moved))
+
+    def _add_up(self, kind: Kind, phase: Phase, op: str, values: tuple[int, ...]) -> None:
         with self._lock:
-            sums = self._sums.setdefault(key, [0] * len(SUMS))
-            for index, value in enumerate((1, work.read, work.written, work.operations, work.special, *moved)):
+            sums = self._sums.setdefault((kind, phase, op), [0] * len(SUMS))
+            for index, value in enumerate(values):
                 sums[index] += value
+
+    def layer_ran(self, steps: LayerSteps) -> None:
+        """Add up a layer's bias, added as results leave the accumulators, or its gradient: the sum of all errors."""
+        with self._lock:
+            self._layer_calls += steps.counted
+        if steps.bias and steps.backward:
+            self._add_up("other", "backward", "bias", (1, steps.results, steps.bias, steps.results))
+        elif steps.bias:
+            self._add_up("other", "forward", "bias", (1, steps.bias, 0, steps.results))
 
     def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
         """An op's kind and phase."""
-        inside = formula.product or func.namespace == "lnpu"  # of a layer, whose gradients are off in either case
-        if any(self._ranges.open) and not inside:
+        ours = func.namespace == "lnpu"  # of an autograd function, in which gradients are off in either case
+        if any(self._ranges.open) and not ours:
             self._ranges.closure = self._ranges.in_closure()
         updates = any(self._ranges.open) and self._ranges.closure is False
         if formula.kind == "optimizer" or updates or "::_foreach_" in func._schema.name:
             return "optimizer", "update"
-        backward = _in_backward(func, formula)
+        backward = _in_backward(func)
         node = torch._C._current_autograd_node() if backward else None
         kind = formula.kind if formula.kind != "other" else general_kind(func, call, node)
         return kind, "backward" if backward else "forward"
@@ -212,9 +217,6 @@ class Watch(TorchDispatchMode):
                 self._ranges.begin()
         elif found is Other.ENDS and self._ranges.open:
             self._ranges.open.pop()
-        elif found is Other.LAYER:
-            with self._lock:
-                self._layer_calls += 1
         elif found is Other.UNKNOWN and call.read:
             self._miss(func)
 
@@ -223,37 +225,14 @@ class Watch(TorchDispatchMode):
             self._uncounted[str(func)] += 1
 
 
-def _in_backward(func: Any, formula: Formula) -> bool:
+def _in_backward(func: Any) -> bool:
     """Whether an op belongs to backward. A checkpoint's forward, run again there, does not.
 
     It has gradients on; inside our own autograd functions they are off, and there the op's name tells.
     """
-    if formula.product or func.namespace == "lnpu":
+    if func.namespace == "lnpu":
         return "backward" in func._schema.name
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Within the block this thread's operations on elements are not counted, such as those that prepare images.
-
-    Where no other mode lies above a CostCounter's, that costs no time.
-    """
-    left, paused = [], []
-    while isinstance(mode := _get_current_dispatch_mode(), Watch):
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        left.append(mode)
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, Watch) and not mode.paused:
-            mode.paused = True
-            paused.append(mode)
-    try:
-        yield
-    finally:
-        for mode in paused:
-            mode.paused = False
-        for mode in reversed(left):
-            mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 def compiled_code() -> bool:

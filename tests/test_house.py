@@ -39,6 +39,7 @@ NUMERICS += [
     "emulation",
     "rounding",
     "relu",
+    "hiding",
     "functional",
     "nn",
     "ranks",
@@ -50,7 +51,7 @@ COST += ["bottom_up", "simd_core", "chip", "energies", "traffic", "rows", "cycle
 COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_errors", "cli_cost", "cli_train"]
 COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report"]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
-ACROSS = {"gpu": "lnpu_torch.kernels", "gpu_lanes": "lnpu_torch.kernels"}
+ACROSS = {"gpu": "lnpu_torch.kernels", "watch": "lnpu_torch.hiding", "gpu_lanes": "lnpu_torch.kernels"}
 ACROSS |= {"counters": "lnpu_torch.nn", "cli_train": "lnpu_torch.recipes", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}
