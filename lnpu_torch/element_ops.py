@@ -80,7 +80,7 @@ ACTIVATIONS: dict[str, Formula] = {
 }
 NORMALISATIONS: dict[str, Formula] = {
     **_all(
-        "native_batch_norm cudnn_batch_norm miopen_batch_norm",
+        "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
         Formula("normalisation", layer.batch_norm, layer.batch_norm_reads),
     ),
     "native_batch_norm_backward": Formula("normalisation", layer.batch_norm_backward, layer.batch_norm_backward_reads),
