@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_step import IMAGES, LABELS, counted, network, operations, step, train
 from processes import on_ranks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch.element_ops import FORMULAS, MOVES
-from lnpu_torch.elements import ElementOp, Elements, NotCounted, merge
+from lnpu_torch.elements import Elements, NotCounted, merge
 from lnpu_torch.formulas import Formula
 from lnpu_torch.recipes.models import NAMES, ModelConfig, build
 from lnpu_torch.watch import Watch
@@ -31,40 +30,6 @@ def no_compiled_code() -> None:
     """Code that other tests have compiled is alive in this process."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-
-
-IMAGES, LABELS = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-    return lnpu.convert(nn.Sequential(*layers, nn.Linear(64, 5)))
-
-
-def train(model: nn.Module, images: Tensor = IMAGES) -> None:
-    model.zero_grad()
-    F.cross_entropy(model(images), LABELS[: len(images)]).backward()
-
-
-def counted(cost: lnpu.CostCounter) -> dict[tuple[str, str, str], ElementOp]:
-    elements = cost.counts.elements
-    assert isinstance(elements, Elements), elements
-    return {entry.key: entry for entry in elements.entries}
-
-
-def step(model: nn.Module) -> dict[tuple[str, str, str], ElementOp]:
-    with lnpu.CostCounter(model) as cost:
-        train(model)
-    return counted(cost)
-
-
-def operations(counted: dict[tuple[str, str, str], ElementOp]) -> Counter[tuple[str, str]]:
-    """Operations by kind and phase."""
-    sums: Counter[tuple[str, str]] = Counter()
-    for (kind, phase, _), entry in counted.items():
-        sums[kind, phase] += entry.operations
-    return sums
 
 
 def test_a_checkpoint_runs_its_forward_twice_and_its_backward_once() -> None:
@@ -126,73 +91,6 @@ def test_counters_nest_start_anew_and_show_what_they_have_so_far() -> None:
     with outer:
         train(model)
     assert counted(outer) == live
-
-
-def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None:
-    model, once = network(), step(network())
-    with lnpu.CostCounter(model) as cost:
-        train(model)
-        with lnpu.uncounted(model):
-            train(model)
-            with lnpu.uncounted(model):
-                train(model)
-            train(model)
-        with FlopCounterMode(display=False), lnpu.uncounted(model):
-            train(model)
-    assert counted(cost) == once
-
-
-def test_other_modes_see_what_they_would_without_a_counter() -> None:
-    flops = []
-    for watch in (True, False):
-        model = network()
-        with lnpu.CostCounter(model, elements=watch), FlopCounterMode(display=False) as mode:
-            train(model)
-        flops.append(mode.get_flop_counts())
-    assert flops[0] == flops[1]
-
-
-def test_below_another_mode_it_counts_as_on_top() -> None:
-    once, model = step(network()), network()
-    with lnpu.CostCounter(model) as cost, FlopCounterMode(display=False):  # this one splits native_batch_norm
-        train(model)
-    assert operations(counted(cost)) == operations(once)
-    assert cost.counts.elements.uncounted == {}
-
-
-class Names(Watch):
-    """Also keeps the names of what it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def test_the_ops_inside_layers_are_hidden_and_those_after_an_error_in_one_are_not() -> None:
-    model = network()
-    with Names() as watch:
-        train(model)
-        assert {name for name in watch.names if name.startswith("lnpu::")} == {
-            "lnpu::packed_relu",
-            "lnpu::packed_relu_backward",
-        }
-        watch.names.clear()
-        with pytest.raises(RuntimeError):
-            model[5](torch.ones(2, 3))
-        torch.ones(2).tanh()
-    assert "aten::tanh" in watch.names and not any(name.startswith("lnpu::") for name in watch.names)
-
-
-def test_gradients_are_bit_equal_with_and_without_a_counter() -> None:
-    models = [network(), network()]
-    train(models[0])
-    step(models[1])
-    for plain, watched in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(plain.grad, watched.grad)
 
 
 def test_a_counter_that_is_switched_off_says_so() -> None:

@@ -1,0 +1,45 @@
+"""A small network, a training step of it, and what element operations a counter has seen of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lnpu_torch as lnpu
+from lnpu_torch.elements import ElementOp, Elements
+
+IMAGES, LABELS = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return lnpu.convert(nn.Sequential(*layers, nn.Linear(64, 5)))
+
+
+def train(model: nn.Module, images: Tensor = IMAGES) -> None:
+    model.zero_grad()
+    F.cross_entropy(model(images), LABELS[: len(images)]).backward()
+
+
+def counted(cost: lnpu.CostCounter) -> dict[tuple[str, str, str], ElementOp]:
+    elements = cost.counts.elements
+    assert isinstance(elements, Elements), elements
+    return {entry.key: entry for entry in elements.entries}
+
+
+def step(model: nn.Module) -> dict[tuple[str, str, str], ElementOp]:
+    with lnpu.CostCounter(model) as cost:
+        train(model)
+    return counted(cost)
+
+
+def operations(counted: dict[tuple[str, str, str], ElementOp]) -> Counter[tuple[str, str]]:
+    """Operations by kind and phase."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for (kind, phase, _), entry in counted.items():
+        sums[kind, phase] += entry.operations
+    return sums
