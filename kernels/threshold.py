@@ -22,14 +22,14 @@ from lnpu_torch.formats import FORMATS
 from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors, scratch
 from lnpu_torch.kernels.rounding import FLOATS, bits_of, dense, readable
 
-SAMPLE = 2**16
+SAMPLE = 2**14
 """At most this many elements are looked at for a histogram; the same as `reference.SAMPLE`."""
 RANGE = tl.constexpr(19)
 """The same as `reference.RANGE`."""
 UNSET = tl.constexpr(-(2**31))
 """The same as `reference.UNSET`."""
 BLOCK = 1024
-"""Elements of a tile; 64 programs look at a sample, each element of which lies in a sector of memory of its own."""
+"""Elements of a tile; 16 programs look at a sample, each element of which lies in a sector of memory of its own."""
 ROWS = 16
 """Rows of findings that are read at once."""
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import loops, reference, vectors
+from lnpu_torch import cpu_lanes, loops, reference, vectors
 from lnpu_torch.formats import FORMATS
+from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
 from lnpu_torch.threads import split
@@ -42,7 +43,7 @@ def quantize(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`, for a contiguous or channels_last x."""
     (share, channel_groups), x = layout, x.float()
     channels_last = not x.is_contiguous()
@@ -53,6 +54,8 @@ def quantize(
     single = torch.empty(shape) if wanted[0] else None
     half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
     samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
+    lengths = torch.empty(runs_shape(x.shape) if wanted[3] else (0,), dtype=torch.uint8)
+    along = lengths.numpy() if wanted[3] and grid else None  # without a grid, runs are along the rows
     loop = loops.quantize_last if channels_last else loops.quantize
     bits = None if half is None else half.view(torch.uint16)
     arrays = [None if t is None else _memory(t) for t in (dense, single, bits)]
@@ -64,14 +67,18 @@ def quantize(
             last = min(first + ROWS, stop)
             parts = (None if array is None else array[first * size : last * size] for array in arrays)
             sums = None if samples is None else samples[:, first:last]
-            loop(*parts, counts, sums, first, share, (last - first, channels, positions), parameters)
+            runs = None if along is None else along[first:last]
+            loop(*parts, counts, sums, runs, first, share, (last - first, channels, positions), parameters)
         return counts
 
     position = torch.from_numpy(np.asarray(sum(split(run, batch, x.numel()))))
     position = position.unflatten(2, (*grid, channels) if channels_last else (channels, *grid))
     position = position.movedim(-1, 2).contiguous() if channels_last else position
     sample = position.new_empty(0) if samples is None else torch.from_numpy(samples).reshape(*samples.shape[:3], *grid)
-    return _shaped(single, channels_last, torch.float32), _shaped(half, channels_last, torch.float16), position, sample
+    values = _shaped(single, channels_last, torch.float32), _shaped(half, channels_last, torch.float16)
+    if wanted[3] and not grid:
+        lengths = cpu_lanes.runs_of(values[1] if wanted[1] else values[0])
+    return *values, position, sample, lengths
 
 
 def quantize_flat(
@@ -130,22 +137,32 @@ def _by_vector(loop: Callable[..., None], source: Tensor, target: Tensor, signs:
     split(run, len(signs), source.numel())
 
 
-def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
+def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
+    """`ops.next_threshold`."""
+    state = states.numpy()[row]
+    current = int(state[0])
+    chosen = _chosen(x, rule, current)
+    used = chosen if current == reference.UNSET else current
+    if training:
+        state[:] = used, chosen
+    return torch.tensor(rule.threshold_range[0] if used == reference.UNSET else used, dtype=torch.int32)
+
+
+def _chosen(x: Tensor, rule: Rule, fallback: int) -> int:
     """`reference.choose_threshold`; compiled for a contiguous float32 tensor and a rule that looks at its histogram."""
     if not (rule.adaptive and x.is_contiguous() and x.dtype == torch.float32):
-        return reference.choose_threshold(x, rule, fallback)
+        return int(reference.choose_threshold(x, rule, torch.tensor(fallback, dtype=torch.int32)))
     counts, smallest = _histogram(x, rule), rule.threshold_range[0]
     total, above = counts.sum(), counts[::-1].cumsum()[::-1][1:]
     if not total:
-        return fallback.clone()
+        return fallback
     if rule.fp16_share is not None:
         fits = np.flatnonzero(above <= rule.fp16_share * total)
         best = fits[0] if len(fits) else len(above) - 1
     else:
         error, signal = _error_table(rule, (int(np.flatnonzero(counts)[-1] + smallest - 1) >> 2) - reference.RANGE)
-        fits = np.flatnonzero(error @ counts <= (rule.max_error or 0.0) ** 2 * (signal @ counts))
-        best = (above == above[fits[-1] if len(fits) else 0]).argmax()
-    return torch.tensor(int(best) + smallest, dtype=torch.int32)
+        best = loops.best_by_error(error, signal, counts, above, (rule.max_error or 0.0) ** 2)
+    return int(best) + smallest
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:

@@ -158,9 +158,8 @@ class Emulation:
         for row in dict.fromkeys(read.row for read in reads.values()):
             steps = [step for step, read in reads.items() if read.row == row]
             uses = [any(step in those for step in steps) for those in (now, later, sampled)]
+            uses.append(self.counting and operand != "weight")
             rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, seed)
-            if self.counting and operand != "weight":
-                rounded[row] = _profiled(rounded[row])
         return {step: rounded[read.row] for step, read in reads.items()}
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,21 +181,20 @@ def _quantize(
     layout: Layout,
     seed: Tensor | None,
 ) -> Operand:
-    now, later, sample = uses
+    now, later, sample, streamed = uses
     if read.rule is None or threshold is None:
-        return Operand(x, x, *ops.count_float(x, layout, sample))
+        lanes = lane_ops.lane_profile(lane_ops.count_runs(x)) if streamed else None
+        position, by_sample = ops.count_float(x, layout, sample)
+        return Operand(x, x, position, by_sample, lanes)
     half = read.half and x.dtype != torch.float64
     now_half, later_half = (now and half and halves), (later and half)
-    wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample)
+    wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample, streamed)
     random = seed if read.stochastic else None
-    single, rounded, *counts = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted)
-    return Operand(rounded if now_half else single, rounded if later_half else single, *counts)
-
-
-def _profiled(operand: Operand) -> Operand:
-    """An operand with its lane profile."""
-    values = operand.values if operand.values.numel() else operand.kept
-    return operand._replace(lanes=lane_ops.lane_profile(lane_ops.count_runs(values)))
+    single, rounded, position, by_sample, runs = ops.round_and_count(
+        x, threshold, random, read.rule, read.row, layout, wanted
+    )
+    lanes = lane_ops.lane_profile(runs) if streamed else None
+    return Operand(rounded if now_half else single, rounded if later_half else single, position, by_sample, lanes)
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:

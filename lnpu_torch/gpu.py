@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lnpu_torch import gpu_lanes
 from lnpu_torch.kernels import count, grid, launch, matmul, result
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import threshold as thresholds
@@ -54,7 +55,7 @@ def quantize(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`."""
     rounded = grid.quantize_grid(
         x,
@@ -65,11 +66,13 @@ def quantize(
         single=wanted[0],
         half=wanted[1],
         sample=wanted[2],
+        runs=wanted[3] and x.dim() > 2,
         seed=seed,
         stream=stream,
     )
     values = _or_empty(rounded.single, x, torch.float32), _or_empty(rounded.half, x, torch.float16)
-    return *values, rounded.position, _or_empty(rounded.sample, x, torch.int32)
+    runs = gpu_lanes.runs_of(values[wanted[1]]) if wanted[3] and x.dim() == 2 else rounded.runs
+    return *values, rounded.position, _or_empty(rounded.sample, x, torch.int32), _or_empty(runs, x, torch.uint8)
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

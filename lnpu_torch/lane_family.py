@@ -6,6 +6,8 @@ load balancer shares the work of so many neighbouring lanes among them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 RUN = 16
@@ -27,6 +29,12 @@ class Member(NamedTuple):
     run: int
     balancer: int
     lanes: int
+
+
+def runs_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Of the counts of all shortest runs of an operand [N, C, *grid], or [rows, C], whose rows are the positions."""
+    batch, channels, positions = (shape[0], shape[1], prod(shape[2:])) if len(shape) > 2 else (1, shape[1], shape[0])
+    return batch, channels, -(-positions // RUN)
 
 
 def _powers(first: int) -> list[int]:

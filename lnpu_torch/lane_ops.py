@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, lanes
-from lnpu_torch.lane_family import MEMBERS, RUN
+from lnpu_torch.lane_family import MEMBERS, runs_shape
 from lnpu_torch.registry import fake, op
 
 
@@ -25,9 +25,7 @@ def count_runs(values: Tensor) -> Tensor:
 
 @fake("count_runs")
 def _(values: Tensor) -> Tensor:
-    rows, channels, *grid = values.shape
-    batch, positions = (rows, values.shape[2:].numel()) if grid else (1, rows)
-    return values.new_empty((batch, channels, (positions + RUN - 1) // RUN), dtype=torch.uint8)
+    return values.new_empty(runs_shape(values.shape), dtype=torch.uint8)
 
 
 @op()

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, njit, types, uint16, uint64
+from numba import float32, int32, int64, njit, types, uint8, uint16, uint64
 from numba.extending import intrinsic
+
+from lnpu_torch.lane_family import RUN
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 SIGN = np.int32(-0x80000000)
 INFINITY = np.int32(0x7F800000)
 FP8, WIDE = np.int32(1), np.int32(0x10000)
 """What an element of each group adds to a packed counter."""
-RUN = 256
+CHUNK = 256
 """Elements that are rounded before they are counted: few enough to lie in the nearest cache."""
 BLOCK = 2**14
 """Elements that fit in one packed counter."""
@@ -106,15 +108,16 @@ def add(sums, start, marks, count):
 
 
 @compiled
-def quantize(x, single, half, counts, samples, first, share, sizes, parameters):
-    """Round rows [channels, positions] of x, write them, and count their groups by position and by sample.
+def quantize(x, single, half, counts, samples, runs, first, share, sizes, parameters):
+    """Round rows [channels, positions] of x, write them, and count their groups by position, by sample and by run.
 
     `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [2, rows, groups, positions]
-    is written. `single`, `half` and `samples` may be None. `sizes` are the rows' number and shape.
+    and `runs` (see `lanes.runs_of`) are written. `single`, `half`, `samples` and `runs` may be None. `sizes` are the
+    rows' number and shape.
     """
     rows, channels, positions = sizes
     size, groups = channels * positions, 1 if samples is None else samples.shape[2]
-    run = positions * max(1, RUN // positions)  # whole channels, so that runs can be summed up over channels
+    run = positions * max(1, CHUNK // positions)  # whole channels, so that runs can be summed up over channels
     packed, sums, marks = np.zeros(size, np.int32), np.zeros(run, np.int32), np.empty(run, np.int32)
     for row in range(rows):
         for group in range(groups):
@@ -125,6 +128,8 @@ def quantize(x, single, half, counts, samples, first, share, sizes, parameters):
                 add(packed, start, marks, count)
                 if samples is not None:
                     add(sums, 0, marks, count)
+                if runs is not None:
+                    _count_runs(marks, count, positions, runs[row], start // positions)
             if samples is not None:
                 _fold(sums, samples[:, row, group])
         if (first + row + 1) % share == 0 or row == rows - 1:
@@ -132,12 +137,12 @@ def quantize(x, single, half, counts, samples, first, share, sizes, parameters):
 
 
 @compiled
-def quantize_last(x, single, half, counts, samples, first, share, sizes, parameters):
+def quantize_last(x, single, half, counts, samples, runs, first, share, sizes, parameters):
     """`quantize` for rows [positions, channels]."""
     rows, channels, positions = sizes
     size, groups = channels * positions, 1 if samples is None else samples.shape[2]
-    length, run = channels // groups, channels * max(1, RUN // channels)
-    packed, marks = np.zeros(size, np.int32), np.empty(run, np.int32)
+    length, run = channels // groups, channels * max(1, CHUNK // channels)
+    packed, marks, present = np.zeros(size, np.int32), np.empty(run, np.int32), np.zeros(channels, np.uint8)
     for row in range(rows):
         for start in range(0, size, run):
             count, place = min(run, size - start), row * size + start
@@ -149,8 +154,38 @@ def quantize_last(x, single, half, counts, samples, first, share, sizes, paramet
                     total = _sum(marks, i * length, length)
                     samples[0, row, group, position] = total & int32(0xFFFF)
                     samples[1, row, group, position] = total >> 16
+            if runs is not None:
+                for position in range(start // channels, (start + count) // channels):
+                    _add_present(present, marks, position * channels - start)
+                    if position % RUN == RUN - 1 or position == positions - 1:
+                        runs[row, :, position // RUN] = present
+                        present[:] = 0
         if (first + row + 1) % share == 0 or row == rows - 1:
             unpack(packed, counts[:, (first + row) // share])
+
+
+@compiled
+def _count_runs(marks, count, positions, runs, channel):
+    """Non-zeros of each run of the marks [channels, positions], into `runs` from a channel on."""
+    for start in range(0, count, positions):
+        lengths = runs[channel + start // positions]
+        for t in range(positions // RUN):
+            lengths[t] = _present(_sum(marks, start + t * RUN, RUN))
+        if positions % RUN:
+            lengths[positions // RUN] = _present(_sum(marks, start + positions - positions % RUN, positions % RUN))
+
+
+@compiled
+def _present(total):
+    """Elements of both groups in a packed counter."""
+    return (total & int32(0xFFFF)) + (total >> 16)
+
+
+@compiled
+def _add_present(present, marks, start):
+    """Add to uint8 counts, from `start` on, what is not zero."""
+    for i in range(len(present)):
+        present[i] = uint8(present[i] + uint8(marks[uint64(start + i)] != 0))
 
 
 @compiled
@@ -207,6 +242,25 @@ def round_half(x):
     """Round float32 numbers to binary16, in place."""
     for i in range(len(x)):
         x[i] = _single(_half(x[i]))
+
+
+@compiled
+def best_by_error(error, signal, counts, above, bound):
+    """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound."""
+    seen, whole = np.flatnonzero(counts), int64(0)
+    for i in seen:
+        whole += signal[i] * counts[i]
+    t, lost = len(error), int64(0)
+    while t > 0:
+        t -= 1
+        lost = int64(0)
+        for i in seen:
+            lost += error[t, i] * counts[i]
+        if lost <= bound * whole:
+            break
+    while t > 0 and above[t - 1] == above[t]:  # same groups, tightest window
+        t -= 1
+    return t
 
 
 @compiled

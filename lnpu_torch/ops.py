@@ -12,10 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lnpu_torch import backends, counting, reference
+from lnpu_torch import backends, counting, lanes, reference
 from lnpu_torch.backends import backend as backend
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
+from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
 from lnpu_torch.registry import fake, op
 
@@ -62,15 +63,15 @@ def round_and_count(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Round an operand [N, C, *grid] and count its groups, in one pass. What is not wanted is empty.
 
     Args:
         layout: how many samples in a row share one count by position, and the number of channel groups.
-        wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample.
+        wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample; those of runs.
 
     Returns:
-        Both kinds of values, `counting.per_position` and `counting.per_sample`.
+        Both kinds of values, `counting.per_position`, `counting.per_sample` and `lanes.runs_of` the values.
     """
     fast, parsed, x = backends.fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=backends.memory_format(x))
     if fast:
@@ -79,7 +80,8 @@ def round_and_count(
     values, groups = reference.quantize(x, parsed, threshold, random)
     sample = counting.per_sample(groups, layout[1]) if wanted[2] else groups.new_empty(0, dtype=torch.int32)
     half = values.half() if wanted[1] else values.new_empty(0, dtype=torch.float16)
-    return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample
+    runs = lanes.runs_of(values) if wanted[3] else values.new_empty(0, dtype=torch.uint8)
+    return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample, runs
 
 
 @fake("round_and_count")
@@ -91,12 +93,13 @@ def _(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=backends.memory_format(x))
     values = [
         torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
     ]
-    return values[0], values[1], *_empty_counts(x, layout, wanted[2])
+    runs = x.new_empty(runs_shape(x.shape) if wanted[3] else (0,), dtype=torch.uint8)
+    return values[0], values[1], *_empty_counts(x, layout, wanted[2]), runs
 
 
 @op()
@@ -150,10 +153,10 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
         states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
     """
     parsed, current = _rule(rule), states[row, 0]
-    fast = backends.fast(x, parsed) or reference
-    if hasattr(fast, "next_threshold"):
+    fast = backends.fast(x, parsed)
+    if fast:
         return fast.next_threshold(x, states, row, parsed, training)  # type: ignore[no-any-return]
-    chosen = fast.choose_threshold(x, parsed, current)
+    chosen = reference.choose_threshold(x, parsed, current)
     used = torch.where(current == reference.UNSET, chosen, current)
     if training:
         states[row] = torch.stack((used, chosen))

@@ -15,8 +15,12 @@ from lnpu_torch.precision import Rule
 
 UNSET = -(2**31)
 """The threshold of a tensor that has not been seen yet."""
-SAMPLE = 2**16
-"""At most this many elements of a tensor are looked at to choose its threshold."""
+SAMPLE = 2**14
+"""At most this many elements of a tensor are looked at to choose its threshold.
+
+Each costs a miss of the caches. Over inputs and errors of ResNet-18 on CIFAR-10, T is that of all elements in 85 % of
+cases, and else its neighbour; with four times as many in 94 %.
+"""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@ import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
 from test_formats import all_patterns, identical, random_patterns, scalar
 
-from lnpu_torch import counting, ops, reference
+from lnpu_torch import counting, lanes, ops, reference
 from lnpu_torch.precision import Rule
 
 RULES = {
@@ -23,7 +23,7 @@ LAYOUTS = {
     "3d": ((3, 4, 5, 2, 3), 3, 2),
     "large": ((17, 64, 32, 9), 17, 1),
 }
-EVERYTHING = (True, True, True)
+EVERYTHING = (True, True, True, True)
 
 
 def strides(x):
@@ -57,7 +57,7 @@ def test_round_and_count(rule, shape, share, groups, last):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
     if last and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
-    for wanted in (EVERYTHING, (True, False, False), (False, True, True), (True, False, True)):
+    for wanted in (EVERYTHING, (True, False, False, True), (False, True, True, False), (True, False, True, True)):
         arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted)
         ours = ops.round_and_count(*arguments)
         with ops.backend("reference"):
@@ -71,15 +71,16 @@ def test_other_dtypes(dtype):
     x = torch.randn(5, 6, 7).to(dtype)
     arguments = (x, scalar(1), None, Rule().model_dump_json(), 0, (5, 1), EVERYTHING)
     expected, groups = reference.quantize(x, Rule(), scalar(1))
-    values, half, position, sample = ops.round_and_count(*arguments)
+    values, half, position, sample, runs = ops.round_and_count(*arguments)
     assert torch.equal(values, expected) and torch.equal(half.to(values.dtype), expected)
     assert torch.equal(position[:, 0], per_position(groups)) and torch.equal(sample, counting.per_sample(groups, 1))
+    assert torch.equal(runs, lanes.runs_of(expected))
 
 
 def test_more_rows_than_a_packed_counter_holds():
     x = torch.ones(70_000, 2)
     x[:, 1] = 100.0
-    _, _, position, _ = ops.round_and_count(x, scalar(4), None, Rule().model_dump_json(), 0, (70_000, 1), EVERYTHING)
+    _, _, position, *_ = ops.round_and_count(x, scalar(4), None, Rule().model_dump_json(), 0, (70_000, 1), EVERYTHING)
     assert position.tolist() == [[[70_000, 0]], [[0, 70_000]]]
 
 
@@ -172,7 +173,7 @@ def test_opcheck():
             (x, scalar(1), torch.tensor(3), rule.model_dump_json(), 1, False),
         ],
         ops.round_and_count: [
-            (x, scalar(1), None, text, 0, (4, 2), wanted) for wanted in (EVERYTHING, (False, True, False))
+            (x, scalar(1), None, text, 0, (4, 2), wanted) for wanted in (EVERYTHING, (False, True, False, False))
         ]
         + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)],
         ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
