@@ -13,7 +13,7 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli_cost, cli_report, cli_train
+from lnpu_torch import cli_cost, cli_report, cli_reproduce, cli_train
 from lnpu_torch.cli_cost import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.cli_errors import errors_as_messages
 from lnpu_torch.config import ConfigError
@@ -37,6 +37,7 @@ def _root(
 
 
 PARTS = (cli_train.train, cli_train.recipes, cli_cost.price, cli_cost.sweep, cli_report.report, cli_cost.chips)
+PARTS += (cli_reproduce.reproduce,)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 

@@ -49,10 +49,11 @@ NUMERICS += [
 COST = ["config", "units", "lane_family", "lane_profile", "elements", "counts", "tables", "tagged", "operating_point"]
 COST += ["bottom_up", "simd_core", "chip", "energies", "traffic", "rows", "cycles", "element_pricing", "report"]
 COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_errors", "cli_cost", "cli_train"]
-COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report"]
+COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report", "cli_reproduce"]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
 ACROSS = {"gpu": "lnpu_torch.kernels", "watch": "lnpu_torch.hiding", "gpu_lanes": "lnpu_torch.kernels"}
-ACROSS |= {"counters": "lnpu_torch.nn", "cli_train": "lnpu_torch.recipes", "cli": "lnpu_torch"}
+ACROSS |= {command: "lnpu_torch.recipes" for command in ("cli_train", "cli_reproduce")}
+ACROSS |= {"counters": "lnpu_torch.nn", "cli": "lnpu_torch"}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}
 

@@ -1,0 +1,96 @@
+"""The command that holds claims against runs: lnpu reproduce. It reads arguments and writes files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from lnpu_torch import drawing
+from lnpu_torch.cli_train import with_settings
+from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate, write_text
+from lnpu_torch.versions import versions
+
+if TYPE_CHECKING:
+    from lnpu_torch.recipes.evidence import Evidence
+
+Changes = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as counted=8 data.crop=4.")
+]
+Full = Annotated[bool, typer.Option("--full", help="Torchvision's networks at 224 x 224 pixels; wants a GPU.")]
+Images = Annotated[
+    Path | None, typer.Option("--data", help="An .npz file or a folder, as `lnpu train` reads them; else digits.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write rows, layers and curves as JSON.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write a page, and its plots into images/ beside it.")]
+
+
+def reproduce(
+    settings: Changes = None,
+    full: Full = False,
+    data: Images = None,
+    json_file: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Run what the papers' claims are about; print each claim beside our own figure, and why they differ."""
+    from lnpu_torch.recipes import reproduce as recipe
+    from lnpu_torch.recipes import reproduction_text
+    from lnpu_torch.recipes.probe import Settings, pick_device
+
+    path, started = find("reproduction", "full" if full else "small", "settings"), time.monotonic()
+    start = parse_yaml(read_text(path), str(path)) | ({"data": images_in(data)} if data else {})
+    chosen = validate(Settings, with_settings(start, settings or []), str(path))
+    _can_write(json_file, markdown)
+    rows, evidence = recipe.reproduce(chosen, lambda words: Console(stderr=True).print(words, style="dim"))
+    seconds, machine = time.monotonic() - started, device(pick_device(chosen.device))
+    told = {"date": f"{date.today():%Y-%m-%d}", "device": machine, "seconds": seconds, "versions": versions()}
+    print(reproduction_text.table(rows))
+    if json_file:
+        write_text(json_file, json.dumps(reproduction_text.as_data(rows, evidence, chosen, told), indent=1) + "\n")
+    if markdown:
+        images = save_plots(evidence, markdown.parent / "images")
+        write_text(markdown, reproduction_text.markdown(rows, evidence, chosen, told, images))
+
+
+def images_in(path: Path) -> dict[str, str]:
+    """Settings of the data in a file, or in a folder of photographs."""
+    return {"kind": "imagefolder" if path.is_dir() else "npz", "path": str(path)}
+
+
+def _can_write(json_file: Path | None, page: Path | None) -> None:
+    """Raises ConfigError now for what would fail after the run."""
+    for file in filter(None, (json_file, page)):
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file}: cannot be written: {file.parent} is no folder")
+    if page:
+        with drawing.look():
+            pass
+
+
+def save_plots(evidence: Evidence, folder: Path) -> dict[str, str]:
+    """Draw both plots as SVG into a folder, which is made; returns their paths as seen from beside it, by name."""
+    from lnpu_torch.recipes import claims, reproduction_plots
+
+    folder.mkdir(exist_ok=True)
+    paths = {}
+    with drawing.look():
+        for name, figure in reproduction_plots.figures(evidence, claims.read_claims()).items():
+            paths[name] = f"{folder.name}/reproduction_{name}.svg"
+            write_text(folder.parent / paths[name], drawing.svg(figure, name, "path"))
+    return paths
+
+
+def device(chosen: torch.device) -> str:
+    """What the networks ran on, in words."""
+    if chosen.type == "cuda":
+        return torch.cuda.get_device_name(chosen)
+    threads = torch.get_num_threads()
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU ({kind}), {threads} thread{'s' if threads > 1 else ''}"

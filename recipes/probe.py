@@ -1,0 +1,213 @@
+"""Trains networks briefly and counts what their last steps do, with FGMP and in FP16. It knows no claims and no chips.
+
+Zeros and FP8 shares depend on what a network has learnt, so that nothing is counted before it was trained a little. The
+same weights then see the same batches twice: as FGMP, and rounded to binary16 alone, which shows what zeros FP8 adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lnpu_torch as lnpu
+from lnpu_torch.config import ConfigError, Frozen, listed
+from lnpu_torch.recipes.data import open_batches
+from lnpu_torch.recipes.division import Division
+from lnpu_torch.recipes.models import ModelConfig, build
+from lnpu_torch.recipes.settings import DataConfig, Positive, Whole
+
+Name = Literal["vgg16", "alexnet", "resnet18"]
+
+
+class NetworkConfig(Frozen):
+    """A network of the papers: the model that stands for it, steps of training, AdamW's learning rate."""
+
+    model: ModelConfig
+    steps: Annotated[int, Field(ge=2)]
+    lr: Annotated[float, Field(gt=0)]
+
+
+class CurveConfig(Frozen):
+    """A 3x3 convolution: channels in and out, height and width of its result, images."""
+
+    channels: Positive
+    size: Positive
+    batch: Positive
+
+
+class Settings(Frozen):
+    """What `lnpu reproduce` runs; configs/reproduction has two of them, `key=value` on the command line changes them.
+
+    `size`: images are resized to size x size. `counted`: how many of the last steps are counted. `tested`: test images
+    at most. `threads`: CPU threads (null: torch's choice).
+    """
+
+    networks: dict[Name, NetworkConfig]
+    data: DataConfig
+    size: Positive
+    batch_size: Annotated[int, Field(ge=2)]
+    counted: Positive
+    tested: Positive
+    curve: CurveConfig
+    seed: Whole = 0
+    threads: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training went in one precision: the mean loss of the counted steps, and the share of right test images."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One network: `first` is its first step, `fgmp` and `fp16` the same last steps in either precision.
+
+    `slower` are these steps too, in FP16, after training in float32 at a third of the learning rate.
+    """
+
+    first: lnpu.Counts
+    fgmp: lnpu.Counts
+    fp16: lnpu.Counts
+    slower: lnpu.Counts
+    trained: Trained
+    in_float32: Trained
+    tested: int
+
+
+def probe_all(settings: Settings, say: Callable[[str], None]) -> dict[str, Probe]:
+    """Train and count every network of the settings; `say` is told what runs.
+
+    Raises:
+        ConfigError: the data, a model or the device is wrong, a network is missing, or too few steps are asked for.
+    """
+    missing = set(get_args(Name)) - settings.networks.keys()
+    if missing:
+        raise ConfigError(f"networks: the claims are about three; missing: {listed(sorted(missing))}")
+    for name, network in settings.networks.items():
+        if settings.counted >= network.steps:
+            raise ConfigError(
+                f"counted: {settings.counted} of {name}'s {network.steps} steps; the first one only trains"
+            )
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    images = Images(settings)
+    return {name: _probe(name, network, images, settings, say) for name, network in settings.networks.items()}
+
+
+def pick_device(name: str) -> torch.device:
+    """A GPU if there is one and it is not "cpu" that is asked for. Raises ConfigError if there is none for "cuda"."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: torch sees no CUDA GPU here; device=cpu or device=auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Images:
+    """Batches of a data set on a device, resized, the same at every call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.device, division = pick_device(settings.device), Division(settings.batch_size, seed=settings.seed)
+        self._batches = open_batches(settings.data, division, self.device)
+        self.classes, self.shape = self._batches.classes, (3, settings.size, settings.size)
+        self.tested = min(settings.tested, self._batches.images[1])
+
+    def train(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches of these steps, made anew: at 224 x 224 pixels they would fill a memory."""
+        while start < stop:
+            epoch, first = divmod(start, self._batches.steps)
+            with contextlib.closing(self._batches.train(epoch + 1, first)) as batches:
+                for (images, labels) in itertools.chain.from_iterable(itertools.islice(batches, stop - start)):
+                    yield self._resized(images), labels
+                    start += 1
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `tested` test images."""
+        left = self.tested
+        with contextlib.closing(self._batches.test()) as batches:
+            for images, labels in batches:
+                yield self._resized(images[:left]), labels[:left]
+                left -= len(labels)
+                if left <= 0:
+                    return
+
+    def _resized(self, images: Tensor) -> Tensor:
+        images = F.interpolate(images, self.shape[1:], mode="bilinear", antialias=True)
+        return images.expand(-1, 3, -1, -1)  # grey ones too are shown as colours, as the networks want them
+
+
+def _probe(name: str, network: NetworkConfig, images: Images, settings: Settings, say: Callable[[str], None]) -> Probe:
+    torch.manual_seed(settings.seed)
+    model = build(network.model, images.classes, images.shape).to(images.device)
+    ahead, end = network.steps - settings.counted, network.steps
+    say(f"{name}: {network.steps} steps in float32, at two learning rates")
+    slow = Training(copy.deepcopy(model), network.lr / 3, settings.seed)
+    plain = Training(copy.deepcopy(model), network.lr, settings.seed)
+    for each in (slow, plain):
+        each.steps(images.train(0, ahead))
+    in_float32 = Trained(plain.steps(images.train(ahead, end)), plain.accuracy(images))
+    say(f"{name}: {network.steps} steps with FGMP")
+    fgmp = Training(lnpu.convert(model), network.lr, settings.seed)
+    first, _ = fgmp.counted(images.train(0, 1))
+    with lnpu.uncounted(model):
+        fgmp.steps(images.train(1, ahead))
+    fp16, slower = (
+        Training(lnpu.convert(copy.deepcopy(each), "fp16"), network.lr, settings.seed).counted(
+            images.train(ahead, end)
+        )[0]
+        for each in (model, slow.model)
+    )
+    counts, loss = fgmp.counted(images.train(ahead, end))
+    trained = Trained(loss, fgmp.accuracy(images))
+    return Probe(first, counts, fp16, slower, trained, in_float32, images.tested)
+
+
+class Training:
+    """A model with its optimizer, and a loss scale where it is emulated, as the chip's errors are FP16."""
+
+    def __init__(self, model: nn.Module, lr: float, seed: int) -> None:
+        self.model, self._seed = model.train(), seed
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr)
+        device, emulated = next(model.parameters()).device.type, bool(lnpu.coverage(model).emulated)
+        self._scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=emulated)
+
+    def steps(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Steps on these batches; returns their mean loss. Dropout drops the same whatever the precision."""
+        torch.manual_seed(self._seed)
+        losses = [self.step(*batch) for batch in batches]
+        return sum(losses) / max(len(losses), 1)
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """One step; returns the loss."""
+        loss = F.cross_entropy(self.model(images), labels)
+        self._optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss.item()
+
+    def counted(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[lnpu.Counts, float]:
+        """What steps on these batches do, and their mean loss."""
+        with lnpu.CostCounter(self.model) as cost:
+            loss = self.steps(batches)
+        return cost.counts, loss
+
+    @torch.no_grad()
+    def accuracy(self, images: Images) -> float:
+        """Share of the test images that are classified rightly."""
+        self.model.eval()
+        with lnpu.uncounted(self.model):
+            right = sum(int((self.model(batch).argmax(1) == labels).sum()) for batch, labels in images.test())
+        self.model.train()
+        return right / images.tested

@@ -1,0 +1,80 @@
+"""Every claim about the chip beside what our own runs say: published, ours, the difference, and why.
+
+lnpu reproduce                                             # scikit-learn's digits, minutes on a CPU
+lnpu reproduce --data cifar10.npz --markdown reproduction.md
+lnpu reproduce --full                                      # torchvision's networks at 224 x 224 pixels
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lnpu_torch.recipes import answers, answers_in_words
+from lnpu_torch.recipes.answers import Answer, Basis
+from lnpu_torch.recipes.claims import Claims, Tag, read_claims
+from lnpu_torch.recipes.evidence import Evidence
+from lnpu_torch.recipes.probe import Settings, probe_all
+from lnpu_torch.recipes.synthetic import curves
+
+ANSWERS: dict[str, Callable[[Evidence], Answer]] = {
+    "peak_efficiency": answers.peak_efficiency,
+    "dense_efficiency": answers.dense_efficiency,
+    "dense_power": answers.dense_power,
+    "zeros_vgg16": answers.zeros("vgg16"),
+    "zeros_alexnet": answers.zeros("alexnet"),
+    "zeros_resnet18": answers.zeros("resnet18"),
+    "fgmp_over_sparse_fp16": answers.fgmp_over_sparse_fp16,
+    "accuracy": answers.accuracy,
+    "memory_access": answers.memory_access,
+    "resnet18_efficiency": answers.resnet18_efficiency,
+    "fp8_share": answers.fp8_share,
+    "fp8_energy": answers.fp8_energy,
+    "over_v100": answers.over_v100,
+    "over_earlier_chip": answers.over_earlier_chip,
+    "fp8_is_enough": answers_in_words.fp8_is_enough,
+    "ratio_adjusts": answers_in_words.ratio_adjusts,
+    "all_steps_skip": answers_in_words.all_steps_skip,
+    "earlier_chips": answers_in_words.earlier_chips,
+    "layers_and_balancer": answers_in_words.layers_and_balancer,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: what a source says, what our runs say in the same unit (None where they have words), and why."""
+
+    key: str
+    what: str
+    published: str
+    tag: Tag
+    source: str
+    ours: float | None
+    ours_text: str
+    difference: str
+    basis: Basis
+    why: str
+
+
+def reproduce(settings: Settings, say: Callable[[str], None]) -> tuple[tuple[Row, ...], Evidence]:
+    """Run everything that the claims need; `say` is told what runs. Raises ConfigError for wrong settings."""
+    claims = read_claims()
+    probes = probe_all(settings, say)
+    say("one layer at 0 ... 90 % zeros")
+    evidence = Evidence(probes, curves(settings.curve, settings.seed), claims.v100_tflops_per_watt)
+    return rows(claims, evidence), evidence
+
+
+def rows(claims: Claims, evidence: Evidence) -> tuple[Row, ...]:
+    """One row for each claim, in the file's order."""
+    return tuple(_row(key, claims, ANSWERS[key](evidence)) for key in claims.claims)
+
+
+def _row(key: str, claims: Claims, answer: Answer) -> Row:
+    claim = claims.claims[key]
+    differs = "-" if answer.ours is None else claim.difference(answer.ours)
+    text = answer.text if answer.ours is None else claim.ours(answer.ours)
+    source = (claim.what, claim.text, claim.tag, claim.source)
+    text, why = (re.sub(r"(?<=\d)%", " %", words) for words in (text, answer.why))  # as the claims are written
+    return Row(key, *source, answer.ours, text, differs, answer.basis, why)
