@@ -128,7 +128,7 @@ class Images:
         while start < stop:
             epoch, first = divmod(start, self._batches.steps)
             with contextlib.closing(self._batches.train(epoch + 1, first)) as batches:
-                for (images, labels) in itertools.chain.from_iterable(itertools.islice(batches, stop - start)):
+                for images, labels in itertools.chain.from_iterable(itertools.islice(batches, stop - start)):
                     yield self._resized(images), labels
                     start += 1
 
