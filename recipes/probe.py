@@ -126,7 +126,7 @@ class Images:
     def train(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of these steps, made anew: at 224 x 224 pixels they would fill a memory."""
         while start < stop:
-            epoch, first = divmod(start, self._batches.steps)
+            epoch, first = divmod(start, len(self._batches.sizes))
             with contextlib.closing(self._batches.train(epoch + 1, first)) as batches:
                 for images, labels in itertools.chain.from_iterable(itertools.islice(batches, stop - start)):
                     yield self._resized(images), labels
