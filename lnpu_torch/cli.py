@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -36,8 +37,8 @@ def _root(
         raise typer.Exit
 
 
-PARTS = (cli_train.train, cli_train.recipes, cli_cost.price, cli_cost.sweep, cli_report.report, cli_cost.chips)
-PARTS += (cli_reproduce.reproduce,)
+PARTS: tuple[Callable[..., None], ...] = (cli_train.train, cli_train.recipes, cli_cost.price, cli_cost.sweep)
+PARTS += (cli_report.report, cli_reproduce.reproduce, cli_cost.chips)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 
@@ -62,12 +63,18 @@ def profile(
     batch = torch.randn(parse_shape(input_shape))
     network = lnpu.convert(import_model(model), precision)
     if not lnpu.coverage(network).emulated:
-        raise ConfigError(f"{model}: nothing to price. {lnpu.coverage(network)}")
+        raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(network)}")
     with lnpu.CostCounter(network) as cost:
         _training_step(network, batch)
     if format == "table":
         print(lnpu.coverage(network))
     print_reports([cost.report(chip=each) for each in chips], by, format)
+
+
+def _left(network: nn.Module) -> str:
+    """The kinds of the layers that stayed in float, ": only BatchNorm2d, LayerNorm"."""
+    kinds = sorted({row.kind for row in lnpu.coverage(network).in_float})
+    return f": only {', '.join(kinds)}" if kinds else ""
 
 
 def import_model(target: str) -> nn.Module:

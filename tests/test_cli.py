@@ -98,6 +98,10 @@ class NoParameters(nn.Module):
         return x
 
 
+def norm() -> nn.Module:
+    return nn.BatchNorm1d(3)
+
+
 def broken() -> nn.Module:
     raise LookupError("weights are missing")
 
@@ -143,7 +147,9 @@ def test_a_model_that_cannot_be_profiled_is_refused(message: str) -> None:
 
 
 def test_profile_refuses_a_model_without_emulated_layers_and_an_unknown_precision() -> None:
-    assert "nothing to price. 0 of 0 layers" in refused("profile", "test_cli:NoParameters", "--input-shape", "1,3")
+    nothing = "nothing to price, as it has no layer that can be emulated"
+    assert refused("profile", "test_cli:NoParameters", "--input-shape", "1,3").endswith(f"{nothing}\n")
+    assert f"{nothing}: only BatchNorm1d" in refused("profile", "test_cli:norm", "--input-shape", "1,3")
     arguments = ("profile", "test_cli:Classifier", "--input-shape", "1,3,6,6")
     assert "unknown precision 'fp9'" in refused(*arguments, "--precision", "fp9")
     assert "unknown chip 'lnpo'" in refused(*arguments, "--chip", "lnpo")
