@@ -15,6 +15,7 @@ from lnpu_torch.config import (
     Frozen,
     builtin_names,
     find,
+    is_file,
     listed,
     nearest,
     parse_yaml,
@@ -222,7 +223,7 @@ def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(like, str):
         raise ConfigError(f"{path}: like: a chip's name or path is expected, got {like!r}")
     beside = path.parent / like
-    base = find("chips", beside if beside.is_file() else like, f"chip in {path}: like:")
+    base = find("chips", beside if is_file(beside) else like, f"chip in {path}: like:")
     if base.resolve() in above:
         raise ConfigError(f"{path}: like: {like!r} comes back to itself")
     return {key: value for key, value in _read(base, above).items() if key != "description"}

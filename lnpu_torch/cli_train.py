@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.console import Console
 from lnpu_torch.cli_errors import fail
 from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
 from lnpu_torch.tables import plain
+
+if TYPE_CHECKING:
+    from lnpu_torch.recipes.settings import TrainConfig
 
 
 def train(
@@ -28,22 +31,28 @@ def train(
     """Train by a recipe; print accuracy and energy per epoch, and keep both in a run folder."""
     from lnpu_torch.recipes import train as recipe
     from lnpu_torch.recipes.interrupts import Stopped
-    from lnpu_torch.recipes.settings import TrainConfig
 
     if config and "=" in config:
         settings = [config, *(settings or [])]
         config = None
+    resolved = read_recipe(config, settings or [], resume)
+    try:
+        recipe.train(resolved, Console(), resume, accept_changes)
+    except Stopped as stopped:
+        fail(str(stopped), stopped.exit_code)
+
+
+def read_recipe(config: str | None, settings: Iterable[str], resume: str | None = None) -> TrainConfig:
+    """The settings of a recipe, or of the run to resume, with changes laid on them. Raises ConfigError."""
+    from lnpu_torch.recipes.settings import TrainConfig
+
     if config is None and resume is None:
         raise ConfigError("a recipe is needed (lnpu recipes lists them), or --resume RUN")
     path = find("recipes", config, "recipe") if config else Path(str(resume)) / "config.yaml"
     data = parse_yaml(read_text(path, "recipe" if config else "run to resume"), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a recipe: a mapping of keys is expected")
-    changed = with_settings(data, settings or [])
-    try:
-        recipe.train(validate(TrainConfig, changed, str(path)), Console(), resume, accept_changes)
-    except Stopped as stopped:
-        fail(str(stopped), stopped.exit_code)
+    return validate(TrainConfig, with_settings(data, settings), str(path))
 
 
 def recipes() -> None:

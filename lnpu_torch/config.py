@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -25,6 +26,10 @@ class ConfigError(ValueError):
     """A mistake in what the user wrote; the message names the place and what would be right."""
 
 
+LONGEST_YAML = 2**18
+"""Characters of YAML that are read, ten times the longest file that ships; so many take seconds."""
+
+
 class Frozen(BaseModel):
     """Base of everything read from a file: immutable, strictly typed, unknown keys refused."""
 
@@ -35,30 +40,47 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (PyYAML alone reads 2.0e8 as text), and no key twice."""
+    """Plain YAML 1.2: its floats (PyYAML alone reads 2.0e8 as text), no key twice, no tags, dates, aliases or merges.
+
+    Aliases let a file of a few lines stand for billions of values.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith(("null", "bool", "int", "float"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        refused = "an alias (*)" if self.check_event(yaml.AliasEvent) else "a tag (!)" if event.tag else None
+        if refused:
+            raise yaml.MarkedYAMLError(problem=f"{refused} is not read", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [key for key, count in keys.items() if count > 1]
         if twice:
-            raise yaml.MarkedYAMLError(problem=f"key {sorted(twice)[0]!r} stands twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} stands twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse one YAML document.
+    """Parse one YAML document of plain values.
 
     Raises:
-        ConfigError: the text is not YAML, or a key stands twice in one mapping.
+        ConfigError: the text is not YAML, longer than LONGEST_YAML, has a tag or an alias, or a key stands twice.
     """
+    if len(text) > LONGEST_YAML:
+        raise ConfigError(f"{where}: {len(text)} characters of YAML; at most {LONGEST_YAML} are read")
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -90,11 +112,19 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse one JSON document. Raises ConfigError if it is damaged or truncated."""
+    """Parse one JSON document. Raises ConfigError if it is damaged or truncated, or a key stands twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid JSON: {error}") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} stands twice")
+    return found
 
 
 def validate(model: type[Model], data: Any, where: str) -> Model:
@@ -109,6 +139,8 @@ def validate(model: type[Model], data: Any, where: str) -> Model:
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise ConfigError(_explain(error, model, where)) from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or lists in lists in lists
+        raise ConfigError(f"{where}: cannot be read: {error}") from None
 
 
 def read_yaml(model: type[Model], path: Path, what: str = "file") -> Model:
@@ -124,12 +156,20 @@ def find(folder: str, name_or_path: str | Path, what: str) -> Path:
     """
     path = Path(name_or_path)
     builtin = CONFIGS / folder / f"{name_or_path}.yaml"
-    if path.is_file():
+    if is_file(path):
         return path
-    if len(path.parts) == 1 and builtin.is_file():
+    if len(path.parts) == 1 and is_file(builtin):
         return builtin
     known = builtin_names(folder)
     raise ConfigError(f"unknown {what} {str(name_or_path)!r}: no such file, and the built-in ones are {listed(known)}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file of this name; no name is too strange or too long to ask."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def builtin_names(folder: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lnpu_torch.config import ConfigError, Frozen, listed, nearest, parse_yaml, read_text, validate
+from lnpu_torch.config import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
 from lnpu_torch.formats import FORMATS, Format
 
 MAX_ERROR = 0.013
@@ -130,7 +130,7 @@ def precision(value: str | Path | Rule | Precision) -> Precision:
         raise ConfigError(
             f"a precision is a name ({listed(PRESETS)}), a YAML file, a Rule or a Precision; got {value!r}"
         )
-    if not Path(value).is_file():
+    if not is_file(Path(value)):
         raise ConfigError(
             f"unknown precision {str(value)!r}{nearest(str(value), PRESETS)}; known: {listed(PRESETS)}, or a YAML file"
         )

@@ -1,6 +1,6 @@
 """Rounding against ml_dtypes over every float32 there is: all 2^32 bit patterns, for each FP8 format and threshold.
 
-    python tests/exhaustive.py reference numba
+    python tests/exhaustive.py numba reference
     TRITON_INTERPRET=1 python tests/exhaustive.py triton    # without a GPU: 2^19 patterns, chosen for their ties
 
 Values and groups are compared bit by bit, the payload of NaN and the sign of zero too. The oracle casts with ml_dtypes,
@@ -61,10 +61,15 @@ class Case:
         if self.uniform:
             largest = np.float32(float(ml_dtypes.finfo(CASTS[self.low]).max) * scale)
             q = np.where(np.isfinite(x), self._cast(np.clip(np.nan_to_num(x), -largest, largest), scale), x)
-            return q, np.where(q == 0, 0, 8).astype(np.uint8)
+            return q, (q != 0) * np.uint8(8)
         small = np.abs(x) < np.float32(2.0**exponent * (1 + quarter / 4))
-        q = np.where(small, self._cast(np.where(small, x, np.float32(0)), scale), wide) if small.any() else wide
-        return q, np.where(q == 0, 0, np.where(small, 8, 16)).astype(np.uint8)
+        if not small.any():
+            return wide, (wide != 0) * np.uint8(16)
+        if small.all():
+            q = self._cast(x, scale)
+            return q, (q != 0) * np.uint8(8)
+        q = np.where(small, self._cast(np.where(small, x, np.float32(0)), scale), wide)
+        return q, (q != 0) * np.where(small, np.uint8(8), np.uint8(16))
 
     def _cast(self, x: Array, scale: float) -> Array:
         codes = (x * np.float32(1 / scale)).astype(CASTS[self.low])
