@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         refused = "an alias (*)" if self.check_event(yaml.AliasEvent) else "a tag (!)" if event.tag else None
         if refused:
             raise yaml.MarkedYAMLError(problem=f"{refused} is not read", problem_mark=event.start_mark)

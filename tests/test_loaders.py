@@ -53,13 +53,11 @@ def test_yaml_has_no_dates_and_no_merges() -> None:
     assert parse_yaml("[2.0e8, 1e5, .5E-1, -1.e+2, yes, ~, 0x1f]", "here") == [2e8, 1e5, 0.05, -100.0, True, None, 31]
 
 
-@pytest.mark.parametrize("text", ["1" * 200_000, "\n".join(f"k{i}: 1" for i in range(3_000))])
-def test_long_yaml_takes_no_longer_than_its_length(text: str) -> None:
+def test_long_yaml_takes_no_longer_than_its_length() -> None:
     with nothing_happens():
-        try:
-            parse_yaml(text, "here")
-        except ConfigError as error:
-            assert "digits" in str(error)
+        assert len(parse_yaml("\n".join(f"k{i}: 1" for i in range(3_000)), "here")) == 3_000
+        with pytest.raises(ConfigError, match="digits"):
+            parse_yaml("1" * 200_000, "here")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": 1, "a": 2}', "9" * 5000, '{"a": NaN', "\ud800"])
