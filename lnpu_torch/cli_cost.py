@@ -41,7 +41,7 @@ def price(
     format: Format = "table",
 ) -> None:
     """Price what a run counted on one chip or several."""
-    counted = Counts.load(counts)
+    counted = load(counts)
     print_reports([price_on(counted, read_chip(name, voltage)) for name in chip], by, format)
 
 
@@ -63,7 +63,7 @@ def sweep(
         raise ConfigError("--set: a key is given twice")
     if plot:
         require_matplotlib()
-    swept = sweep_over(Counts.load(counts), [read_chip(name, voltage) for name in chip], axes, dram)
+    swept = sweep_over(load(counts), [read_chip(name, voltage) for name in chip], axes, dram)
     print(swept)
     swept.to_csv(f"{out}.csv")
     if plot:
@@ -77,6 +77,14 @@ def chips(name: Annotated[str | None, typer.Argument(help="A built-in chip or a 
         print(plain(chips_table(all_chips())))
     else:
         Console().print(chip_table(read_chip(name)))
+
+
+def load(path: Path) -> Counts:
+    """The counts in a file. Raises ConfigError if it is none, or if nothing was counted in it."""
+    counted = Counts.load(path)
+    if not counted.steps and not getattr(counted.elements, "entries", ()):
+        raise ConfigError(f"{path}: nothing was counted: no step of an emulated layer, no operation on elements")
+    return counted
 
 
 def print_reports(reports: list[Report], by: Literal["layer", "step"] | None, format: str) -> None:

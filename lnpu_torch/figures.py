@@ -25,7 +25,7 @@ STEPS = {
 PARTS = {
     "mac": ("MAC", "#332288"),
     "sram": ("SRAM", "#6699CC"),
-    "simd": ("SIMD", "#DDAA33"),
+    "simd": ("SIMD", "#F0E442"),
     "dram": ("DRAM", "#C9CCD1"),
 }
 """What energy is spent on; DRAM's is apart."""
@@ -93,7 +93,10 @@ def shares_by_layer(study: Study) -> Figure:
 
 def chips_side_by_side(study: Study) -> Figure:
     """Energy, time and DRAM traffic of the whole run on each chip."""
+    from matplotlib.ticker import MaxNLocator
+
     chips, places = study["chips"], list(range(len(study["chips"])))
+    lacks = _lacking(chips)
     figure, (energy, time, dram) = _panels(1, 3, height=1.0 + 0.46 * len(chips), sharey=True)
     ends = [0.0] * len(chips)
     for part in ON_CHIP:
@@ -101,15 +104,17 @@ def chips_side_by_side(study: Study) -> Figure:
         if any(values):
             energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
-    _label_bars(energy, places, ends, "J")
+    _label_bars(energy, places, ends, "J", lacks)
     for (label, field), colour, shift in zip(CORES.items(), ("#4B5563", PARTS["simd"][1]), (-0.17, 0.17), strict=True):
         cycles = [chip["total"][field] for chip in chips]
         times = [None if each is None else each / chip["clock_hz"] for each, chip in zip(cycles, chips, strict=True)]
         _bars(time, [place + shift for place in places], times, "s", color=colour, label=label, height=0.27)
-    _bars(dram, places, [chip["total"]["dram_bits"] for chip in chips], "bit", color=PARTS["dram"][1], height=0.6)
+    traffic = [chip["total"]["dram_bits"] for chip in chips]
+    _bars(dram, places, traffic, "bit", lacks, color=PARTS["dram"][1], height=0.6)
     for axes, title, unit in ((energy, "energy on the chip", "J"), (time, "time", "s"), (dram, "DRAM traffic", "bit")):
         axes.set_title(title, loc="left")
         axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
+        axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # the next panel begins there
         _engineering(axes.xaxis, unit)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -149,12 +154,12 @@ def accuracy_by_energy(study: Study) -> Figure | None:
     if len(accuracy) < 2 or None in accuracy:
         return None
     figure, (axes,) = _panels(1, 1, height=3.0)
-    for chip, colour in zip(study["chips"], itertools.cycle(CHIPS), strict=False):
+    for chip, lacks, colour in zip(study["chips"], _lacking(study["chips"]), itertools.cycle(CHIPS), strict=False):
         spent, so_far = [], 0.0
         for epoch in chip["epochs"]:
             so_far += _spent(epoch["total"], PARTS)
             spent.append(so_far)
-        axes.plot(spent, accuracy, marker="o", markersize=4, color=colour, label=chip["chip"], linewidth=1.6)
+        axes.plot(spent, accuracy, marker="o", markersize=4, color=colour, label=chip["chip"] + lacks, linewidth=1.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("test accuracy")
     axes.set_xlabel("energy so far, chip and DRAM")
@@ -214,22 +219,38 @@ def _epochs(axes: Axes, numbers: Sequence[int], start: int | None = None) -> Non
     axes.set_xlabel("epoch")
 
 
-def _bars(axes: Axes, places: Sequence[float], values: Sequence[float | None], unit: str, **look: Any) -> None:
+def _lacking(chips: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each chip the parts that no model covers but another chip's: ", without SIMD". It looks cheaper than it is."""
+    known = [{part for part in ON_CHIP if chip["total"][f"{part}_energy_pj"] is not None} for chip in chips]
+    lacks = ([PARTS[part][0] for part in ON_CHIP if part in set().union(*known) - mine] for mine in known)
+    return [f", without {' and '.join(parts)}" if parts else "" for parts in lacks]
+
+
+def _bars(
+    axes: Axes,
+    places: Sequence[float],
+    values: Sequence[float | None],
+    unit: str,
+    lacks: Sequence[str] | None = None,
+    **look: Any,
+) -> None:
     """Labelled bars; where nothing is known there is none, but words that say so, unless nothing is known of all."""
     if any(value is not None for value in values):
         axes.barh(places, [value or 0.0 for value in values], **look)
-        _label_bars(axes, places, values, unit)
+        _label_bars(axes, places, values, unit, lacks or [""] * len(values))
 
 
-def _label_bars(axes: Axes, places: Sequence[float], values: Sequence[float | None], unit: str) -> None:
-    """Each bar's value, and how many times the first one's it is."""
-    for place, value in zip(places, values, strict=True):
+def _label_bars(
+    axes: Axes, places: Sequence[float], values: Sequence[float | None], unit: str, lacks: Sequence[str]
+) -> None:
+    """Each bar's value, and how many times the first one's it is, or what it lacks, which makes it no ratio."""
+    for place, value, lack in zip(places, values, lacks, strict=True):
         if value is None:
             text = "not modelled"
         else:
             ratio = f"{value / values[0]:.2f}x" if values[0] else "1.00x"
             text = si(value * 1e12, "pJ") if unit == "J" else si(value, unit)
-            text += f"  {ratio}" if ratio != "1.00x" else ""
+            text += lack or (f" ({ratio})" if ratio != "1.00x" else "")
         there = (value or 0.0, place)
         axes.annotate(text, there, xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
 

@@ -18,8 +18,8 @@ FOLDER = Path(__file__).parent
 FIGURES = {
     "energy_by_epoch": (
         "Energy of each epoch",
-        "On {chip}. FF, EP and WG are the chip's three steps: forward, error propagation, weight gradient; the rest "
-        "runs on the SIMD core. DRAM is outside the chip, and outside its TFLOPS/W.",
+        "On {chip}. FF, EP and WG are the chip's three steps: forward (with what the SIMD core does in it), error "
+        "propagation, weight gradient. DRAM is outside the chip, and outside its TFLOPS/W.",
     ),
     "chips_side_by_side": (
         "The same run on other chips",

@@ -72,9 +72,10 @@ class Report:
 
     @property
     def tflops_per_watt(self) -> float | None:
-        """2 FLOP per slot that was asked for, skipped or not, over energy; None if no energy was spent."""
+        """2 FLOP per slot that was asked for, skipped or not, over energy; None if there were none of either."""
         total = self.total
-        return 2 * (total.slots - total.not_run) / total.energy_pj if total.energy_pj else None
+        asked = total.slots - total.not_run
+        return 2 * asked / total.energy_pj if asked and total.energy_pj else None
 
     def by(self, key: Literal["layer", "step"]) -> Report:
         """The same report with one row per layer, or per step. Raises ValueError for another key."""
@@ -116,6 +117,8 @@ class Report:
         return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
+        if not self.parts:
+            return [Text(f"nothing was counted that chip {self.chip} could be priced for")]
         return [*_tables(self), *map(Text, _footer(self))]
 
     def _sum(self, group: list[Part]) -> Part:
@@ -186,10 +189,12 @@ IN_WORDS = {
 
 
 def lacking(report: Report) -> list[str]:
-    """A line that names what no model covers, if anything was counted at all."""
-    missing = report.total.not_modelled if report.parts else ()
+    """A line that names what no model covers, and one that says if there were no layers."""
+    layers = any(part.operations is None for part in report.parts)
+    missing = [name for name in report.total.not_modelled if layers or name != "mac_energy_pj"]
     words = [IN_WORDS[name] for name in missing if name in IN_WORDS]
-    return [f"not modelled, and not in these figures: {', '.join(words)}"] if words else []
+    lines = [f"not modelled, and not in these figures: {', '.join(words)}"] if words and report.parts else []
+    return lines + ([] if layers else ["no step of an emulated layer was counted"])
 
 
 def names(row: Row) -> tuple[str, str, str]:
@@ -212,7 +217,7 @@ def _tables(report: Report) -> list[Table]:
     """Multiplications, operations on elements if there are any, and the energy of both."""
     macs = [row for row in report.rows if row.slots or row.operations is None]
     elements = [row for row in report.rows if row.operations is not None]
-    tables = [_table("Multiplications", report, macs, WORK)]
+    tables = [_table("Multiplications", report, macs, WORK)] if macs else []
     tables += [_table("Operations on elements", report, elements, ELEMENTS)] if elements else []
     compared = access if report.total.dram_bits is not None else None
     return [*tables, _table("Energy", report, report.rows, (*ENERGY, *ACCESS), compared)]
@@ -223,7 +228,7 @@ def _table(
 ) -> Table:
     """One line per row and the total. A column that is not modelled is left out, and `lacking` names it."""
     total = report.total
-    shown = [column for column in columns if getattr(total, column[1]) is not None or not report.parts]
+    shown = [column for column in columns if getattr(total, column[1]) is not None]
     heads = [head for head, _, _ in shown] + (["to dense"] if last else [])
     table = plain_table(f"{title} on chip {report.chip}", ["layer", "kind", "step"], heads)
     for row in (*rows, total):

@@ -20,6 +20,7 @@ from torch import nn
 import lnpu_torch as lnpu
 from lnpu_torch import cli
 from lnpu_torch.config import ConfigError
+from lnpu_torch.counts import Counts
 
 
 @pytest.fixture
@@ -66,6 +67,12 @@ def test_a_wrong_counts_file_or_option_is_refused(counts: str, tmp_path: Path) -
         assert message in refused("price", counts)
     assert "colour" in refused("price", counts, "--by", "colour")
     assert "xml" in refused("price", counts, "--format", "xml")
+
+
+def test_a_file_in_which_nothing_was_counted_is_refused(tmp_path: Path) -> None:
+    Counts(steps=()).save(tmp_path / "empty.json")
+    for arguments in (("price",), ("sweep", "--set", "sram_bytes=1000,2000")):
+        assert "nothing was counted" in refused(arguments[0], str(tmp_path / "empty.json"), *arguments[1:])
 
 
 def test_chips_lists_them_and_shows_one_with_its_sources() -> None:

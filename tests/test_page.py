@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import sys
@@ -156,6 +157,18 @@ def test_every_figure_is_drawn_and_ids_are_its_own(browser: Browser) -> None:
         assert used and used <= set(ids)
 
 
+def test_numbers_at_the_axes_do_not_touch(tmp_path: Path) -> None:
+    data = study(read_run(write_run(tmp_path / "run", epochs=30)), [*CHIPS, "lnpu-fp16", "sparse-inference"])
+    with drawing.look():
+        for name, figure in figures(data).items():
+            if name == "lanes_busy":
+                continue  # names of layers, aslant
+            figure.draw_without_rendering()
+            boxes = [label.get_window_extent() for axes in figure.axes for label in axes.get_xticklabels()]
+            for one, other in itertools.combinations([box for box in boxes if box.width], 2):
+                assert not one.overlaps(other.expanded(1.0, 1.0).padded(2)), (name, one, other)
+
+
 def test_names_and_settings_are_text_and_not_markup(browser: Browser, reported: dict[str, Any]) -> None:
     assert browser.run(f"{table(0)}.querySelectorAll('tbody td b').length") == 0
     words = browser.run("document.querySelector('main').innerText")
@@ -205,7 +218,10 @@ def test_what_no_model_covers_is_no_zero(tmp_path: Path) -> None:
     data = study(read_run(write_run(tmp_path / "run")), [bare])
     chips = [data["chips"][0], study(read_run(tmp_path / "run"), ["lnpu"])["chips"][0]]
     with drawing.look():
-        assert "not modelled" in drawing.svg(figures({**data, "chips": chips})["chips_side_by_side"], "chips")
+        drawn = figures({**data, "chips": chips})
+        side_by_side = drawing.svg(drawn["chips_side_by_side"], "chips")
+        assert "not modelled" in side_by_side and side_by_side.count(", without SIMD") == 2  # energy and traffic
+        assert "bare, without SIMD" in drawing.svg(drawn["accuracy_by_energy"], "accuracy")
     relu = next(row for row in data["chips"][0]["layers"] if row["layer"] == "(activation)")
     assert relu["energy_pj"] is None and relu["operations"] > 0
     with drawing.look():

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from lnpu_torch.comparison import Comparison
 from lnpu_torch.config import ConfigError
+from lnpu_torch.counts import Counts
+from lnpu_torch.elements import ElementOp, Elements
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report, csv_text, json_text
 from lnpu_torch.rows import FIELDS, MODELLED, LaneCycles, Part, Row
@@ -186,8 +188,15 @@ def test_a_model_that_is_one_layer_has_a_name() -> None:
 def test_nothing_counted() -> None:
     report = price(counts(), "lnpu")
     assert (report.rows, report.total.slots, report.total.energy_pj, report.tflops_per_watt) == ((), 0, 0, None)
-    assert "streamed operand first: none" in str(report)
-    assert "- TFLOPS/W" in str(report)
+    assert str(report).strip() == "nothing was counted that chip lnpu could be priced for"
+
+
+def test_operations_on_elements_alone() -> None:
+    relu = ElementOp(kind="activation", phase="forward", op="relu", calls=1, read=4, written=4, operations=4, special=0)
+    report = price(Counts(steps=(), elements=Elements(entries=(relu,))), "lnpu")
+    assert report.total.energy_pj and report.tflops_per_watt is None
+    assert "Multiplications" not in str(report) and "no step of an emulated layer was counted" in str(report)
+    assert "MACs" not in str(report)
 
 
 ACCESS = price(network(), "lnpu").total.dram_bits / price(network(), "dense-fp16").total.dram_bits
