@@ -4,16 +4,18 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 READY := .venv/ready
+DOCS_READY := .venv/docs-ready
 # Else half the time goes to pages that are given back and asked for again.
 KEEP := MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
-.PHONY: help train test test-slow exhaustive lint format wheel clean
+.PHONY: help train test test-slow exhaustive lint format wheel docs drawings examples clean
 
 help:
 	@echo 'make train      train ResNet-18 on scikit-learn digits with FGMP; print its energy per epoch'
 	@echo 'make test       run the tests (test-slow: the long ones too)'
 	@echo 'make exhaustive compare rounding with ml_dtypes over all 2^32 float32s; about an hour on one core'
 	@echo 'make lint       ruff and mypy (format: let ruff rewrite)'
+	@echo 'make docs       build the documentation, site/index.html (drawings, examples: make its pictures, print its outputs)'
 	@echo 'make wheel      build dist/*.whl'
 	@echo 'make clean      remove .venv and everything built'
 
@@ -21,6 +23,10 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found (make PYTHON=/path/to/python3)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,plot,dev]'
+	touch $@
+
+$(DOCS_READY): $(READY)
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 train: $(READY)
@@ -50,5 +56,16 @@ wheel: $(READY)
 	rm -rf build dist
 	.venv/bin/python -m build --wheel
 
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+	@echo 'site/index.html is the first page'
+
+drawings: $(READY)
+	.venv/bin/python docs/generate/drawings.py
+
+examples: $(READY)
+	for each in swap_layers fp16_share compare_chips; do \
+		COLUMNS=140 .venv/bin/python examples/$$each.py >docs/printed/$$each.txt || exit; done
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

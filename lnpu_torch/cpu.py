@@ -215,5 +215,6 @@ def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
         last = np.float32(float(tau(t, torch.float64))).view(np.int32) - 1 if rule.high else np.int32(2**31 - 1)
         low_max = float("inf") if rule.high else low.max * 2.0**window
     exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
-    beyond = np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32)
+    with np.errstate(over="ignore"):  # float32's infinity, where the format reaches as far as float32
+        beyond = np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32)
     return (np.int32(last), *map(np.int32, exponents), beyond, np.float32(low_max), np.float32(wide.max))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lnpu_torch.config import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
 from lnpu_torch.formats import FORMATS, Format
@@ -13,6 +14,22 @@ from lnpu_torch.formats import FORMATS, Format
 MAX_ERROR = 0.013
 """Default bound on a tensor's relative RMS error (assumed). On a Gaussian it leaves 27 to 37 % of the elements in
 FP16, depending on where its scale lies between two thresholds."""
+
+
+NARROW = [name for name, form in FORMATS.items() if form.bits <= 8]
+WIDE = [name for name, form in FORMATS.items() if 8 < form.bits <= 16]
+"""Formats that can be a rule's `low` and `high`."""
+
+
+def _named(known: Sequence[str]) -> AfterValidator:
+    """Takes the names of these formats alone."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"unknown format; known: {listed(known)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Rule(Frozen):
@@ -25,8 +42,8 @@ class Rule(Frozen):
     Only `high`: uniform, overflow gives infinity.
     """
 
-    low: Literal["e4m3", "e5m2"] | None = "e4m3"
-    high: Literal["fp16", "e6m9"] | None = "fp16"
+    low: Annotated[str, _named(NARROW)] | None = "e4m3"
+    high: Annotated[str, _named(WIDE)] | None = "fp16"
     max_error: Annotated[float, Field(gt=0)] | None = None
     fp16_share: Annotated[float, Field(ge=0, le=1)] | None = None
     threshold: int | None = None
@@ -86,7 +103,7 @@ def _named_rule(value: Any) -> Any:
 
 
 RuleLike = Annotated[Rule | None, BeforeValidator(_named_rule)]
-FormatName = Literal["fp16", "e6m9", "fp32"]
+FormatName = Annotated[str, _named([*WIDE, "fp32"])]
 
 
 class Precision(Frozen):

@@ -1,0 +1,63 @@
+"""What the site is made of besides the pages: tables from the chips' YAML files, and the examples. MkDocs calls it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from lnpu_torch.catalogue import value_text
+from lnpu_torch.chip import Chip, chip, chips
+from lnpu_torch.tagged import Tagged
+
+ROOT = Path(__file__).parent.parent.parent
+CONSTANTS = re.compile(r"<!-- constants of ([\w-]+)(?: beside ([\w-]+))? -->")
+TAGS = re.compile(r"<!-- how many constants are of which tag -->")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """The examples are a part of the site, so that pages can link to them."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        files.append(File.generated(config, f"examples/{path.name}", content=path.read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Fill in the tables, and lead links to the examples to where they lie on the site."""
+    markdown = CONSTANTS.sub(lambda match: constants(chip(match[1]), match[2] and chip(match[2])), markdown)
+    markdown = TAGS.sub(lambda _: tags(), markdown)
+    return markdown.replace("](../examples/", "](examples/")
+
+
+def constants(shown: Chip, beside: Chip | None) -> str:
+    """Every constant of a chip that another has not, or has otherwise; by its place in the file."""
+    known = beside.values() if beside else {}
+    differ = {key: entry for key, entry in shown.values().items() if known.get(key) != entry}
+    places: dict[str, dict[str, Tagged[Any]]] = {}
+    for key, entry in differ.items():
+        places.setdefault(key.split(".")[0], {})[key] = entry
+    return "\n\n".join(_table(place, entries) for place, entries in places.items())
+
+
+def tags() -> str:
+    """A line per built-in chip: what it is, and how many of the constants that it uses are of which tag."""
+    rows = [[each.name, each.description, *map(str, each.tags().values())] for each in chips()]
+    return _rows(["chip", "what it is", "published", "derived", "assumed"], rows)
+
+
+def _table(place: str, entries: dict[str, Tagged[Any]]) -> str:
+    inner = [key.partition(".")[2] or key for key in entries]
+    values = [value_text(entry).replace("\n", "<br>") for entry in entries.values()]
+    told = [(f'<span class="tag {entry.tag}">{entry.tag}</span>', entry.source) for entry in entries.values()]
+    rows = [[f"`{key}`", value, *more] for key, value, more in zip(inner, values, told, strict=True)]
+    return f"**`{place}`**\n\n" + _rows(["key", "value", "tag", "source"], rows)
+
+
+def _rows(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('*', chr(92) + '*') for cell in line)} |"
+        for line in lines
+    )
