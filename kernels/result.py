@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lnpu_torch.kernels.launch import Launch, check_device, check_dtype, check_runs
-from lnpu_torch.kernels.rounding import FLOATS, Config, Formats, dense, round_by_rule
+from lnpu_torch.kernels.rounding import FLOATS, Config, Formats, bits_of, dense, readable, round_by_rule
 
 RESULT = Config(block=2048, warps=4, per_processor=0, longest=1)
 """16 elements a thread, one tile a program. Chosen by reasoning, not yet by measurement."""
@@ -40,10 +40,10 @@ def _result_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     mask = lane < count - first
-    x = tl.load(x_ptr + first + lane, mask=mask, other=0).to(tl.float32)
+    x = bits_of(x_ptr, first + lane, mask).to(tl.float32, bitcast=True)
     if bias_ptr is not None:
         channel = ((first + lane) // inner % channels).to(tl.int32)
-        x += tl.load(bias_ptr + channel, mask=mask, other=0).to(tl.float32)
+        x += bits_of(bias_ptr, channel, mask).to(tl.float32, bitcast=True)
     if F.high_mantissa == 10:
         x = x.to(tl.float16).to(tl.float32)
     else:
@@ -58,7 +58,7 @@ def round_result(x: Tensor, bias: Tensor | None, form: str, dtype: torch.dtype) 
     """x + bias in float32, rounded to a format (nearest, overflow to infinity), in another dtype.
 
     Args:
-        x: float32 or float16 [N, C, *grid].
+        x: float32, float16 or bfloat16 [N, C, *grid].
         bias: float32, float16 or bfloat16 [C], or None.
         form: "fp16" or "e6m9".
         dtype: float32, float16 or bfloat16.
@@ -81,8 +81,7 @@ def round_result(x: Tensor, bias: Tensor | None, form: str, dtype: torch.dtype) 
     x = dense(x)
     out = torch.empty_like(x, dtype=dtype)
     if launch is not None:
-        bits = out.view(torch.int16) if dtype == torch.bfloat16 else out
-        launch(x, bias.float() if bias is not None and bias.dtype == torch.bfloat16 else bias, bits)
+        launch(readable(x), None if bias is None else readable(bias), readable(out))
     return out
 
 
@@ -96,8 +95,7 @@ def _launch(
     form: str,
     target: torch.dtype,
 ) -> Launch | None:
-    check_dtype((torch.float32, torch.float16), x=source)
-    check_dtype(FLOATS, result=target, **({} if bias is None else {"bias": bias}))
+    check_dtype(FLOATS, x=source, result=target, **({} if bias is None else {"bias": bias}))
     check_runs(device)
     if form not in ("fp16", "e6m9"):
         raise ValueError(f"a result is rounded to fp16 or e6m9, not {form}")

@@ -116,7 +116,7 @@ def biased_convolution(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequen
 
 def rounds_results(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `round_result` takes a result and the dtype that it is to have."""
-    return x.dtype in DTYPES[:2] and dtype in DTYPES
+    return x.dtype in DTYPES and dtype in DTYPES
 
 
 round_result = result.round_result

@@ -31,8 +31,9 @@ class Accumulator:
         return self.exact and self.form == "fp32" and x.dtype == torch.float16
 
     def bias(self, bias: Tensor | None, x: Tensor) -> Tensor | None:
-        """A bias in the dtype in which it is added to products of operands such as x."""
-        return None if bias is None else bias.to(torch.float32 if self.widens(x) else x.dtype)
+        """A bias in the dtype in which it is added to products of operands such as x: that of their sums."""
+        summed = self.exact or self.form != "fp32"  # in float32, but for float64
+        return None if bias is None else bias.to(torch.float32 if summed and x.dtype == torch.float16 else x.dtype)
 
     def __call__(self, product: str, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """One of the products of `lnpu_torch.accumulate`, by name."""

@@ -78,25 +78,40 @@ def check_layer(index, precision):
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
 def check_layer_exactly(index, last, autocast):
     """Whole numbers, whose sums are exact in any order, and a bias that is not: it is added before the rounding."""
+    exactly_alike(index, last, autocast, "fgmp")
+
+
+@pytest.mark.parametrize("index", range(4))
+def check_accumulator_exactly(index):
+    exactly_alike(index, True, torch.float16, PRECISIONS["accumulator"])
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def check_layer_in_half_precision_exactly(index, dtype):
+    exactly_alike(index, True, None, "fgmp", dtype)
+
+
+def exactly_alike(index, last, autocast, precision, dtype=torch.float32):
     outcomes = []
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
         layer, shape = layers()[index]
         with torch.no_grad():
             layer.weight.copy_(torch.randint(-8, 9, layer.weight.shape))
-            x, error = torch.randint(-8, 9, shape).float(), None
+            x, error = torch.randint(-8, 9, shape).to(dtype), None
             if layer.bias is not None:
                 layer.bias.copy_(torch.randn(layer.bias.shape) * 9)
         if last and x.dim() == 4:
             x = x.to(memory_format=torch.channels_last)
         x.requires_grad_()
-        lnpu.convert(layer, "fgmp")
+        lnpu.convert(layer.to(dtype), precision)
         with ops.backend(backend), torch.autocast("cpu", autocast, enabled=autocast is not None):
             output = layer(x)
             error = torch.randint(-8, 9, output.shape).to(output.dtype)
             output.backward(error)
         outcomes.append([output.detach(), x.grad, *(p.grad for p in layer.parameters())])
-        assert output.dtype == (autocast or torch.float32)
+        assert output.dtype == (autocast or dtype)
     for ours, expected in zip(*outcomes[::-1], strict=True):
         assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 

@@ -175,6 +175,8 @@ def test_result(compiled, dtype):
     assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
     result.round_result(x, None, "e6m9", torch.float32)
     assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
+    result.round_result(x.bfloat16(), bias.bfloat16(), "fp16", dtype)
+    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
 
 
 def uses_tensor_cores(kernel):

@@ -40,7 +40,7 @@ def check_results(kernels, layout, form, dtype):
     for shape in ((7, 6, 11, 13), (63, 50), (2, 1, 5, 5), (1, 9)):
         x = LAYOUTS[layout](spread(*shape)) if layout != "channels_last" or len(shape) == 4 else spread(*shape)
         bias = spread(shape[1] + 12)[12:]
-        for source in (torch.float32, torch.float16):
+        for source in (torch.float32, torch.float16, torch.bfloat16):
             for added in (None, bias, bias.half(), bias.bfloat16()):
                 total = x.to(source).float()
                 if added is not None:
