@@ -7,7 +7,6 @@ python benchmarks/price.py --counts runs/.../epoch1.json   # any saved counts
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import add_options, cpu_name, origin, write
 
 import lnpu_torch as lnpu
 from lnpu_torch.recipes.models import ModelConfig, build
@@ -23,11 +23,10 @@ from lnpu_torch.recipes.models import ModelConfig, build
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=Path, help="a counts file, in place of a step of ResNet-18")
-    parser.add_argument("--json", action="store_true")
+    add_options(parser)
     options = parser.parse_args()
     counts = lnpu.Counts.load(options.counts) if options.counts else step_of_resnet18()
-    row = measure(counts)
-    print(json.dumps(row) if options.json else "  ".join(f"{key} {value}" for key, value in row.items()))
+    write({"name": "price", "device": cpu_name(), **measure(counts), **origin()}, options)
 
 
 def step_of_resnet18() -> lnpu.Counts:

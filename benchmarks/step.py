@@ -1,13 +1,15 @@
 """A training step emulated, counting on, over the same step in plain float32. Ratios alternate in one run.
 
 python benchmarks/step.py --json                    # CPU: time and peak memory of three CIFAR models
-python benchmarks/step.py --device cuda --json      # GPU: kernels' own checks, then time and peak memory
+python benchmarks/step.py --device cuda --json      # GPU: everything that one is needed for, in under 8 minutes
+
+On a GPU: builds the kernels, holds every one against its reference, times them and the steps, profiles those, and says
+which goals are met. The exit status is 1 if anything failed or differed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,9 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu
 import torch
-from copies import copied
-from torch import Tensor, nn
+from copies import with_casts
+from peers import installed
+from rows import add_options, alternate, cpu_name, origin, ratio, write
+from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch.recipes.models import ModelConfig, build
@@ -28,130 +33,85 @@ MODELS = ("resnet18_cifar", "vgg16_cifar", "alexnet_cifar")
 CLASSES, SHAPE = 10, (3, 32, 32)
 
 
-def main() -> None:
+def main() -> int:
     options = parser().parse_args()
+    if options.device == "cuda":
+        return gpu.main(options)
     if options.memory_of:
         print(peak_of_one_variant(options))
-        return
-    rows = gpu_rows(options) if options.device == "cuda" else cpu_rows(options)
-    for row in rows:
-        print(
-            json.dumps(row) if options.json else "  ".join(f"{key} {value}" for key, value in row.items()), flush=True
-        )
+        return 0
+    for row in cpu_rows(options):
+        write(row | {"device": cpu_name(), **origin()}, options)
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batch", type=int, help="images in a batch (CPU: 64, GPU: 512)")
+    parser.add_argument("--batch", type=int, default=64, help="images in a batch, on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="alternations; the median counts")
     parser.add_argument("--precision", default="fgmp")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_options(parser)
+    parser.add_argument("--peers", action="store_true", help="measure installed peers too: E4M3 throughout, no counts")
     parser.add_argument("--memory-of", choices=("float32", "emulated"), help=argparse.SUPPRESS)
+    parser.add_argument("--section", help=argparse.SUPPRESS)  # of the GPU's, the only one to run, in this process
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # on a CPU, with tiny sizes
     return parser
 
 
 def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a model: time over float32 and over mere copies, the share that counting takes, peak memory."""
-    batch = options.batch or 64
+    batch = options.batch
     for name in options.models:
-        emulated = variant(name, "cpu", options.precision)
-        models = {"float32": variant(name, "cpu", None), "copied": copied(variant(name, "cpu", None))}
+        emulated = variant(name, options.precision)
+        models = {"float32": variant(name, None), "copied": with_casts(variant(name, None))}
         models["emulated"] = emulated
-        times = alternate({which: stepper(model, batch, "cpu") for which, model in models.items()}, options)
+        if options.peers:
+            casts = installed().items()
+            models |= {f"peer: {peer}": with_casts(variant(name, None), cast, torch.float32) for peer, cast in casts}
+        times = alternate({which: stepper(model, batch) for which, model in models.items()}, options.repeats)
         peaks = {which: peak_in_a_process(name, which, batch, options) for which in ("float32", "emulated")}
+        over_float32, spread = ratio(times, "emulated", "float32")
         yield {
             "name": f"step {name} {options.precision}",
-            "device": f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "batch": batch,
-            **ratio_to("float32", times),
-            "ratio_to_copies": ratio_to("copied", times)["ratio_to_copied"],
+            "ratio_to_float32": over_float32,
+            "spread": spread,
+            "ratio_to_copies": ratio(times, "emulated", "copied")[0],
+            "copies_to_float32": ratio(times, "copied", "float32")[0],
+            "seconds": {which: round(statistics.median(values), 4) for which, values in times.items()},
             "counting_share": counting_share(emulated, batch),
             "peak_memory_ratio": round(peaks["emulated"] / peaks["float32"], 3),
             "peak_mb": {which: round(peak / 2**20) for which, peak in peaks.items()},
         }
+        for peer in [which for which in models if which.startswith("peer")]:
+            over_float32, spread = ratio(times, peer, "float32")
+            yield {"name": f"step {name} {peer}", "batch": batch, "ratio_to_float32": over_float32, "spread": spread}
 
 
-def gpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The step under fp16 autocast in channels_last, over autocast alone and over float32; the slowest kernels."""
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device: nothing was measured")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    batch = options.batch or 512
-    for name in options.models:
-        autocast = stepper(variant(name, "cuda", None), batch, "cuda", autocast=True)
-        emulated = stepper(variant(name, "cuda", options.precision), batch, "cuda", autocast=True)
-        steps = {
-            "autocast": autocast,
-            "float32": stepper(variant(name, "cuda", None), batch, "cuda"),
-            "emulated": emulated,
-        }
-        times = alternate(steps, options)
-        peaks = {which: gpu_peak(step) for which, step in steps.items()}
-        yield {
-            "name": f"step {name} {options.precision}",
-            "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
-            "batch": batch,
-            **ratio_to("float32", times),
-            "ratio_to_autocast": ratio_to("autocast", times)["ratio_to_autocast"],
-            "peak_memory_ratio": round(peaks["emulated"] / peaks["float32"], 3),
-            "peak_mb": {which: round(peak / 2**20) for which, peak in peaks.items()},
-            "slowest_kernels_us": slowest_kernels(emulated),
-        }
-
-
-def variant(name: str, device: str, precision: str | None) -> nn.Module:
+def variant(name: str, precision: str | None) -> nn.Module:
     """A model with the same weights each time, converted unless the precision is None."""
     torch.manual_seed(0)
-    model = build(ModelConfig(name=name), CLASSES, SHAPE).to(device)
-    return model if precision is None else lnpu.convert(model, precision)
+    model = build(ModelConfig(name=name), CLASSES, SHAPE)
+    converted: nn.Module = model if precision is None else lnpu.convert(model, precision)
+    return converted
 
 
-def stepper(model: nn.Module, batch: int, device: str, autocast: bool = False) -> Callable[[], None]:
+def stepper(model: nn.Module, batch: int) -> Callable[[], None]:
     """A function that runs forward and backward once, and drops the gradients."""
-    images, labels = torch.randn(batch, *SHAPE, device=device), torch.randint(CLASSES, (batch,), device=device)
-    if device == "cuda":
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    images, labels = torch.randn(batch, *SHAPE), torch.randint(CLASSES, (batch,))
 
     def step() -> None:
-        with torch.autocast(device, torch.float16, enabled=autocast):
-            loss: Tensor = nn.functional.cross_entropy(model(images).float(), labels)
-        loss.backward()
+        nn.functional.cross_entropy(model(images), labels).backward()
         model.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
 
-def alternate(steps: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each step, in turn, after three rounds that are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(-3, options.repeats):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if round_ >= 0:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
-def ratio_to(base: str, times: dict[str, list[float]]) -> dict[str, Any]:
-    """The median of the emulated step over that of `base`; the quartiles of the ratios of neighbouring steps."""
-    pairs = [mine / theirs for mine, theirs in zip(times["emulated"], times[base], strict=True)]
-    quartiles = statistics.quantiles(pairs, n=4)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        f"ratio_to_{base}": round(medians["emulated"] / medians[base], 3),
-        "spread": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "seconds": {name: round(median, 4) for name, median in medians.items()},
-    }
-
-
 def counting_share(model: nn.Module, batch: int) -> float:
     """The part of a step that the counting ops take, from the profiler."""
-    step = stepper(model, batch, "cpu")
+    step = stepper(model, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         started = time.perf_counter()
         step()
@@ -178,14 +138,11 @@ def peak_in_a_process(name: str, which: str, batch: int, options: argparse.Names
 
 def peak_of_one_variant(options: argparse.Namespace) -> int:
     """The most resident memory of three steps, less what the process had before the model was built."""
-    warm = stepper(variant("resnet18_cifar", "cpu", options.precision), 2, "cpu")
+    warm = stepper(variant("resnet18_cifar", options.precision), 2)
     warm()
     before = resident("VmRSS")
-    step = stepper(
-        variant(options.models[0], "cpu", options.precision if options.memory_of == "emulated" else None),
-        options.batch,
-        "cpu",
-    )
+    precision = options.precision if options.memory_of == "emulated" else None
+    step = stepper(variant(options.models[0], precision), options.batch)
     for _ in range(3):
         step()
     return resident("VmHWM") - before
@@ -197,18 +154,5 @@ def resident(what: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024
 
 
-def gpu_peak(step: Callable[[], None]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated()
-
-
-def slowest_kernels(step: Callable[[], None]) -> dict[str, float]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    return {event.key[:60]: round(event.device_time_total) for event in events[:5]}
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,8 +33,7 @@ from lnpu_torch.kernels.rounding import (
 )
 
 GRID = Config(block=4096, warps=4, per_processor=3, longest=64)
-"""32 elements a thread: 64 to 128 bytes under way. Chosen by reasoning, not yet by measurement: `benchmarks/kernels.py`
-tries others."""
+"""32 elements a thread: 64 to 128 bytes under way. Chosen by reasoning, not yet by measurement."""
 CHANNELS = 64
 """Channels of a block of which `round_grid` tells whether anything is in it; as wide as `matmul`'s tiles."""
 

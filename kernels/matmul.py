@@ -39,7 +39,7 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """What is used for what. Chosen by reasoning, not yet by measurement: `benchmarks/kernels.py` tries others."""
+    """What is used for what. Chosen by reasoning, not yet by measurement."""
 
     streamed: Config = Config(128, 128, 3)
     """operands that are copied to shared memory in wide pieces"""

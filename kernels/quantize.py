@@ -17,7 +17,7 @@ from lnpu_torch.kernels.launch import check_dtype, on, power_of_2, processors
 from lnpu_torch.kernels.rounding import Config, bits_of, checked, dense, random_bits, readable, round_by_rule
 
 FLAT = Config(block=4096, warps=4, per_processor=16, longest=8)
-"""Chosen by reasoning, not yet by measurement: `benchmarks/kernels.py` tries others."""
+"""Chosen by reasoning, not yet by measurement."""
 
 
 @triton.jit

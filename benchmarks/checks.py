@@ -1,0 +1,272 @@
+"""The Triton kernels against their references, bit by bit, at a training step's real sizes. Nothing is timed here.
+
+All memory that the kernels allocate is full of NaN (or 77) before they write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from place import Place
+from sizes import Sizes, sizes
+from torch import Tensor, nn
+
+import lnpu_torch as lnpu
+from lnpu_torch import accumulate, counting, lanes, ops, reference
+from lnpu_torch.formats import FORMATS
+from lnpu_torch.geometry import Geometry
+from lnpu_torch.precision import Rule
+
+Verdicts = Iterator[tuple[str, bool]]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within this, new memory is full of what no kernel would write."""
+
+    def full(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **options: Any) -> Tensor:
+            x = make(*args, **options)
+            return x if x.is_meta else x.fill_(torch.nan if x.is_floating_point() else 77)
+
+        return run
+
+    with mock.patch.multiple(torch, empty=full(torch.empty), empty_like=full(torch.empty_like)):
+        yield
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit by bit, but for the payloads and signs of NaNs."""
+    a, b = a.float(), b.float()
+    return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())
+
+
+def threshold(value: int, place: Place) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32, device=place.device)
+
+
+def activations(*shape: int, place: Place, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
+    """Gaussian, half of it zero, as after a ReLU."""
+    return laid(torch.randn(shape, device=place.device).relu().to(dtype), last)
+
+
+def whole_numbers(*shape: int, place: Place, last: bool = False) -> Tensor:
+    """Products and sums of these are exact in float32 in any order."""
+    keep = torch.rand(shape, device=place.device) < 0.5
+    return laid((torch.randint(-8, 9, shape, device=place.device) * keep).half(), last)
+
+
+def laid(x: Tensor, last: bool) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x
+
+
+def quantize(place: Place) -> Verdicts:
+    from lnpu_torch.kernels import quantize as kernels
+
+    device = place.device
+    every = torch.arange(-(2**31), 2**31, sizes(place).pattern_step, device=device).to(torch.int32).view(torch.float32)
+    for low, high in (("e4m3", "fp16"), ("e5m2", "fp16"), ("e4m3", None), (None, "fp16"), ("e4m3", "e6m9")):
+        rule = Rule.model_validate({"low": low, "high": high})
+        for key in (None, torch.tensor(2**40 + 7, device=device)):
+            random = None if key is None else reference.random_bits(every.shape, key, 3)
+            dtype, equal = torch.float32 if high == "e6m9" else torch.float16, True
+            for t in (threshold(value, place) for value in (-28, -3, 5, 40)):
+                q, groups = reference.quantize(every, rule, t, random)
+                with poisoned():
+                    got = kernels.quantize(every, t, low, high, seed=key, stream=3, dtype=dtype, totals=True)
+                totals = torch.stack([(groups == group).sum() for group in (0, 8, 16)])
+                equal &= same(got[0], q) and torch.equal(got[1], groups) and torch.equal(got[2], totals)
+            yield f"quantize {low} {high} {'nearest' if key is None else 'stochastic'}", equal
+
+
+def grid(place: Place) -> Verdicts:
+    from lnpu_torch.kernels import grid as kernels
+
+    t = threshold(1, place)
+    for shape in (*sizes(place).grids, *sizes(place).odd_grids):
+        for last in (False, True) if len(shape) == 4 else (False,):
+            for dtype in DTYPES:
+                x = activations(*shape, place=place, dtype=dtype, last=last)
+                q, groups = reference.quantize(x, Rule(), t)
+                options = {"blocks": kernels.has_blocks(shape[1], 1), "runs": x.dim() > 2}
+                with poisoned():
+                    got = kernels.quantize_grid(x, t, "e4m3", "fp16", len(x), 1, **options)
+                    of_groups = kernels.grid_sums(groups, len(x), 1)
+                position, sample = counting.per_position(groups, len(x)), counting.per_sample(groups, 1)
+                equal = same(got.half, q) and torch.equal(got.position, position) and torch.equal(got.sample, sample)
+                equal &= torch.equal(of_groups[0], position) and torch.equal(of_groups[1], sample)
+                if options["runs"]:
+                    equal &= torch.equal(got.runs, lanes.runs_of(q))
+                if options["blocks"]:
+                    expected = torch.stack([(part != 0).any(1) for part in q.split(kernels.CHANNELS, 1)], 1)
+                    equal &= torch.equal(got.blocks, expected.to(torch.uint8))  # no infinity among these
+                yield f"grid {list(shape)} {layout(last)} {dtype}", equal
+
+
+def layout(last: bool) -> str:
+    return "channels_last" if last else "contiguous"
+
+
+def thresholds(place: Place) -> Verdicts:
+    rules = {"error": Rule(), "share": Rule(fp16_share=0.2), "largest": Rule(high=None), "1-6-9": Rule(high="e6m9")}
+    for shape in (*sizes(place).grids, *sizes(place).odd_grids):
+        for last in (False, True) if len(shape) == 4 else (False,):
+            x = activations(*shape, place=place, last=last) * 2.0**-5
+            for name, rule in rules.items():
+                chosen = []
+                for backend in ("triton", "reference"):
+                    states = torch.full((2, 2), reference.UNSET, dtype=torch.int32, device=place.device)
+                    with ops.backend(backend), poisoned():
+                        used = ops.next_threshold(x, states, 1, rule.model_dump_json(), True)
+                    chosen.append(torch.cat((used.reshape(1), states.flatten())))
+                yield f"threshold by {name} {list(shape)} {layout(last)}", torch.equal(*chosen)
+
+
+def lane_profiles(place: Place) -> Verdicts:
+    from lnpu_torch.kernels import lanes as kernels
+
+    for shape in (*sizes(place).grids, *sizes(place).odd_grids):
+        for last in (False, True) if len(shape) == 4 else (False,):
+            x = activations(*shape, place=place, dtype=torch.float16, last=last)
+            runs = lanes.runs_of(x)
+            with poisoned():
+                equal = torch.equal(kernels.runs_of(x), runs)
+                equal &= torch.equal(kernels.profile(runs), lanes.profile(runs))
+            yield f"lanes {list(shape)} {layout(last)}", equal
+
+
+def results(place: Place) -> Verdicts:
+    from lnpu_torch.kernels import result as kernels
+
+    for shape in (*sizes(place).grids, *sizes(place).odd_grids):
+        for last in (False, True) if len(shape) == 4 else (False,):
+            x = laid(torch.randn(shape, device=place.device) * 3e4, last)  # some overflow
+            bias = torch.randn(shape[1], device=place.device)
+            for dtype in DTYPES:
+                equal = True
+                for form in ("fp16", "e6m9"):
+                    for source in DTYPES:
+                        total = x.to(source).float() + bias.reshape(-1, *(1 for _ in shape[2:]))
+                        with poisoned():
+                            got = kernels.round_result(x.to(source), bias, form, dtype)
+                        equal &= got.dtype == dtype and same(got, reference.round_to(total, FORMATS[form]).to(dtype))
+                yield f"result {list(shape)} {layout(last)} {dtype}", equal
+
+
+def count(place: Place) -> Verdicts:
+    from lnpu_torch.kernels import count as kernels
+
+    for name, g in sizes(place).geometries.items():
+        big, small, weights = count_operands(g, place)
+        counter = torch.zeros(kernels.WIDTH, dtype=torch.int64, device=place.device)
+        kernels.add_weight_step(counter, big[0], weights[0], g.pack(), "big")
+        kernels.add_weight_step(counter, small[0], weights[1], g.pack(), "small")
+        kernels.add_grid_step(counter, big, small, g.pack(), "small")
+        expected = counting.weight_step(big[0], weights[0], g, "big")
+        expected = expected + counting.weight_step(small[0], weights[1], g, "small")
+        yield f"count {name}", torch.equal(counter, expected + counting.grid_step(big, small, g, "small"))
+
+
+def count_operands(g: Geometry, place: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Counts of the big grid, of the small one, and of the weight as it meets each of them."""
+    choices = torch.tensor([0, 8, 16], dtype=torch.uint8, device=place.device)
+
+    def groups(*shape: int) -> Tensor:
+        return choices[torch.randint(0, 3, shape, device=place.device)]
+
+    grids = [groups(g.batch, g.big_channels, *g.big), groups(g.batch, g.small_channels, *g.small)]
+    weight = groups(g.small_channels, g.big_channels // g.groups, *g.kernel)
+    big, small = ([counting.per_position(x, g.batch).squeeze(1), counting.per_sample(x, g.groups)] for x in grids)
+    of_big = counting.per_position(weight, g.small_channels // g.groups).flatten(1, 2)
+    return big, small, [of_big, counting.per_sample(weight, 1).squeeze(2)]
+
+
+def matmul(place: Place) -> Verdicts:
+    from lnpu_torch.kernels import matmul as kernels
+
+    for m, n, k in sizes(place).products:
+        a, b = whole_numbers(m, k, place=place) * 13, whole_numbers(k, n, place=place) * 7
+        a[: m // 2, : k // 2] = 0
+        for chunk in (None, 16, 64, 100):
+            expected = a.float() @ b.float()
+            if chunk is not None:
+                expected = accumulate.reduce(a.float(), b.float(), FORMATS["fp16"], chunk)
+            for skip in (False, True):
+                with poisoned():
+                    equal = torch.equal(kernels.matmul(a, b, chunk=chunk, skip=skip), expected)
+                yield f"matmul {m}x{n}x{k} chunk {chunk}{' skipping' if skip else ''}", equal
+
+
+def convolution(place: Place, step: str) -> Verdicts:
+    """One of a convolution's steps, by its name in `accumulate`: a few of the ways to walk it for each geometry."""
+    from lnpu_torch.kernels import matmul as kernels
+
+    for name, full in sizes(place).geometries.items():
+        g = few_samples(full)
+        for last, chunk, skip in ((False, None, False), (True, None, True), (True, 64, False), (False, 64, True)):
+            if g.kernel or not last:
+                operands = step_operands(g, partial(whole_numbers, place=place, last=last))[step]
+                form, length = ("fp32", 10**9) if chunk is None else ("fp16", chunk)
+                floats = [x.float() for x in operands]
+                expected = getattr(accumulate, step)(*floats, g, FORMATS[form], length)
+                with poisoned():
+                    got = getattr(kernels, step)(*operands, g.pack(), chunk=chunk, skip=skip)
+                yield f"{step} {name} {layout(last)} chunk {chunk}{' skipping' * skip}", torch.equal(got, expected)
+
+
+def few_samples(g: Geometry) -> Geometry:
+    return Geometry(min(2, g.batch), g.big_channels, g.small_channels, g.groups, g.big, g.small, g.kernel, g.stride,
+                    g.padding, g.dilation)  # fmt: skip
+
+
+def step_operands(g: Geometry, make: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    big, small = make(g.batch, g.big_channels, *g.big), make(g.batch, g.small_channels, *g.small)
+    weight = make(g.small_channels, g.big_channels // g.groups, *g.kernel)
+    return {"small_from_big": (big, weight), "big_from_small": (small, weight), "weight_from_both": (big, small)}
+
+
+def layers(place: Place) -> Verdicts:
+    """Whole layers, two steps each: values, counts and T's as with plain torch. Sums of whole numbers, exact."""
+    for name, (make, shape) in layer_kinds(sizes(place)).items():
+        for dtype in DTYPES[-1:] if place.rehearses else DTYPES:
+            outcomes = [one_layer(make, shape, place, dtype, plain) for plain in (True, False)]
+            yield f"layer {name} {dtype}", all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def layer_kinds(s: Sizes) -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
+    c, batch, edge = s.layer_channels, s.layer_batch, s.layer_edge
+    return {
+        "convolution": (lambda: nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), (batch, c, edge, edge)),
+        "without bias": (lambda: nn.Conv2d(c, c, 3, padding=1, bias=False), (batch, c, edge, edge)),
+        "depthwise": (lambda: nn.Conv2d(c, c, 3, padding=1, groups=c), (batch, c, edge, edge)),
+        "transposed": (lambda: nn.ConvTranspose2d(c, c, 4, stride=2, padding=1), (batch, c, edge, edge)),
+        "linear": (lambda: nn.Linear(16 * c, 10 * c), (batch, 16 * c)),
+    }
+
+
+def one_layer(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], place: Place, dtype: torch.dtype, plain: bool
+) -> list[Tensor]:
+    torch.manual_seed(1)
+    layer = make().to(place.device)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-4, 5, parameter.shape) * 0.5)
+    x = laid(torch.randint(-4, 5, shape).float().to(place.device), True).requires_grad_()
+    lnpu.convert(layer, "fgmp")
+    found: list[Tensor] = []
+    with ops.backend("reference") if plain else place.kernels():
+        for scale in (1.0, 2.0):
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+                output = layer(x * scale)
+            output.backward(torch.randint(-2, 3, output.shape).to(output))
+            found.append(output.detach())
+    gradients = [p.grad for p in (x, *layer.parameters()) if p.grad is not None]
+    emulation: Any = layer.emulation
+    return [*found, *gradients, emulation.thresholds, emulation.counters, emulation.lanes]
