@@ -198,7 +198,7 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         else:
             told = problem["type"] == "missing" or isinstance(problem["input"], dict)
             got = "" if told else f", got {repr(problem['input'])[:80]}"
-            lines.append(f"{where}: {key}: {problem['msg']}{got}")
+            lines.append(f"{where}: {key}: {problem['msg'].removeprefix('Value error, ')}{got}")
     return "\n".join(lines)
 
 
