@@ -40,7 +40,8 @@ def test_voltage_moves_the_chips_energies_and_not_drams() -> None:
 
 @pytest.mark.parametrize("voltage", [0.77, 1.11, 0.0, -1.0, float("nan")])
 def test_a_voltage_outside_the_range_is_refused(voltage: float) -> None:
-    with pytest.raises(ConfigError, match=r"lnpu: operating_point(: voltage_v.*0\.78 \.\.\. 1\.1 V|.*greater than 0|.*finite)"):
+    said = r"(: voltage_v.*0\.78 \.\.\. 1\.1 V|.*greater than 0|.*finite)"
+    with pytest.raises(ConfigError, match=f"lnpu: operating_point{said}"):
         chip("lnpu", voltage)
 
 
