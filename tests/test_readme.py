@@ -1,7 +1,13 @@
 """The README's example runs as it stands, and its picture and links are there."""
 
+import glob
+import itertools
 import re
+import shlex
 from pathlib import Path
+
+from command import lnpu_command
+from run_by_hand import write_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +29,19 @@ def test_links_lead_somewhere():
 
 
 def test_make_targets_are_in_the_makefile():
-    targets = re.findall(r"^    make (\S+)", README, re.MULTILINE)
+    targets = re.findall(r"(?:`|^    )make (\w+)", README, re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
-    assert targets == ["train", "test"] and all(f"\n{target}:" in makefile for target in targets)
+    assert {"train", "test", "docs"} <= set(targets) and all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_commands_are_the_programs(tmp_path, monkeypatch):
+    """The README's own command lines, on a run that was made by hand."""
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    lnpu (.*)$", README, re.MULTILINE)]
+    assert [command[0] for command in commands] == ["price", "report"]
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "one", epochs=12)
+    for command in commands:
+        found = [glob.glob(word) if "*" in word else [word] for word in command]
+        done = lnpu_command(*itertools.chain.from_iterable(found))
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "one" / "report.html").is_file()
