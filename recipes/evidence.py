@@ -17,11 +17,15 @@ Chip = str | lnpu.Chip
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was run: three networks, one layer at synthetic zeros; and the V100's peak, which was not."""
+    """What was run: three networks, one layer at synthetic zeros; and the V100's peak, which was not.
+
+    `images` says in words what the networks were trained on.
+    """
 
     probes: dict[str, Probe]
     curves: Curves
     v100_tflops_per_watt: float
+    images: str
 
 
 def layers(counts: lnpu.Counts, chip: Chip = "lnpu") -> lnpu.Report:

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -87,11 +88,11 @@ class Probe:
     tested: int
 
 
-def probe_all(settings: Settings, say: Callable[[str], None]) -> dict[str, Probe]:
-    """Train and count every network of the settings; `say` is told what runs.
+def open_images(settings: Settings) -> Images:
+    """The images of the settings.
 
     Raises:
-        ConfigError: the data, a model or the device is wrong, a network is missing, or too few steps are asked for.
+        ConfigError: the data or the device is wrong, a network is missing, or too few steps are asked for.
     """
     missing = set(get_args(Name)) - settings.networks.keys()
     if missing:
@@ -101,9 +102,13 @@ def probe_all(settings: Settings, say: Callable[[str], None]) -> dict[str, Probe
             raise ConfigError(
                 f"counted: {settings.counted} of {name}'s {network.steps} steps; the first one only trains"
             )
+    return Images(settings)
+
+
+def probe_all(settings: Settings, images: Images, say: Callable[[str], None]) -> dict[str, Probe]:
+    """Train and count every network of the settings; `say` is told what runs. Raises ConfigError for a wrong model."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    images = Images(settings)
     return {name: _probe(name, network, images, settings, say) for name, network in settings.networks.items()}
 
 
@@ -122,6 +127,13 @@ class Images:
         self._batches = open_batches(settings.data, division, self.device)
         self.classes, self.shape = self._batches.classes, (3, settings.size, settings.size)
         self.tested = min(settings.tested, self._batches.images[1])
+        self._name = Path(settings.data.path).name if settings.data.path else "scikit-learn's digits"
+
+    def __str__(self) -> str:
+        """What they are, in words."""
+        train, test = self._batches.images
+        kept = f"{self.tested:,} of {test:,}" if self.tested < test else f"{test:,}"
+        return f"{self._name}: {train:,} images of {self.classes} classes to train on, {kept} to test"
 
     def train(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of these steps, made anew: at 224 x 224 pixels they would fill a memory."""

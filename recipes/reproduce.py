@@ -15,7 +15,7 @@ from lnpu_torch.recipes import answers, answers_in_words
 from lnpu_torch.recipes.answers import Answer, Basis
 from lnpu_torch.recipes.claims import Claims, Tag, read_claims
 from lnpu_torch.recipes.evidence import Evidence
-from lnpu_torch.recipes.probe import Settings, probe_all
+from lnpu_torch.recipes.probe import Settings, open_images, probe_all
 from lnpu_torch.recipes.synthetic import curves
 
 ANSWERS: dict[str, Callable[[Evidence], Answer]] = {
@@ -60,9 +60,11 @@ class Row:
 def reproduce(settings: Settings, say: Callable[[str], None]) -> tuple[tuple[Row, ...], Evidence]:
     """Run everything that the claims need; `say` is told what runs. Raises ConfigError for wrong settings."""
     claims = read_claims()
-    probes = probe_all(settings, say)
+    images = open_images(settings)
+    probes = probe_all(settings, images, say)
     say("one layer at 0 ... 90 % zeros")
-    evidence = Evidence(probes, curves(settings.curve, settings.seed), claims.v100_tflops_per_watt)
+    drawn = curves(settings.curve, settings.seed)
+    evidence = Evidence(probes, drawn, claims.v100_tflops_per_watt, str(images))
     return rows(claims, evidence), evidence
 
 

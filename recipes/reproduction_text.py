@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -43,6 +42,7 @@ def as_data(rows: Sequence[Row], evidence: Evidence, settings: Settings, told: M
         **told,
         "settings": settings.model_dump(mode="json"),
         "rows": [asdict(row) for row in rows],
+        "images": evidence.images,
         "layers": [
             {"network": name, **asdict(each)}
             for name, probe in evidence.probes.items()
@@ -60,7 +60,7 @@ def markdown(
         [
             "# The papers' claims beside our runs",
             "Written by `lnpu reproduce --markdown`. All figures of ours, those under *why* too, are this run's.",
-            run_lines(settings, told),
+            run_lines(evidence.images, settings, told),
             claims_table(rows),
             "\n".join(f"- **{basis}**: {words}." for basis, words in BASIS.items()),
             "## Zeros by layer and step",
@@ -79,12 +79,12 @@ def markdown(
     ) + ("\n")
 
 
-def run_lines(settings: Settings, told: Mapping[str, Any]) -> str:
+def run_lines(images: str, settings: Settings, told: Mapping[str, Any]) -> str:
     """When, where, on what data and with which settings."""
-    images = Path(settings.data.path).name if settings.data.path else "scikit-learn's digits"
     pixels = f"{settings.size} x {settings.size} pixels"
     names = ", ".join(
-        f"{each.model.name} ({f'width {each.model.width}, ' if each.model.width else ''}{each.steps} steps)"
+        f"{each.model.name} ({f'width {each.model.width}, ' if each.model.width else ''}{each.steps} steps of AdamW at "
+        f"{each.lr:g})"
         for each in settings.networks.values()
     )
     lines = {
@@ -92,7 +92,7 @@ def run_lines(settings: Settings, told: Mapping[str, Any]) -> str:
         "device": told["device"],
         "time": f"{told['seconds'] / 60:.1f} min",
         "versions": ", ".join(f"{name} {version}" for name, version in told["versions"].items()),
-        "images": f"{images}, {pixels}, batches of {settings.batch_size}",
+        "images": f"{images}; {pixels}, batches of {settings.batch_size}",
         "networks": f"{names}; the last {settings.counted} steps are counted; seed {settings.seed}",
     }
     return "\n".join(f"- {name}: {text}" for name, text in lines.items())

@@ -19,7 +19,7 @@ from lnpu_torch.recipes import reproduce as recipe
 from lnpu_torch.recipes import reproduction_text
 from lnpu_torch.recipes.claims import Claim, read_claims
 from lnpu_torch.recipes.evidence import Evidence
-from lnpu_torch.recipes.probe import CurveConfig, Settings, probe_all
+from lnpu_torch.recipes.probe import CurveConfig, Settings, open_images, probe_all
 from lnpu_torch.recipes.reproduce import ANSWERS, Row, reproduce, rows
 from lnpu_torch.recipes.synthetic import ZEROS, curves, masked, point, run
 
@@ -136,7 +136,7 @@ def _first_half(counts: lnpu.Counts) -> lnpu.Counts:
 
 
 def test_the_same_settings_give_the_same_run(made: tuple[tuple[Row, ...], Evidence]) -> None:
-    assert probe_all(tiny(), lambda _: None) == made[1].probes
+    assert probe_all(tiny(), open_images(tiny()), lambda _: None) == made[1].probes
 
 
 def test_synthetic_operands_have_exactly_so_many_zeros() -> None:
@@ -179,7 +179,14 @@ def test_the_markdown_is_whole(made: tuple[tuple[Row, ...], Evidence]) -> None:
     told = {"date": "2026-11-22", "device": "a | machine", "seconds": 90.0, "versions": {"torch": "2"}}
     images = {"zeros": "images/z.svg", "efficiency": "images/e.svg"}
     text = reproduction_text.markdown(*made, tiny(), told, images)
-    for words in ("date: 2026-11-22", "1.5 min", "torch 2", "scikit-learn's digits", "](<images/z.svg>)"):
+    for words in (
+        "date: 2026-11-22",
+        "1.5 min",
+        "torch 2",
+        "scikit-learn's digits: 1,437 images of 10 classes to train on, 10 of 360 to test",
+        "AdamW at 0.01",
+        "](<images/z.svg>)",
+    ):
         assert words in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 5
