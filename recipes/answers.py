@@ -53,8 +53,8 @@ def peak_efficiency(runs: Evidence) -> Answer:
     last, tables = runs.curves["lnpu"][-1], runs.curves["lnpu, bottom-up"][-1]
     trained = {name: tflops_per_watt(probe.fgmp) for name, probe in runs.probes.items()}
     why = (
-        f"The model is calibrated on it. MACs alone; with filling the SRAM {last.chip:.1f}. The bottom-up model, which "
-        f"is not calibrated, has {tables.macs:.1f}. It is a peak, all FP8 at {last.zeros:.0%} zeros: training with the "
+        f"The model is calibrated on it (MACs alone; with filling the SRAM {last.chip:.1f}). The bottom-up model, "
+        f"which is not, has {tables.macs:.1f}. It is a peak, all FP8 at {last.zeros:.0%} zeros: training with the "
         f"zeros of the networks gives {each(trained, '{:.2f}')} TFLOPS/W."
     )
     return Answer(last.macs, "circular", why)
@@ -63,8 +63,8 @@ def peak_efficiency(runs: Evidence) -> Answer:
 def dense_efficiency(runs: Evidence) -> Answer:
     first, tables = runs.curves["lnpu"][0], runs.curves["lnpu, bottom-up"][0]
     why = (
-        f"The model is calibrated on it. MACs alone; with filling the SRAM {first.chip:.2f}. The bottom-up model, "
-        f"which is not calibrated, has {tables.macs:.2f}: its FP32 adder alone takes {adder_pj():.2f} pJ, the "
+        f"The model is calibrated on it (MACs alone; with filling the SRAM {first.chip:.2f}). The bottom-up model, "
+        f"which is not, has {tables.macs:.2f}: its FP32 adder alone takes {adder_pj():.2f} pJ, the "
         f"calibrated MAC {2 / first.macs:.2f} pJ."
     )
     return Answer(first.macs, "circular", why)
@@ -220,9 +220,9 @@ def over_v100(runs: Evidence) -> Answer:
         for dram in (False, True)
     )
     why = (
-        f"No V100 is modelled: its data sheet's peak ({peak:.3f} TFLOPS/W, FP16 on tensor cores, memory included) "
-        f"under ours in training, mean of the networks: MACs and SRAM {each(alone, '{:.1f}x')}; with DRAM "
-        f"{each(with_dram, '{:.1f}x')}. The abstract names neither the V100's workload nor its precision, so no "
+        "No V100 is modelled: ours in training, mean of the networks, is held against its data sheet's peak "
+        f"({peak:.3f} TFLOPS/W, FP16 on tensor cores, memory included). MACs and SRAM {each(alone, '{:.1f}x')}; with "
+        f"DRAM {each(with_dram, '{:.1f}x')}. The abstract names neither the V100's workload nor its precision, so no "
         "agreement of these would prove anything."
     )
     return Answer(alone["at 0.78 V"], "assumed", why)
