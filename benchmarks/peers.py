@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 
@@ -12,12 +13,17 @@ from copies import Cast
 from torch import Tensor
 
 
-def installed() -> dict[str, Cast]:
-    """The casts that can be imported here; what is missing is said, with the reason, on standard error."""
+def add_option(parser: argparse.ArgumentParser) -> None:
+    what = "measure peers too, these or all that are installed: E4M3 throughout, no counts"
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help=what)
+
+
+def installed(names: Sequence[str] | None) -> dict[str, Cast]:
+    """The casts of these peers (none: of all) that can be imported; what cannot is said, and why, on standard error."""
     found: dict[str, Cast] = {}
-    for name, make in PEERS.items():
+    for name in () if names is None else names or PEERS:
         try:
-            cast = make()
+            cast = PEERS[name]()
             cast(torch.randn(3, 5))
             found[name] = cast
         except Exception as reason:  # a peer may fail in any way, while it compiles itself, for instance

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from peers import installed
+from peers import add_option, installed
 from rows import Operation, Row, add_options, alternate, cpu_name, origin, ratio, write
 
 from lnpu_torch import cpu
@@ -24,7 +24,7 @@ SIZE = 2**24
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--peers", action="store_true", help="measure installed peers too")
+    add_option(parser)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     for row in rows(options):
@@ -36,8 +36,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     out, threshold = torch.empty_like(x), torch.tensor(1, dtype=torch.int32)
     ours = partial(cpu.quantize_flat, x, Rule(), threshold, None, 0, False)
     fresh: dict[str, Operation] = {"clone": x.clone, "fgmp, fresh output": ours}
-    if options.peers:
-        fresh |= {f"peer: {name}": partial(cast, x) for name, cast in installed().items()}
+    fresh |= {f"peer: {name}": partial(cast, x) for name, cast in installed(options.peers).items()}
     reused: dict[str, Operation] = {"copy_": lambda: out.copy_(x), "fgmp, reused output": lambda: ours(out=out)}
     for base, operations in (("clone", fresh), ("copy_", reused)):
         times = alternate(operations, options.repeats, unmeasured=2)
@@ -53,6 +52,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                     "spread": spread,
                     "ns_per_element": nanoseconds[0],
                     "memcpy_ns_per_element": nanoseconds[1],
+                    "best_ns_per_element": round(min(times[name]) / SIZE * 1e9, 3),
+                    "best_ratio_to_memcpy": round(min(times[name]) / min(times[base]), 3),
                 }
 
 

@@ -249,6 +249,11 @@ def _emulate(
     for name, tensor in (("input", input), ("weight", weight)):
         if not tensor.is_floating_point():
             raise TypeError(f"an emulated layer takes floating-point tensors, but its {name} is {tensor.dtype}")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.device != input.device:
+            raise RuntimeError(
+                f"a layer is where its input is, but its input is on {input.device} and its {name} on {other.device}"
+            )
     kind, dtype = input.device.type, input.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

@@ -19,6 +19,7 @@ class Emulated(nn.Module):
 
     torch_class: ClassVar[type[nn.Module]]
     emulation: Emulation
+    weight: Tensor
 
     def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
         """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
@@ -29,10 +30,11 @@ class Emulated(nn.Module):
         """Begin to emulate with this precision: counters at zero, every T still to be chosen."""
         self.emulation = Emulation(precision(chosen), next(self.parameters()).device)
 
-    def ready(self, input: Tensor) -> Emulation:
-        """The emulation for a call, on the input's device and in the module's mode."""
-        if self.emulation.counters.device != input.device:
-            self.emulation.apply(lambda tensor: tensor.to(input.device))
+    def ready(self) -> Emulation:
+        """The emulation for a call, where the weight is and in the module's mode."""
+        device = self.weight.device
+        if self.emulation.counters.device != device:
+            self.emulation.apply(lambda tensor: tensor.to(device))
         self.emulation.training = self.training
         return self.emulation
 
@@ -48,7 +50,7 @@ class Linear(Emulated, nn.Linear):
     torch_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias, self.ready(input))
+        return functional.linear(input, self.weight, self.bias, self.ready())
 
 
 class _Conv(Emulated, nn.modules.conv._ConvNd):
@@ -63,7 +65,7 @@ class _Conv(Emulated, nn.modules.conv._ConvNd):
             input,
             weight,
             bias,
-            self.ready(input),
+            self.ready(),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -107,7 +109,7 @@ class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
             input,
             self.weight,
             self.bias,
-            self.ready(input),
+            self.ready(),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
