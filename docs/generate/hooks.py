@@ -17,6 +17,19 @@ CONSTANTS = re.compile(r"<!-- constants of ([\w-]+)(?: beside ([\w-]+))? -->")
 TAGS = re.compile(r"<!-- how many constants are of which tag -->")
 
 
+def on_config(config: Any) -> Any:
+    """A page of the nav that is not written yet is left out; one that is not in the nav stops the build."""
+
+    def written(place: Any) -> Any:
+        if isinstance(place, str):
+            return (Path(config.docs_dir) / place).is_file() and place
+        kept = [{name: written(inner) for name, inner in each.items()} for each in place]
+        return [each for each in kept if all(each.values())]
+
+    config.nav = written(config.nav)
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """The examples are a part of the site, so that pages can link to them."""
     for path in sorted((ROOT / "examples").glob("*.py")):
