@@ -90,7 +90,7 @@ def run_lines(images: str, settings: Settings, told: Mapping[str, Any]) -> str:
     lines = {
         "date": told["date"],
         "device": told["device"],
-        "time": f"{told['seconds'] / 60:.1f} min",
+        "time": f"{told['seconds'] / 60:.1f} min, {told['cpu_seconds'] / 60:.1f} min of CPU",
         "versions": ", ".join(f"{name} {version}" for name, version in told["versions"].items()),
         "images": f"{images}; {pixels}, batches of {settings.batch_size}",
         "networks": f"{names}; the last {settings.counted} steps are counted; seed {settings.seed}",
