@@ -176,12 +176,18 @@ def test_differences(low: float | None, high: float | None, unit: str, value: fl
 
 
 def test_the_markdown_is_whole(made: tuple[tuple[Row, ...], Evidence]) -> None:
-    told = {"date": "2026-11-22", "device": "a | machine", "seconds": 90.0, "versions": {"torch": "2"}}
+    told = {
+        "date": "2026-11-22",
+        "device": "a | machine",
+        "seconds": 90.0,
+        "cpu_seconds": 60.0,
+        "versions": {"torch": "2"},
+    }
     images = {"zeros": "images/z.svg", "efficiency": "images/e.svg"}
     text = reproduction_text.markdown(*made, tiny(), told, images)
     for words in (
         "date: 2026-11-22",
-        "1.5 min",
+        "1.5 min, 1.0 min of CPU",
         "torch 2",
         "scikit-learn's digits: 1,437 images of 10 classes to train on, 10 of 360 to test",
         "AdamW at 0.01",
