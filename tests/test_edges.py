@@ -1,0 +1,198 @@
+"""Numbers at the edge: tensors of zeros, NaN, infinities and subnormals; one element; counts beyond int32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lnpu_torch as lnpu
+from lnpu_torch import Precision, Rule
+from lnpu_torch.nn import emulated_layers
+from lnpu_torch.reference import UNSET
+
+SUBNORMAL = 2.0**-140
+"""A subnormal of float32, far below half of the smallest number of any format here but float32."""
+PRECISIONS = ["fgmp", "fp8", "fp16"]
+
+
+def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    return {"linear": (nn.Linear(6, 5), (4, 6)), "convolution": (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 5))}
+
+
+def closes(counts: lnpu.Counts) -> None:
+    """Every slot is somewhere, and every operand's elements are those of its calls."""
+    for entry in counts.steps:
+        assert entry.slots == sum(map(sum, entry.pairs)) + entry.padding + entry.not_run
+        if entry.not_run < entry.slots:
+            assert sum(entry.first.elements) == sum(each.count * each.sizes[0] for each in entry.by_size)
+
+
+def step(layer: nn.Module, x: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor, lnpu.Counts]:
+    """Output, gradient of the input, and counts, of one call."""
+    x = x.clone().requires_grad_()
+    with lnpu.CostCounter(layer) as cost:
+        output = layer(x)
+        output.backward(torch.ones_like(output) if error is None else error)
+    assert x.grad is not None
+    closes(cost.counts)
+    return output.detach(), x.grad, cost.counts
+
+
+def operand(counts: lnpu.Counts, name: str) -> tuple[int, int, int]:
+    """Elements of an input or an error: zero, FP8, wide."""
+    step = "forward" if name == "input" else "grad_input"
+    return next(entry.first.elements for entry in counts.steps if entry.step == step)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("value", [0.0, -0.0, SUBNORMAL])
+def test_nothing_but_zeros_is_skipped_and_leaves_only_the_bias(value: float, kind: str, precision: str) -> None:
+    layer, shape = layers()[kind]
+    lnpu.convert(layer, precision)
+    x = torch.full(shape, value)
+    output, grad, counts = step(layer, x, torch.zeros_like(layer(x)))
+    bias = lnpu.quantize(layer.bias.detach(), "fp16")
+    assert torch.equal(output, bias.reshape(-1, *[1] * (len(shape) - 2)).expand_as(output))
+    assert not grad.any() and not layer.weight.grad.any() and not layer.bias.grad.any()
+    for name in ("input", "grad_output"):
+        zeros, fp8, wide = operand(counts, name)
+        assert zeros == zeros + fp8 + wide > 0
+    # grad_input's weight is not zero, but its error is
+    assert all(not any(map(any, entry.pairs[1:])) for entry in counts.steps)
+
+
+@pytest.mark.parametrize("kind", layers())
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_not_finite_passes_as_in_torch_and_is_counted(value: float, kind: str, precision: str) -> None:
+    layer, shape = layers()[kind]
+    x = torch.full(shape, value)
+    expected = layer(x).detach()
+    lnpu.convert(layer, precision)
+    output, grad, counts = step(layer, x)
+    assert torch.equal(output.isnan(), expected.isnan()) and torch.equal(output.isinf(), expected.isinf())
+    assert grad.isfinite().all() and not layer.weight.grad.isfinite().any()
+    elements = operand(counts, "input")
+    assert elements == ((0, x.numel(), 0) if precision == "fp8" else (0, 0, x.numel()))
+
+
+@pytest.mark.parametrize("precision", ["fgmp", "fp8"])
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_a_tensor_that_says_nothing_of_its_scale_sets_no_threshold(value: float, precision: str) -> None:
+    """So that one bad batch, which a GradScaler skips, does not change how the next one is rounded."""
+    torch.manual_seed(0)
+    spoilt, fresh = (lnpu.convert(nn.Linear(6, 5), precision) for _ in range(2))
+    fresh.load_state_dict(spoilt.state_dict())
+    good, bad = torch.randn(4, 6), torch.full((4, 6), value)
+    step(spoilt, bad)
+    assert spoilt.emulation.thresholds[0].tolist() == [UNSET, UNSET]
+    assert all(torch.equal(a, b) for a, b in zip(step(spoilt, good)[:2], step(fresh, good)[:2], strict=True))
+    before = spoilt.emulation.thresholds[0].tolist()
+    step(spoilt, bad)
+    assert spoilt.emulation.thresholds[0].tolist() == before
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_element(precision: str) -> None:
+    for layer, shape in ((nn.Linear(1, 1, bias=False), (1, 1)), (nn.Conv2d(1, 1, 1, bias=False), (1, 1, 1, 1))):
+        lnpu.convert(layer, precision)
+        with torch.no_grad():
+            layer.weight.fill_(0.75)
+        output, grad, counts = step(layer, torch.full(shape, 3.0), torch.full(shape, 0.5))
+        assert (output.item(), grad.item(), layer.weight.grad.item()) == (2.25, 0.375, 1.5)
+        assert [(entry.slots, sum(map(sum, entry.pairs))) for entry in counts.steps] == [(1, 1)] * 3
+
+
+def test_slots_beyond_int32_in_one_call() -> None:
+    layer = lnpu.convert(nn.Linear(1024, 1024, bias=False), "fp16")
+    x = torch.ones(2048 + 1, 1024)
+    x[:, 0] = 0
+    _, _, counts = step(layer, x, torch.ones(2049, 1024))
+    slots = 2049 * 1024 * 1024
+    assert slots > 2**31
+    forward, _, grad_weight = counts.steps
+    assert [entry.slots for entry in counts.steps] == [slots] * 3
+    assert sum(forward.pairs[0]) == sum(map(sum, grad_weight.pairs[:1])) == 2049 * 1024
+    assert sum(forward.pairs[2]) == sum(grad_weight.pairs[2]) == slots - 2049 * 1024
+    assert lnpu.price(counts, "dense-fp16").total.executed == 3 * slots
+
+
+def test_counters_that_have_grown_beyond_int32() -> None:
+    """As after a long run: what comes on top is counted to the last one."""
+    layer, shape = layers()["convolution"]
+    lnpu.convert(layer, "fp16")
+    x = torch.randn(shape)
+    _, _, expected = step(layer, x)
+    layer.emulation.counters += 2**31 - 5
+    _, _, counts = step(layer, x)
+    assert counts.steps == expected.steps
+    assert counts * 2**40 == lnpu.Counts.merge([counts * 2**39, counts * 2**39])
+    assert (counts * 2**40).steps[0].slots == 2**40 * counts.steps[0].slots
+
+
+@pytest.mark.parametrize("kind", layers())
+def test_a_batch_of_1_and_of_4096(kind: str) -> None:
+    layer, shape = layers()[kind]
+    lnpu.convert(layer, Precision(input=Rule(threshold=0), weight=Rule(threshold=0), grad_output=Rule(threshold=0)))
+    x = torch.randn(1, *shape[1:]).relu()
+    output, grad, one = step(layer, x)
+    weight = layer.weight.grad.clone()
+    layer.zero_grad()
+    outputs, grads, many = step(layer, x.expand(4096, *shape[1:]), torch.ones(4096, *output.shape[1:]))
+    assert torch.equal(outputs, output.expand_as(outputs)) and torch.equal(grads, grad.expand_as(grads))
+    torch.testing.assert_close(layer.weight.grad, 4096 * weight, rtol=2**-10, atol=1e-3)  # the sum is rounded to FP16
+    for entry, times in zip(one.steps, many.steps, strict=True):
+        assert times.slots == 4096 * entry.slots and times.padding == 4096 * entry.padding
+        assert times.pairs == tuple(tuple(4096 * count for count in row) for row in entry.pairs)
+
+
+def test_a_layer_that_is_never_called_has_no_counts_and_no_threshold(tmp_path) -> None:
+    model = lnpu.convert(nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)}), "fgmp")
+    with lnpu.CostCounter(model) as cost:
+        model["used"](torch.randn(2, 4)).sum().backward()
+    assert {entry.layer for entry in cost.counts.steps} == {"used"}
+    assert model["idle"].emulation.thresholds.unique().tolist() == [UNSET]
+    lnpu.load_thresholds(model, lnpu.thresholds(model))
+    cost.save(tmp_path / "counts.json")
+    assert {row.layer for row in lnpu.price(lnpu.Counts.load(tmp_path / "counts.json"), "lnpu").rows} >= {"used"}
+    assert all(layer.emulation.counting for layer in emulated_layers(model).values())
+
+
+def test_a_layer_called_many_times_a_step_counts_every_call_and_keeps_its_threshold() -> None:
+    layer = lnpu.convert(nn.Linear(8, 8), "fgmp")
+    x = torch.randn(3, 8)
+    step(layer, x)
+    before = layer.emulation.thresholds[:, 0].clone()
+    with lnpu.CostCounter(layer) as cost:
+        output = x
+        for _ in range(20):
+            output = layer(output)
+        assert torch.equal(layer.emulation.thresholds[:, 0], before)  # until the backward has run
+        output.sum().backward()
+    closes(cost.counts)
+    found = {entry.step: (entry.calls, entry.slots, entry.not_run) for entry in cost.counts.steps}
+    each = 3 * 8 * 8
+    assert found == {
+        "forward": (20, 20 * each, 0),
+        "grad_input": (20, 20 * each, each),
+        "grad_weight": (20, 20 * each, 0),
+    }
+
+
+@pytest.mark.parametrize("kind", layers())
+def test_frozen_weights_and_inputs_without_grad(kind: str) -> None:
+    layer, shape = layers()[kind]
+    lnpu.convert(layer, "fgmp").requires_grad_(False)
+    for wants in (True, False):
+        x = torch.randn(shape, requires_grad=wants)
+        with lnpu.CostCounter(layer) as cost:
+            output = layer(x)
+            if wants:
+                output.sum().backward()
+        closes(cost.counts)
+        ran = {entry.step for entry in cost.counts.steps if entry.not_run < entry.slots}
+        assert ran == ({"forward", "grad_input"} if wants else {"forward"})
+        assert output.requires_grad is wants and layer.weight.grad is None
