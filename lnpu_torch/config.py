@@ -103,7 +103,9 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.unlink(missing_ok=True)  # a link, perhaps, that would lead elsewhere
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
         beside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -170,6 +172,18 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder. Raises ConfigError if its name, or a link, leads out of the folder."""
+    path = folder / name
+    try:
+        leads_out = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or no name of a file at all
+        leads_out = True
+    if leads_out:
+        raise ConfigError(f"{path}: leads out of {folder}, where a run's files are")
+    return path
 
 
 def builtin_names(folder: str) -> list[str]:

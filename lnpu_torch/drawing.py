@@ -24,6 +24,7 @@ LOOK: dict[Any, Any] = {
     "axes.labelcolor": "#22272E",
     "axes.linewidth": 0.8,
     "text.color": "#22272E",
+    "text.parse_math": False,  # a layer may be called $x$
     "xtick.color": "#4A5361",
     "ytick.color": "#4A5361",
     "figure.facecolor": "white",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lnpu_torch.config import ConfigError, parse_json, parse_yaml, read_text
+from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text
 from lnpu_torch.counts import Counts
 
 
@@ -47,18 +47,19 @@ def read_run(folder: str | Path) -> Run:
     """Read the folder of a run.
 
     Raises:
-        ConfigError: there is no such folder, a file is missing or damaged, or nothing was counted.
+        ConfigError: there is no such folder, a file is missing or damaged or a link out of it, or nothing was counted.
     """
     folder = Path(folder)
-    settings = parse_yaml(read_text(folder / "config.yaml", "run"), str(folder / "config.yaml"))
+    settings = parse_yaml(read_text(inside(folder, "config.yaml"), "run"), str(folder / "config.yaml"))
     if not isinstance(settings, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: not the settings of a run: a mapping of keys is expected")
-    counts = {_number(file): Counts.load(file) for file in (folder / "counts").glob("epoch*.json")}
+    files = [inside(folder, f"counts/{file.name}") for file in (folder / "counts").glob("epoch*.json")]
+    counts = {_number(file): Counts.load(file) for file in files}
     if not counts:
         raise ConfigError(f"{folder}: no epoch of this run was counted (counts/epochN.json)")
-    metrics = _metrics(folder / "metrics.csv")
+    metrics = _metrics(inside(folder, "metrics.csv"))
     epochs = [Epoch(number, counts[number], metrics.get(number, {})) for number in sorted(counts)]
-    return Run(folder.resolve().name, settings, _versions(folder / "versions.json"), tuple(epochs))
+    return Run(folder.resolve().name, settings, _versions(inside(folder, "versions.json")), tuple(epochs))
 
 
 def _number(file: Path) -> int:
@@ -75,7 +76,7 @@ def _metrics(file: Path) -> dict[int, dict[str, float]]:
         return {
             int(row["epoch"]): {name: float(cell) for name, cell in row.items() if _is_number(cell)} for row in rows
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, csv.Error):
         raise ConfigError(f"{file}: not the metrics of a run: a first column `epoch` is expected") from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +25,8 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The newest last."""
-        return sorted(self.folder.glob("[0-9]*-epoch*.pt"), key=lambda file: int(file.name.split("-")[0]))
+        numbered = [file for file in self.folder.glob("[0-9]*-epoch*.pt") if file.name.split("-")[0].isdecimal()]
+        return sorted(numbered, key=lambda file: int(file.name.split("-")[0]))
 
     def save(self, state: Mapping[str, Any], epoch: int, step: int) -> None:
         """Write a checkpoint, and drop those older than the last `keep`. Raises ConfigError if the disk is full."""
@@ -60,7 +60,7 @@ class Checkpoints:
             left.unlink()
         try:
             self.folder.mkdir(exist_ok=True)
-            with beside.open("wb") as file:
+            with beside.open("xb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -88,7 +88,11 @@ def _read(file: Path) -> dict[str, Any]:
             if broken := parts.testzip():
                 raise ConfigError(f"{file}: damaged: the checksum of {broken} is wrong")
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        if not isinstance(state, dict):
+            raise ConfigError(f"{file}: not a checkpoint, but {type(state).__name__}")
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # whatever torch's reader raises of what is no state
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{file}: damaged, or not a checkpoint: {reason}") from None
     return state

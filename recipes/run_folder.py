@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, parse_json, parse_yaml, read_text, write_text
+from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text, write_text
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.recipes.settings import FREE
 
@@ -59,6 +59,8 @@ class RunFolder:
         `accept_changes`; then they become the run's own. `warn` is told of them, of damaged checkpoints, and of
         versions that are others now, with which the run need not end as it would have.
         """
+        for folder in ("counts", "checkpoints", "tensorboard"):
+            inside(self.path, folder)
         before = _flat(self.settings())
         now = _flat(settings)
         changes = [
@@ -70,6 +72,8 @@ class RunFolder:
             message = f"{self.path}: its settings were others:\n  " + "\n  ".join(changes)
             raise ConfigError(f"{message}\nLeave them as they were, or go on with the new ones: --accept-changes")
         ran_with, runs_with = parse_json(read_text(self.versions), str(self.versions)), lnpu.versions()
+        if not isinstance(ran_with, dict):
+            raise ConfigError(f"{self.versions}: not a mapping of versions")
         changes += [
             f"{name}: {ran_with.get(name)} -> {now}" for name, now in runs_with.items() if now != ran_with.get(name)
         ]
@@ -114,9 +118,9 @@ class RunFolder:
 
     def counts(self) -> list[tuple[str, lnpu.Counts]]:
         """The counts of every epoch, in order, each with its name ("epoch1", ...)."""
-        files = (self.path / "counts").glob("epoch*.json")
-        in_order = sorted(files, key=lambda file: int(file.stem.removeprefix("epoch")))
-        return [(file.stem, lnpu.Counts.load(file)) for file in in_order]
+        names = [file.stem for file in (self.path / "counts").glob("epoch*.json")]
+        in_order = sorted((name for name in names if name[5:].isdecimal()), key=lambda name: int(name[5:]))
+        return [(name, lnpu.Counts.load(inside(self.path, f"counts/{name}.json"))) for name in in_order]
 
     def how_to_go_on(self) -> str:
         """One sentence for whom the run was cut short."""

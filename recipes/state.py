@@ -34,8 +34,9 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     one that was cut short begins anew.
 
     Raises:
-        ConfigError: the state is that of another model.
+        ConfigError: the state is that of another model, or of no run.
     """
+    _check(state)
     try:
         for name, part in _parts(run).items():
             if name in state:
@@ -56,6 +57,17 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     for group in inner.param_groups:
         group |= inner.defaults
     run.schedule = make_schedule(inner, run.config, run.steps * run.config.epochs, updates)
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Numbers are numbers: some become part of a file's name."""
+    counted = [state.get(name) for name in ("epoch", "done", "steps", "updates")]
+    rows = state.get("metrics")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and isinstance(state.get("ranks"), list):
+        counted += [row.get("epoch") for row in rows]
+        if all(type(number) is int and number >= 0 for number in counted):
+            return
+    raise ConfigError("the checkpoint is not one of a run")
 
 
 def _restore_ranks(run: Run, ranks: list[dict[str, Any]]) -> None:

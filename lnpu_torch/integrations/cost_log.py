@@ -20,7 +20,7 @@ import yaml
 from torch import distributed, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, write_text
+from lnpu_torch.config import ConfigError, read_text, write_text
 
 Overrides = Mapping[str, str | Path | lnpu.Rule | lnpu.Precision | None]
 
@@ -133,8 +133,11 @@ class CostLog:
     def _earlier(self) -> list[dict[str, float]]:
         """Rows of the epochs before a run was cut short."""
         file = self.folder / "metrics.csv"
-        rows = csv.DictReader(io.StringIO(file.read_text() if file.exists() else ""))
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+        rows = csv.DictReader(io.StringIO(read_text(file) if file.exists() else ""))
+        try:
+            return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+        except (TypeError, ValueError, csv.Error):
+            raise ConfigError(f"{file}: not the metrics of a run") from None
 
 
 def _csv(rows: Sequence[Mapping[str, float]]) -> str:
