@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from lnpu_torch.cli_errors import fail
-from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
+from lnpu_torch.config import ConfigError, find, inside, parse_yaml, read_text, validate
 from lnpu_torch.tables import plain
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read_recipe(config: str | None, settings: Iterable[str], resume: str | None 
 
     if config is None and resume is None:
         raise ConfigError("a recipe is needed (lnpu recipes lists them), or --resume RUN")
-    path = find("recipes", config, "recipe") if config else Path(str(resume)) / "config.yaml"
+    path = find("recipes", config, "recipe") if config else inside(Path(str(resume)), "config.yaml")
     data = parse_yaml(read_text(path, "recipe" if config else "run to resume"), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a recipe: a mapping of keys is expected")

@@ -33,17 +33,19 @@ def save_plot(swept: Sweep, path: str | Path) -> None:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
     require_matplotlib()
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    _draw_points(axes, swept)
-    _draw_front(axes, swept)
-    _style(axes, swept)
-    try:
-        figure.savefig(path, dpi=200)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be written: {error}") from None
+    with matplotlib.rc_context({"text.parse_math": False}):  # a chip may be called $x$
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_points(axes, swept)
+        _draw_front(axes, swept)
+        _style(axes, swept)
+        try:
+            figure.savefig(path, dpi=200)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be written: {error}") from None
 
 
 def _draw_points(axes: Axes, swept: Sweep) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.config import ConfigError, inside
 
 
 class Checkpoints:
@@ -47,7 +47,7 @@ class Checkpoints:
         files = self.files()
         for file in reversed(files):
             try:
-                return _read(file)
+                return _read(inside(self.folder, file.name))
             except ConfigError as error:
                 warn(f"{error}; trying the one before")
         if files:

@@ -59,8 +59,8 @@ class RunFolder:
         `accept_changes`; then they become the run's own. `warn` is told of them, of damaged checkpoints, and of
         versions that are others now, with which the run need not end as it would have.
         """
-        for folder in ("counts", "checkpoints", "tensorboard"):
-            inside(self.path, folder)
+        for name in ("config.yaml", "versions.json", "counts", "checkpoints", "tensorboard"):
+            inside(self.path, name)
         before = _flat(self.settings())
         now = _flat(settings)
         changes = [

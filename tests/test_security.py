@@ -84,6 +84,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert bomb.exists()  # so it would have
 
 
+def test_a_checkpoint_that_lies_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"epoch": 1}, tmp_path / "elsewhere.pt")
+    (tmp_path / "checkpoints" / "000001-epoch1-step1.pt").symlink_to(tmp_path / "elsewhere.pt")
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="damaged"):
+        Checkpoints(tmp_path / "checkpoints", 2).newest(said.append)
+    assert "leads out of" in said[0]
+
+
 def test_damaged_pickles_in_a_whole_archive_are_refused(tmp_path: Path) -> None:
     """Their checksums are right, so that torch's own reader meets them."""
     buffer, file, chance = io.BytesIO(), tmp_path / "000001-epoch1-step1.pt", random.Random(0)
@@ -131,6 +141,8 @@ def test_links_do_not_lead_out_of_a_run(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="leads out of") as error:
             read_run(run)
         assert "1234" not in str(error.value) + refused("report", str(run))
+        if name == "config.yaml":
+            assert "1234" not in refused("train", "--resume", str(run))
     for name in ("../secret", "/etc/passwd", "a\0b"):
         with pytest.raises(ConfigError, match="leads out of"):
             inside(tmp_path / "config.yaml", name)

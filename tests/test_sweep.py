@@ -149,6 +149,13 @@ def test_a_plot_shows_every_chip_and_labels_the_front(tmp_path: Path) -> None:
         plot.save_plot(small(), tmp_path / "plot.xyz")
 
 
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    odd = sweep(network(), [lnpu.chip("lnpu").model_copy(update={"name": "$x^$"})], {"macs_per_cycle.fp16": [384, 768]})
+    plot.save_plot(odd, tmp_path / "plot.svg")
+    assert "<!-- $x^$ -->" in (tmp_path / "plot.svg").read_text()
+
+
 def test_without_matplotlib_the_table_is_still_saved(
     counts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
