@@ -16,7 +16,7 @@ help:
 	@echo 'make exhaustive compare rounding with ml_dtypes over all 2^32 float32s; about an hour on one core'
 	@echo 'make lint       ruff and mypy (format: let ruff rewrite)'
 	@echo 'make docs       build the documentation, site/index.html (drawings, examples: make its pictures, print its outputs)'
-	@echo 'make wheel      build dist/*.whl'
+	@echo 'make wheel      build dist/*.tar.gz, and from that dist/*.whl'
 	@echo 'make clean      remove .venv and everything built'
 
 $(READY): pyproject.toml constraints.txt
@@ -54,7 +54,7 @@ format: $(READY)
 
 wheel: $(READY)
 	rm -rf build dist
-	.venv/bin/python -m build --wheel
+	.venv/bin/python -m build
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet

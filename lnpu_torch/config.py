@@ -192,6 +192,7 @@ def builtin_names(folder: str) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
+    """Names as a message has them: `a, b, c`."""
     return ", ".join(names)
 
 

@@ -135,10 +135,12 @@ class Coverage:
 
     @property
     def emulated(self) -> tuple[CoverageRow, ...]:
+        """The layers that are emulated."""
         return tuple(row for row in self.rows if row.emulated)
 
     @property
     def in_float(self) -> tuple[CoverageRow, ...]:
+        """The layers that stayed in float, each with its reason."""
         return tuple(row for row in self.rows if not row.emulated)
 
     def __str__(self) -> str:

@@ -50,6 +50,7 @@ class Linear(Emulated, nn.Linear):
     torch_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        """As torch's: [..., in_features] -> [..., out_features], in the dtype that it would return."""
         return functional.linear(input, self.weight, self.bias, self.ready())
 
 
@@ -146,6 +147,7 @@ class ReLU(nn.ReLU):
     torch_class = nn.ReLU
 
     def forward(self, input: Tensor) -> Tensor:
+        """As torch's, bit for bit; any shape."""
         return functional.relu(input, self.inplace)
 
 

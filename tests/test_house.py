@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import lnpu_torch
+import lnpu_torch.functional
+import lnpu_torch.nn
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lnpu_torch"
@@ -120,6 +125,27 @@ def test_files_stay_short() -> None:
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     long = {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) >= 300}
     assert not long
+
+
+def public() -> Iterator[tuple[str, object]]:
+    """All that a user is meant to call, and its methods, with names."""
+    for module in (lnpu_torch, lnpu_torch.nn, lnpu_torch.functional):
+        for name, found in vars(module).items():
+            exported = name in lnpu_torch.__all__ if module is lnpu_torch else not name.startswith("_")
+            if exported and getattr(found, "__module__", "").startswith(
+                "lnpu_torch." if module is lnpu_torch else module.__name__
+            ):
+                yield f"{module.__name__}.{name}", found
+                members = vars(found).items() if inspect.isclass(found) else ()
+                own = [(key, inspect.unwrap(getattr(member, "fget", member))) for key, member in members]
+                functions = [(key, each) for key, each in own if inspect.isfunction(each) and not key.startswith("_")]
+                yield from ((f"{found.__module__}.{name}.{key}", each) for key, each in functions)
+
+
+def test_all_that_is_public_says_what_it_is() -> None:
+    silent = [name for name, found in public() if not (inspect.getdoc(found) or "").strip()]
+    assert not silent
+    assert len(list(public())) > 60
 
 
 BLOCK = """
