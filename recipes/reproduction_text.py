@@ -64,13 +64,13 @@ def markdown(
             claims_table(rows),
             "\n".join(f"- **{basis}**: {words}." for basis, words in BASIS.items()),
             "## Zeros by layer and step",
-            f"![Zeros by layer and step](<{images['zeros']}>)",
+            f"![Zeros by layer and step]({images['zeros']})",
             "Zeros among the elements that each step streams (FF and WG: inputs, EP: errors), and FP8 among the "
             "others, over "
             "the counted steps; no EP where nobody asks for it.",
             *(layer_table(name, layers(probe.fgmp)) for name, probe in evidence.probes.items()),
             "## Efficiency against zeros",
-            f"![Efficiency against zeros](<{images['efficiency']}>)",
+            f"![Efficiency against zeros]({images['efficiency']})",
             "One 3x3 convolution, its three steps, inputs and errors with so many zeros spread at random; TFLOPS/W of "
             "MACs "
             "alone, and in parentheses with filling the SRAM.",

@@ -191,7 +191,7 @@ def test_the_markdown_is_whole(made: tuple[tuple[Row, ...], Evidence]) -> None:
         "torch 2",
         "scikit-learn's digits: 1,437 images of 10 classes to train on, 10 of 360 to test",
         "AdamW at 0.01",
-        "](<images/z.svg>)",
+        "](images/z.svg)",
     ):
         assert words in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
@@ -224,7 +224,7 @@ def test_the_command_prints_and_writes(
     assert {row["network"] for row in written["layers"]} == set(TINY["networks"])
     page = (tmp_path / "out.md").read_text()
     for name in ("zeros", "efficiency"):
-        assert f"](<images/reproduction_{name}.svg>)" in page
+        assert f"](images/reproduction_{name}.svg)" in page
         assert (tmp_path / "images" / f"reproduction_{name}.svg").read_text().startswith("<?xml")
 
 
