@@ -98,6 +98,7 @@ def chips_side_by_side(study: Study) -> Figure:
     chips, places = study["chips"], list(range(len(study["chips"])))
     lacks = _lacking(chips)
     figure, (energy, time, dram) = _panels(1, 3, height=1.0 + 0.46 * len(chips), sharey=True)
+    figure.set_layout_engine("constrained", wspace=0.09)  # room for the numbers at the ends of the axes
     ends = [0.0] * len(chips)
     for part in ON_CHIP:
         values = [_spent(chip["total"], [part]) for chip in chips]
@@ -114,7 +115,7 @@ def chips_side_by_side(study: Study) -> Figure:
     for axes, title, unit in ((energy, "energy on the chip", "J"), (time, "time", "s"), (dram, "DRAM traffic", "bit")):
         axes.set_title(title, loc="left")
         axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
-        axes.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))  # the next panel begins there
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         _engineering(axes.xaxis, unit)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
