@@ -135,6 +135,16 @@ def test_a_reverted_model_is_exported_and_computes_as_before() -> None:
     assert not any("lnpu" in str(node.target) for node in exported.graph.nodes)
 
 
+def test_an_emulated_model_is_exported_and_rounds_as_before() -> None:
+    model = network("fgmp")
+    trained(model, batch())
+    model.eval()
+    exported: Any = torch.export.export(model, (batch(),))
+    found = exported.module()(batch())
+    assert torch.equal(found, model(batch()))
+    assert not torch.equal(found, lnpu.revert(model)(batch()))
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_a_compiled_step_in_autocast_counts_as_an_eager_one() -> None:
     torch.compiler.reset()
