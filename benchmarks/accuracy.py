@@ -1,0 +1,126 @@
+"""Accuracy and energy of the recipes in every precision, over seeds: makes the runs that are missing, then the tables.
+
+python benchmarks/accuracy.py RUNS data.kind=npz data.path=cifar.npz threads=1     # narrow networks, few steps: a CPU
+python benchmarks/accuracy.py RUNS --full data.download=true                       # the recipes as they are: a GPU
+
+Each run is a folder RUNS/NETWORK-PRECISION-SEED; what follows is `lnpu train`'s `key=value`, for all of them. A folder
+whose metrics reach the last epoch is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lnpu_torch.tables import si
+
+NETWORKS = {
+    "resnet18": ("ResNet-18", "resnet18_cifar10", ()),
+    "vgg16": ("VGG16", "vgg16_cifar10", ()),
+    "vgg16plain": ("VGG16 without batch norm", "vgg16_cifar10", ("model.batch_norm=false", "lr=0.02")),
+    "alexnet": ("AlexNet", "alexnet_cifar10", ()),
+}
+SMALL = {
+    "resnet18": ("model.width=8", "batch_size=64", "limit=120", "epochs=2", "lr=0.1"),
+    "vgg16": ("model.width=8", "batch_size=64", "limit=120", "epochs=2", "lr=0.05"),
+    "vgg16plain": ("model.width=16", "batch_size=64", "limit=120", "epochs=2", "lr=0.03"),
+    "alexnet": ("model.width=16", "batch_size=32", "limit=240", "epochs=4", "lr=0.02"),
+}
+"""A minute or two a run on one core; the rate rises and falls once (one-cycle)."""
+PRECISIONS = {"float32": None, "fgmp": "lnpu", "fp8": "lnpu", "fp16": "lnpu-fp16"}
+"""Each with the chip of its own that it would run on."""
+CHIPS = ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")
+EVERY = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("settings", nargs="*", help="key=value, for every run")
+    parser.add_argument("--full", action="store_true", help="the recipes' own widths and epochs")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    for seed in range(options.seeds):
+        for network in NETWORKS:
+            for precision in PRECISIONS:
+                _make(options.runs / f"{network}-{precision}-{seed}", network, options)
+    lines = [line for network in NETWORKS for line in table(options.runs, network, options.seeds)]
+    print("\n".join(lines + together(options.runs, options.seeds)))
+
+
+def _make(folder: Path, network: str, options: argparse.Namespace) -> None:
+    if (folder / "metrics.csv").exists() and _finished(folder):
+        return
+    _, recipe, own = NETWORKS[network]
+    _, precision, seed = folder.name.split("-")
+    own = own if options.full else (*own, *SMALL[network], "schedule=onecycle")
+    fixed = (f"precision={precision}", f"seed={seed}", f"count.every={EVERY}", f"chip=[{','.join(CHIPS)}]")
+    command = [sys.executable, "-c", "import sys; from lnpu_torch.cli import main; sys.exit(main())", "train", recipe]
+    subprocess.run([*command, *own, *fixed, *options.settings, "--resume", str(folder)], check=True, stdout=sys.stderr)
+
+
+def _finished(folder: Path) -> bool:
+    epochs = [line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("epochs:")]
+    return len(rows(folder)) == int(epochs[0].split()[1])
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(runs: Path, network: str, seeds: int) -> list[str]:
+    """A network's two tables in Markdown: what it learned, and what the last epoch would cost."""
+    last = {
+        precision: [rows(runs / f"{network}-{precision}-{seed}")[-1] for seed in range(seeds)]
+        for precision in PRECISIONS
+    }
+    tested = {precision: [100 * float(row["test_accuracy"]) for row in each] for precision, each in last.items()}
+    lines = [f"## {NETWORKS[network][0]}", ""]
+    lines += ["| | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 6 + "|"]
+    for precision, each in last.items():
+        pairs = zip(tested[precision], tested["float32"], strict=True)
+        over = "-" if precision == "float32" else _spread([a - b for a, b in pairs], of_mean=True)
+        loss = _spread([float(row["loss"]) for row in each], digits=3)
+        shares = [_share(each, f"lnpu_{name}_share") for name in ("fp8", "zero")]
+        lines.append(f"| {precision} | {_spread(tested[precision])} | {over} | {loss} | {' | '.join(shares)} |")
+    lines += ["", f"| energy of the last epoch | {' | '.join(CHIPS)} |", "| --- " * (len(CHIPS) + 1) + "|"]
+    for precision in [precision for precision, chip in PRECISIONS.items() if chip]:
+        costs = [statistics.mean(float(row[f"{chip}_energy_pj"]) for row in last[precision]) for chip in CHIPS]
+        lines.append(f"| {precision} | {' | '.join(si(cost, 'pJ') for cost in costs)} |")
+    return [*lines, ""]
+
+
+def together(runs: Path, seeds: int) -> list[str]:
+    """Every run beside the one in float32 of its network and seed."""
+    lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
+    for precision in list(PRECISIONS)[1:]:
+        pairs = [
+            [float(rows(runs / f"{network}-{name}-{seed}")[-1]["test_accuracy"]) for name in (precision, "float32")]
+            for network in NETWORKS
+            for seed in range(seeds)
+        ]
+        lines.append(f"| {precision} | {_spread([100 * (a - b) for a, b in pairs], of_mean=True)} | {len(pairs)} |")
+    return lines
+
+
+def _spread(values: Sequence[float], digits: int = 2, of_mean: bool = False) -> str:
+    """Mean +- standard deviation, or +- that of the mean."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    deviation /= len(values) ** 0.5 if of_mean else 1
+    sign = "+" if of_mean else ""
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _share(each: Sequence[dict[str, str]], name: str) -> str:
+    found = [float(row[name]) for row in each if row.get(name)]
+    return f"{statistics.mean(found):.1%}" if found else "-"
+
+
+if __name__ == "__main__":
+    main()
