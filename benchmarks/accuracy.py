@@ -32,8 +32,7 @@ SMALL = {
     "alexnet": ("model.width=16", "batch_size=32", "limit=240", "epochs=4", "lr=0.02"),
 }
 """A minute or two a run on one core; the rate rises and falls once (one-cycle)."""
-PRECISIONS = {"float32": None, "fgmp": "lnpu", "fp8": "lnpu", "fp16": "lnpu-fp16"}
-"""Each with the chip of its own that it would run on."""
+EMULATED = ("fgmp", "fp8", "fp16")
 CHIPS = ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")
 EVERY = 10
 
@@ -44,13 +43,16 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value, for every run")
     parser.add_argument("--full", action="store_true", help="the recipes' own widths and epochs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS))
+    parser.add_argument("--precisions", nargs="+", choices=EMULATED, default=EMULATED, help="beside float32")
     options = parser.parse_args()
     for seed in range(options.seeds):
-        for network in NETWORKS:
-            for precision in PRECISIONS:
+        for network in options.networks:
+            for precision in ("float32", *options.precisions):
                 _make(options.runs / f"{network}-{precision}-{seed}", network, options)
-    lines = [line for network in NETWORKS for line in table(options.runs, network, options.seeds)]
-    print("\n".join(lines + together(options.runs, options.seeds)))
+    asked = (options.precisions, options.seeds)
+    lines = [line for network in options.networks for line in table(options.runs, network, *asked)]
+    print("\n".join(lines + together(options.runs, options.networks, *asked)))
 
 
 def _make(folder: Path, network: str, options: argparse.Namespace) -> None:
@@ -74,11 +76,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def table(runs: Path, network: str, seeds: int) -> list[str]:
+def table(runs: Path, network: str, precisions: Sequence[str], seeds: int) -> list[str]:
     """A network's two tables in Markdown: what it learned, and what the last epoch would cost."""
     last = {
         precision: [rows(runs / f"{network}-{precision}-{seed}")[-1] for seed in range(seeds)]
-        for precision in PRECISIONS
+        for precision in ("float32", *precisions)
     }
     tested = {precision: [100 * float(row["test_accuracy"]) for row in each] for precision, each in last.items()}
     lines = [f"## {NETWORKS[network][0]}", ""]
@@ -90,19 +92,19 @@ def table(runs: Path, network: str, seeds: int) -> list[str]:
         shares = [_share(each, f"lnpu_{name}_share") for name in ("fp8", "zero")]
         lines.append(f"| {precision} | {_spread(tested[precision])} | {over} | {loss} | {' | '.join(shares)} |")
     lines += ["", f"| energy of the last epoch | {' | '.join(CHIPS)} |", "| --- " * (len(CHIPS) + 1) + "|"]
-    for precision in [precision for precision, chip in PRECISIONS.items() if chip]:
+    for precision in precisions:
         costs = [statistics.mean(float(row[f"{chip}_energy_pj"]) for row in last[precision]) for chip in CHIPS]
         lines.append(f"| {precision} | {' | '.join(si(cost, 'pJ') for cost in costs)} |")
     return [*lines, ""]
 
 
-def together(runs: Path, seeds: int) -> list[str]:
+def together(runs: Path, networks: Sequence[str], precisions: Sequence[str], seeds: int) -> list[str]:
     """Every run beside the one in float32 of its network and seed."""
     lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
-    for precision in list(PRECISIONS)[1:]:
+    for precision in precisions:
         pairs = [
             [float(rows(runs / f"{network}-{name}-{seed}")[-1]["test_accuracy"]) for name in (precision, "float32")]
-            for network in NETWORKS
+            for network in networks
             for seed in range(seeds)
         ]
         lines.append(f"| {precision} | {_spread([100 * (a - b) for a, b in pairs], of_mean=True)} | {len(pairs)} |")
