@@ -54,8 +54,8 @@ def quantize(
     single = torch.empty(shape) if wanted[0] else None
     half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
     samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
-    lengths = torch.empty(runs_shape(x.shape) if wanted[3] else (0,), dtype=torch.uint8)
-    along = lengths.numpy() if wanted[3] and grid else None  # without a grid, runs are along the rows
+    fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
+    lengths = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
     loop = loops.quantize_last if channels_last else loops.quantize
     bits = None if half is None else half.view(torch.uint16)
     arrays = [None if t is None else _memory(t) for t in (dense, single, bits)]
@@ -67,7 +67,7 @@ def quantize(
             last = min(first + ROWS, stop)
             parts = (None if array is None else array[first * size : last * size] for array in arrays)
             sums = None if samples is None else samples[:, first:last]
-            runs = None if along is None else along[first:last]
+            runs = lengths.numpy()[first:last] if fused else None
             loop(*parts, counts, sums, runs, first, share, (last - first, channels, positions), parameters)
         return counts
 
@@ -76,7 +76,7 @@ def quantize(
     position = position.movedim(-1, 2).contiguous() if channels_last else position
     sample = position.new_empty(0) if samples is None else torch.from_numpy(samples).reshape(*samples.shape[:3], *grid)
     values = _shaped(single, channels_last, torch.float32), _shaped(half, channels_last, torch.float16)
-    if wanted[3] and not grid:
+    if wanted[3] and not fused:
         lengths = cpu_lanes.runs_of(values[1] if wanted[1] else values[0])
     return *values, position, sample, lengths
 

@@ -79,18 +79,20 @@ def _(
     return result.to(memory_format=backends.memory_format(x))
 
 
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
+
+
 @op()
 def unread(like: Tensor, shape: Sequence[int]) -> Tensor:
     """What stands in for an operand that a step does not read: of its shape, and in the same memory format.
 
     An op, as dynamo would make each gradient contiguous first, were its memory format asked of it.
     """
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
+    return _empty(like, shape)
 
 
-@fake("unread")
-def _(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
+fake("unread")(_empty)
 
 
 @op()
