@@ -108,10 +108,11 @@ def quantize_flat(
     return values, values.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
 
-def round_half_(x: Tensor) -> None:
-    """Round a contiguous or channels_last float32 tensor to binary16, in place."""
-    flat = _memory(x)
-    split(lambda start, stop: loops.round_half(flat[start:stop]), len(flat), len(flat))
+def round_half(x: Tensor, out: Tensor) -> Tensor:
+    """Round a contiguous or channels_last float32 tensor to binary16, into one that lies as x does (which may be x)."""
+    source, target = _memory(x), _memory(out)
+    split(lambda start, stop: loops.round_half(source[start:stop], target[start:stop]), len(source), len(source))
+    return out
 
 
 def relu(x: Tensor, out: Tensor) -> Tensor:

@@ -166,7 +166,8 @@ class Emulation:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
         done = x.dtype == torch.float16 and self.result_format == "fp16"
         if self.emulates(step) and self.result_format != "fp32" and not done:
-            if backends.on_gpu(x):
+            # compiled, never in place: inductor (torch 2.13) fails on some gradients that are changed where they lie
+            if backends.on_gpu(x) or torch.compiler.is_compiling():
                 return product_ops.rounded_result(x, self.result_format, dtype)  # type: ignore[no-any-return]
             ops.round_result_(x, self.result_format)
         return x.to(dtype)

@@ -238,10 +238,10 @@ def quantize_flat(x, values, groups, parameters):
 
 
 @compiled
-def round_half(x):
-    """Round float32 numbers to binary16, in place."""
+def round_half(x, out):
+    """Round float32 numbers to binary16, into `out` (which may be x)."""
     for i in range(len(x)):
-        x[i] = _single(_half(x[i]))
+        out[i] = _single(_half(x[i]))
 
 
 @compiled

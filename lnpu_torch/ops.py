@@ -125,9 +125,9 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
 @op(["x"])
 def round_result_(x: Tensor, form: str) -> None:
     """Round a step's result to a format in place, nearest, overflow to infinity."""
-    fast = backends.fast(x) if x.device.type == "cpu" and not backends.on_gpu(x) else None
-    if form == "fp16" and fast and x.dtype == torch.float32 and fast.is_dense(x):
-        fast.round_half_(x)
+    fast = backends.dense_loops(x)
+    if form == "fp16" and fast:
+        fast.round_half(x, x)
     elif form == "fp16" and x.dtype == torch.float32:
         x.copy_(x.half())
     elif x.numel():

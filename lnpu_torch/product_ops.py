@@ -119,6 +119,9 @@ def rounded_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
     if module is not None and module.rounds_results(x, dtype):
         out: Tensor = module.round_result(x, None, form, dtype)
         return out.clone() if out is x else out
+    fast = backends.dense_loops(x)
+    if form == "fp16" and fast:
+        return fast.round_half(x, torch.empty_like(x)).to(dtype)  # type: ignore[no-any-return]
     return reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]).to(dtype)
 
 

@@ -24,7 +24,7 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or not (torch.is_grad_enabled() and x.requires_grad)
-        or not backends.packed_relu(x)
+        or not backends.dense_loops(x)
     ):
         return F.relu(x, inplace)
     output: Tensor = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from lnpu_torch.registry import op
 
 @op(["out"])
 def packed_relu(x: Tensor, out: Tensor) -> Tensor:
-    """ReLU of a tensor that `backends.packed_relu` takes, into `out` (which may be x); one bit per element."""
+    """ReLU of a tensor that `backends.dense_loops` takes, into `out` (which may be x); one bit per element."""
     from lnpu_torch import cpu  # only here is it sure that Numba is installed
 
     return cpu.relu(x, out)
