@@ -153,6 +153,15 @@ def test_ranks_share_thresholds_and_sum_their_counts(tmp_path: Path) -> None:
     assert epoch.metrics["lnpu_energy_pj"] == first["lnpu_energy_pj"]
 
 
+@pytest.mark.parametrize("metrics", ["loss\n1\n", "epoch\none\n", "epoch,loss\n1,2,3\n", "epoch\n" + "1" * 2**18])
+def test_a_log_goes_on_only_from_the_metrics_of_a_run(metrics: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(metrics)
+    costs = CostLog(folder=tmp_path)
+    costs.convert(network())
+    with pytest.raises(ConfigError, match="not the metrics of a run"):
+        costs.start(resumed=True)
+
+
 def test_pauses_are_not_counted_and_wrong_settings_are_named(tmp_path: Path) -> None:
     net, costs = network(), CostLog("fp8", chips=["lnpu"], folder=tmp_path / "run", overrides={"2": None})
     costs.convert(net)

@@ -24,6 +24,7 @@ def test_epochs_come_in_their_order_with_the_metrics_that_are_numbers(tmp_path: 
 WRONG: list[tuple[str, str, str]] = [
     ("config.yaml", "", "not the settings of a run"),
     ("metrics.csv", "loss\n1\n", "a first column `epoch` is expected"),
+    ("metrics.csv", "epoch,loss\n1," + "1" * 2**18, "a first column `epoch` is expected"),
     ("counts/epoch1.json", "{", "not valid JSON"),
     ("counts/epochs.json", "{}", "not named after its epoch"),
     ("versions.json", "[]", "not a mapping of versions"),

@@ -135,8 +135,10 @@ class CostLog:
         file = self.folder / "metrics.csv"
         rows = csv.DictReader(io.StringIO(read_text(file) if file.exists() else ""))
         try:
-            return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
-        except (TypeError, ValueError, csv.Error):
+            return [
+                {name: float(cell) for name, cell in row.items() if cell} | {"epoch": int(row["epoch"])} for row in rows
+            ]
+        except (KeyError, TypeError, ValueError, csv.Error):
             raise ConfigError(f"{file}: not the metrics of a run") from None
 
 
