@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS))
     parser.add_argument("--precisions", nargs="+", choices=EMULATED, default=EMULATED, help="beside float32")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     for seed in range(options.seeds):
         for network in options.networks:
             for precision in ("float32", *options.precisions):

@@ -1,11 +1,12 @@
 """Emulated layers in torch's own tools for training: each computes and counts as without it.
 
-Compiling, autocast, channels_last: test_training.py. Copies, pickles and checkpoints: test_convert.py.
+Compiling, autocast, channels_last: test_training.py, too. Copies, pickles and checkpoints: test_convert.py.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -158,3 +159,33 @@ def test_a_compiled_step_in_autocast_counts_as_an_eager_one() -> None:
     torch.compiler.reset()
     assert found[0][1] == found[1][1]
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+
+
+class Residual(nn.Module):
+    """A block with a projection, whose gradients inductor lays out anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.projection = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.relu(self.body(x) + self.projection(x))
+        return out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_model_compiled_to_machine_code_computes_and_counts_as_an_eager_one() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    eager = lnpu.convert(Residual(), "fgmp")
+    compiled = copy.deepcopy(eager)
+    call = torch.compile(compiled, fullgraph=True)
+    x = torch.randn(4, 4, 8, 8)
+    with lnpu.CostCounter(eager) as a, lnpu.CostCounter(call) as b:
+        for run in (eager, call, eager, call):
+            run(x).square().sum().backward()
+    assert a.counts == b.counts
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
