@@ -30,6 +30,8 @@ NETWORKS = {
     "AlexNet": (ModelConfig(name="alexnet_cifar"), 0.02),
 }
 """Each with the learning rate of its short training."""
+SCALE = 2.0**10
+"""Of the loss, as a GradScaler's: else errors would fall below the least FP16 numbers."""
 FGMP = PRESETS["fgmp"]
 PRECISIONS = {
     "fgmp": lnpu.Precision(input=FGMP, weight=FGMP, grad_output=FGMP),
@@ -102,9 +104,9 @@ def gradients(model: nn.Module, batch: Batch) -> list[Tensor]:
     """The gradients of all weights of convolutions and linear layers, by one batch."""
     torch.manual_seed(1)  # the same dropout
     model.zero_grad()
-    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    (SCALE * nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return [weight.grad.clone() for weight in weights if weight.grad is not None]
+    return [weight.grad / SCALE for weight in weights if weight.grad is not None]
 
 
 def error(found: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=64, help="images in a batch, on a CPU")
     parser.add_argument("--repeats", type=int, default=15, help="alternations; the median counts")
     parser.add_argument("--precision", default="fgmp")
+    parser.add_argument("--compiled", action="store_true", help="both under torch.compile too, which takes minutes")
     add_options(parser)
     add_option(parser)
     parser.add_argument("--memory-of", choices=("float32", "emulated"), help=argparse.SUPPRESS)
@@ -69,6 +70,10 @@ def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         models["emulated"] = emulated
         casts = installed(options.peers).items()
         models |= {f"peer: {peer}": with_casts(variant(name, None), cast, torch.float32) for peer, cast in casts}
+        if options.compiled:
+            for which, precision in (("compiled float32", None), ("compiled emulated", options.precision)):
+                models[which] = variant(name, precision)
+                models[which].compile(fullgraph=True)
         times = alternate({which: stepper(model, batch) for which, model in models.items()}, options.repeats)
         peaks = {which: peak_in_a_process(name, which, batch, options) for which in ("float32", "emulated")}
         over_float32, spread = ratio(times, "emulated", "float32")
@@ -85,6 +90,13 @@ def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "peak_memory_ratio": round(peaks["emulated"] / peaks["float32"], 3),
             "peak_mb": {which: round(peak / 2**20) for which, peak in peaks.items()},
         }
+        if options.compiled:
+            over_float32, spread = ratio(times, "compiled emulated", "compiled float32")
+            yield {
+                "name": f"compiled step {name} {options.precision}",
+                "ratio_to_float32": over_float32,
+                "spread": spread,
+            }
         for peer in [which for which in models if which.startswith("peer")]:
             over_float32, spread = ratio(times, peer, "float32")
             figures = {"ratio_to_float32": over_float32, "spread": spread, "best_ratio_to_float32": best(times, peer)}

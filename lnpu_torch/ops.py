@@ -136,7 +136,10 @@ def round_result_(x: Tensor, form: str) -> None:
 
 @op((), torch.Tag.nondeterministic_seeded)
 def draw_seed(x: Tensor) -> Tensor:
-    """A key for `reference.random_bits`, from torch's generator of x's device: the same compiled or not."""
+    """A key for `reference.random_bits`, from torch's generator of x's device: the same compiled or not.
+
+    Where a network has branches, a compiler may run them in another order, and the layers draw each other's keys.
+    """
     return torch.randint(2**62, (), device=x.device)
 
 
