@@ -7,7 +7,7 @@ Counts come as [2, ...], FP8 and wide; grids have three dimensions.
 from __future__ import annotations
 
 import numpy as np
-from numba import int32
+from numba import int32, uint64
 
 from lnpu_torch.loops import compiled
 
@@ -91,11 +91,21 @@ def _met_in_all(position, meets, strides):
     kernel = (_offsets(meets[0]), _offsets(meets[1]), _offsets(meets[2]))
     sums = np.empty(kernel, np.int64)
     rows = np.empty((kernel[0], kernel[1], position.shape[4]), np.int64)
+    plane = np.empty(position.shape[2:], np.int64)
     for a in range(2):
-        for channel in range(position.shape[1]):
-            _reached(position[a, channel], meets, strides, rows, sums)
-            totals[a] += sums.sum()
+        _sum_channels(position[a].ravel(), plane.ravel())
+        _reached(plane, meets, strides, rows, sums)
+        totals[a] = sums.sum()
     return totals
+
+
+@compiled
+def _sum_channels(counts, plane):
+    """Sum counts [channels, positions] in a row over channels, into as many as there are positions."""
+    plane[:] = 0
+    for start in range(0, len(counts), len(plane)):
+        for i in range(len(plane)):
+            plane[uint64(i)] += counts[uint64(start + i)]
 
 
 @compiled
