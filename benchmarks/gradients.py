@@ -61,8 +61,13 @@ def main() -> None:
         config = config.model_copy(update={"width": options.width}) if options.width else config
         columns.append(measured(config, rate, images, labels, options))
     for name in ("batch", *PRECISIONS):
-        cells = (f"{100 * column[name][0]:.2g} ({100 * column[name][1]:.2g})" for column in columns)
+        cells = ("{} ({})".format(*map(percent, column[name])) for column in columns)
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def percent(share: float) -> str:
+    """Two digits, without a power of ten."""
+    return f"{100 * share:.2g}" if share < 0.995 else f"{100 * share:.0f}"
 
 
 def measured(
