@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,15 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     assert entered == [0]
 
 
-def test_signals_act_as_before_the_second_time_and_afterwards() -> None:
+@pytest.fixture
+def raising() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, though the tests may run in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_act_as_before_the_second_time_and_afterwards(raising: None) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
