@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from lnpu_torch.tables import si
 
 NETWORKS = {
@@ -49,17 +51,21 @@ def main() -> None:
     for seed in range(options.seeds):
         for network in options.networks:
             for precision in ("float32", *options.precisions):
-                _make(options.runs / f"{network}-{precision}-{seed}", network, options)
+                _make(options, network, precision, seed)
     asked = (options.precisions, options.seeds)
     lines = [line for network in options.networks for line in table(options.runs, network, *asked)]
     print("\n".join(lines + together(options.runs, options.networks, *asked)))
 
 
-def _make(folder: Path, network: str, options: argparse.Namespace) -> None:
+def folder_of(runs: Path, network: str, precision: str, seed: int) -> Path:
+    return runs / f"{network}-{precision}-{seed}"
+
+
+def _make(options: argparse.Namespace, network: str, precision: str, seed: int) -> None:
+    folder = folder_of(options.runs, network, precision, seed)
     if (folder / "metrics.csv").exists() and _finished(folder):
         return
     _, recipe, own = NETWORKS[network]
-    _, precision, seed = folder.name.split("-")
     own = own if options.full else (*own, *SMALL[network], "schedule=onecycle")
     fixed = (f"precision={precision}", f"seed={seed}", f"count.every={EVERY}", f"chip=[{','.join(CHIPS)}]")
     command = [sys.executable, "-c", "import sys; from lnpu_torch.cli import main; sys.exit(main())", "train", recipe]
@@ -67,8 +73,8 @@ def _make(folder: Path, network: str, options: argparse.Namespace) -> None:
 
 
 def _finished(folder: Path) -> bool:
-    epochs = [line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("epochs:")]
-    return len(rows(folder)) == int(epochs[0].split()[1])
+    epochs: int = yaml.safe_load((folder / "config.yaml").read_text())["epochs"]
+    return len(rows(folder)) == epochs
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -76,21 +82,31 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def last_epochs(runs: Path, network: str, precision: str, seeds: int) -> list[dict[str, str]]:
+    """The metrics of each seed's last epoch."""
+    return [rows(folder_of(runs, network, precision, seed))[-1] for seed in range(seeds)]
+
+
+def tested(each: Sequence[dict[str, str]]) -> list[float]:
+    """Test accuracies in percent."""
+    return [100 * float(row["test_accuracy"]) for row in each]
+
+
+def over(each: Sequence[dict[str, str]], exact: Sequence[dict[str, str]]) -> list[float]:
+    """By how many points each tested better than its twin in float32."""
+    return [a - b for a, b in zip(tested(each), tested(exact), strict=True)]
+
+
 def table(runs: Path, network: str, precisions: Sequence[str], seeds: int) -> list[str]:
     """A network's two tables in Markdown: what it learned, and what the last epoch would cost."""
-    last = {
-        precision: [rows(runs / f"{network}-{precision}-{seed}")[-1] for seed in range(seeds)]
-        for precision in ("float32", *precisions)
-    }
-    tested = {precision: [100 * float(row["test_accuracy"]) for row in each] for precision, each in last.items()}
+    last = {precision: last_epochs(runs, network, precision, seeds) for precision in ("float32", *precisions)}
     lines = [f"## {NETWORKS[network][0]}", ""]
     lines += ["| | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 6 + "|"]
     for precision, each in last.items():
-        pairs = zip(tested[precision], tested["float32"], strict=True)
-        over = "-" if precision == "float32" else _spread([a - b for a, b in pairs], of_mean=True)
+        points = "-" if precision == "float32" else _spread(over(each, last["float32"]), of_mean=True)
         loss = _spread([float(row["loss"]) for row in each], digits=3)
         shares = [_share(each, f"lnpu_{name}_share") for name in ("fp8", "zero")]
-        lines.append(f"| {precision} | {_spread(tested[precision])} | {over} | {loss} | {' | '.join(shares)} |")
+        lines.append(f"| {precision} | {_spread(tested(each))} | {points} | {loss} | {' | '.join(shares)} |")
     lines += ["", f"| energy of the last epoch | {' | '.join(CHIPS)} |", "| --- " * (len(CHIPS) + 1) + "|"]
     for precision in precisions:
         costs = [statistics.mean(float(row[f"{chip}_energy_pj"]) for row in last[precision]) for chip in CHIPS]
@@ -102,12 +118,12 @@ def together(runs: Path, networks: Sequence[str], precisions: Sequence[str], see
     """Every run beside the one in float32 of its network and seed."""
     lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
     for precision in precisions:
-        pairs = [
-            [float(rows(runs / f"{network}-{name}-{seed}")[-1]["test_accuracy"]) for name in (precision, "float32")]
+        points = [
+            point
             for network in networks
-            for seed in range(seeds)
+            for point in over(*(last_epochs(runs, network, name, seeds) for name in (precision, "float32")))
         ]
-        lines.append(f"| {precision} | {_spread([100 * (a - b) for a, b in pairs], of_mean=True)} | {len(pairs)} |")
+        lines.append(f"| {precision} | {_spread(points, of_mean=True)} | {len(points)} |")
     return lines
 
 

@@ -34,7 +34,7 @@ SCALE = 2.0**10
 """Of the loss, as a GradScaler's: else errors would fall below the least FP16 numbers."""
 FGMP = PRESETS["fgmp"]
 PRECISIONS = {
-    "fgmp": lnpu.Precision(input=FGMP, weight=FGMP, grad_output=FGMP),
+    "fgmp": precision("fgmp"),
     "... of inputs alone": lnpu.Precision(input=FGMP, result="fp32"),
     "... of weights alone": lnpu.Precision(weight=FGMP, result="fp32"),
     "... of errors alone": lnpu.Precision(grad_output=FGMP, result="fp32"),
@@ -86,8 +86,8 @@ def measured(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("batch", *PRECISIONS)}
     for _ in range(options.batches):
         here, other = batch(), batch()
-        exact = gradients(deepcopy(model), here)
-        found["batch"].append(error(gradients(deepcopy(model), other), exact))
+        exact = gradients(model, here)
+        found["batch"].append(error(gradients(model, other), exact))
         for name, chosen in PRECISIONS.items():
             emulated = lnpu.convert(deepcopy(model), chosen)
             gradients(emulated, here)
