@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, uint64
 
-from lnpu_torch.loops import compiled
+from lnpu_torch.jit import compiled
 
 
 @compiled

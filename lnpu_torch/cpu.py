@@ -43,39 +43,45 @@ def quantize(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
+    last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`, for a contiguous or channels_last x."""
     (share, channel_groups), x = layout, x.float()
-    channels_last = not x.is_contiguous()
-    dense = x.permute(0, 2, 3, 1) if channels_last else x
+    lies_last = not x.is_contiguous()
+    dense = x.permute(0, 2, 3, 1) if lies_last else x
     batch, channels, *grid = x.shape
-    size, positions = x[0].numel(), prod(grid)
-    shape = (batch, *grid, channels) if channels_last else x.shape
+    size, positions, last = x[0].numel(), prod(grid), last or lies_last
+    shape = (batch, *grid, channels) if last else x.shape
     single = torch.empty(shape) if wanted[0] else None
     half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
     samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
     lengths = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
-    loop = loops.quantize_last if channels_last else loops.quantize
     bits = None if half is None else half.view(torch.uint16)
-    arrays = [None if t is None else _memory(t) for t in (dense, single, bits)]
+    source, *targets = [None if t is None else _memory(t) for t in (dense, single, bits)]
     parameters = _parameters(rule, int(threshold))
 
     def run(start: int, stop: int) -> Array:
         counts = np.zeros((2, batch // share, size), np.int32)
+        turned = [np.empty(size, t.dtype) if last and t is not None else None for t in targets]
         for first in range(start, stop, ROWS):
-            last = min(first + ROWS, stop)
-            parts = (None if array is None else array[first * size : last * size] for array in arrays)
-            sums = None if samples is None else samples[:, first:last]
-            runs = lengths.numpy()[first:last] if fused else None
-            loop(*parts, counts, sums, runs, first, share, (last - first, channels, positions), parameters)
+            stop_here = min(first + ROWS, stop)
+            parts = [None if t is None else t[first * size : stop_here * size] for t in (source, *targets)]
+            sums = None if samples is None else samples[:, first:stop_here]
+            runs = lengths.numpy()[first:stop_here] if fused else None
+            sizes = (stop_here - first, channels, positions)
+            rest = (counts, sums, runs, first, share, sizes, parameters)
+            if lies_last:
+                loops.quantize_last(*parts, *rest)
+            else:
+                loops.quantize(*parts, *turned, *rest)
         return counts
 
     position = torch.from_numpy(np.asarray(sum(split(run, batch, x.numel()))))
-    position = position.unflatten(2, (*grid, channels) if channels_last else (channels, *grid))
-    position = position.movedim(-1, 2).contiguous() if channels_last else position
+    position = position.unflatten(2, (*grid, channels) if lies_last else (channels, *grid))
+    position = position.movedim(-1, 2).contiguous() if lies_last else position
     sample = position.new_empty(0) if samples is None else torch.from_numpy(samples).reshape(*samples.shape[:3], *grid)
-    values = _shaped(single, channels_last, torch.float32), _shaped(half, channels_last, torch.float16)
+    values = _shaped(single, last, torch.float32), _shaped(half, last, torch.float16)
     if wanted[3] and not fused:
         lengths = cpu_lanes.runs_of(values[1] if wanted[1] else values[0])
     return *values, position, sample, lengths
@@ -113,6 +119,16 @@ def round_half(x: Tensor, out: Tensor) -> Tensor:
     source, target = _memory(x), _memory(out)
     split(lambda start, stop: loops.round_half(source[start:stop], target[start:stop]), len(source), len(source))
     return out
+
+
+def turn_half(x: Tensor, rounds: bool) -> None:
+    """`ops.turn_result_`."""
+    memory, size, positions = _memory(x), x[0].numel(), x[0, 0].numel()
+
+    def run(start: int, stop: int) -> None:
+        loops.turn_half(memory[start * size : stop * size], rounds, positions, x.shape[1])
+
+    split(run, len(x), x.numel())
 
 
 def relu(x: Tensor, out: Tensor) -> Tensor:

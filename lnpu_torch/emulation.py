@@ -142,6 +142,7 @@ class Emulation:
         later: Sequence[str] = (),
         sampled: Sequence[str] = (),
         halves: bool = False,
+        last: bool = False,
     ) -> dict[str, Operand]:
         """An operand as each of the steps reads it, rounded once for each rule.
 
@@ -152,6 +153,7 @@ class Emulation:
             now, later: steps that read it at once, and steps that read what is kept of it.
             sampled: steps that need its counts by sample.
             halves: whether the steps can compute with binary16 values.
+            last: whether values shall lie in channels_last.
         """
         reads = {step: read for (step, name), read in self.reads.items() if name == operand and step in (*now, *later)}
         rounded = {}
@@ -159,16 +161,26 @@ class Emulation:
             steps = [step for step, read in reads.items() if read.row == row]
             uses = [any(step in those for step in steps) for those in (now, later, sampled)]
             uses.append(self.counting and operand != "weight")
-            rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, seed)
+            rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, seed, last)
         return {step: rounded[read.row] for step, read in reads.items()}
 
-    def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
+    def result(self, step: str, x: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
+        """A step's fresh result as it leaves the chip, in the dtype that torch would return.
+
+        Args:
+            turned: whether it lies in channels_last for the product's sake alone, and shall be contiguous.
+        """
         done = x.dtype == torch.float16 and self.result_format == "fp16"
-        if self.emulates(step) and self.result_format != "fp32" and not done:
-            # compiled, never in place: inductor (torch 2.13) fails on some gradients that are changed where they lie
-            if backends.on_gpu(x) or torch.compiler.is_compiling():
-                return product_ops.rounded_result(x, self.result_format, dtype)  # type: ignore[no-any-return]
+        if not self.emulates(step):
+            return x.to(dtype)
+        # compiled, never in place: inductor (torch 2.13) fails on some gradients that are changed where they lie
+        if backends.on_gpu(x) or torch.compiler.is_compiling():
+            if self.result_format != "fp32" and not done:
+                x = product_ops.rounded_result(x, self.result_format, dtype)
+            x = x.contiguous() if turned else x
+        elif turned:
+            x = ops.contiguous_result(x, self.result_format)
+        elif self.result_format != "fp32" and not done:
             ops.round_result_(x, self.result_format)
         return x.to(dtype)
 
@@ -181,6 +193,7 @@ def _quantize(
     halves: bool,
     layout: Layout,
     seed: Tensor | None,
+    last: bool,
 ) -> Operand:
     now, later, sample, streamed = uses
     if read.rule is None or threshold is None:
@@ -192,7 +205,7 @@ def _quantize(
     wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample, streamed)
     random = seed if read.stochastic else None
     single, rounded, position, by_sample, runs = ops.round_and_count(
-        x, threshold, random, read.rule, read.row, layout, wanted
+        x, threshold, random, read.rule, read.row, layout, wanted, last
     )
     lanes = lane_ops.lane_profile(runs) if streamed else None
     return Operand(rounded if now_half else single, rounded if later_half else single, position, by_sample, lanes)

@@ -67,7 +67,7 @@ class _Emulated(torch.autograd.Function):
         row = emulation.reads["grad_input", "weight"].row
         ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
         ctx.call = call
-        return emulation.result("forward", output, dtype)
+        return emulation.result("forward", output, dtype, call.turned[0])
 
     @staticmethod
     @hidden
@@ -120,6 +120,8 @@ class _Call:
         self.product, self.emulation, self.geometry, self.wants = product, emulation, geometry, wants
         self.sizes, self.layout = geometry.pack(), (geometry.batch, geometry.groups)
         self.shapes = (input.shape, weight.shape)
+        self.last = product.last(input, geometry, emulation.accumulator)
+        self.turned = [self.last and backends.memory_format(x) != torch.channels_last for x in (input, weight)]
         self.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
         # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
         exact = emulation.result_format == "fp16" or isinstance(product, Linear)
@@ -155,6 +157,7 @@ class _Call:
             later=later,
             sampled=["grad_weight"],
             halves=self.halves,
+            last=self.last,
         )
 
     def weights(self, weight: Tensor, thresholds: dict[int, Tensor], seed: Tensor | None, step: str) -> Operand:
@@ -163,7 +166,7 @@ class _Call:
         side = self.product.input_side if step == "forward" else self.product.output_side
         sampled = [step] if side == "small" else []
         reads = self.emulation.quantize(
-            "weight", weight, thresholds, layout, seed, now=[step], sampled=sampled, halves=self.halves
+            "weight", weight, thresholds, layout, seed, now=[step], sampled=sampled, halves=self.halves, last=self.last
         )
         return reads[step]
 
@@ -178,7 +181,7 @@ class _Call:
             counts = error.position.squeeze(1), _over(weights, side)
             ops.count_weight_step(*self.emulation.counter("grad_input"), *counts, self.sizes, side)
             self.emulation.add_lanes("grad_input", error.lanes)
-        return self.emulation.result("grad_input", values, self.dtypes[0])
+        return self.emulation.result("grad_input", values, self.dtypes[0], self.turned[0])
 
     def grad_weight(self, error: Operand, kept: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The third step: gradients of weight and bias, from the error and what was kept of the input."""
@@ -194,8 +197,8 @@ class _Call:
             ops.count_grid_step(*counter, sides["big"], sides["small"], self.sizes, first)
             self.emulation.add_lanes("grad_weight", lanes, error.lanes)
         return [
-            None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype)
-            for result, dtype in zip(results, self.dtypes[1:], strict=True)
+            None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype, turned)
+            for result, dtype, turned in zip(results, self.dtypes[1:], (self.turned[1], False), strict=True)
         ]
 
 

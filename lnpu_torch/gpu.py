@@ -55,8 +55,10 @@ def quantize(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
+    last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.round_and_count`."""
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
     rounded = grid.quantize_grid(
         x,
         threshold,

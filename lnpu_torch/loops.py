@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, int64, njit, types, uint8, uint16, uint64
+from numba import float32, int32, int64, types, uint8, uint16, uint64
 from numba.extending import intrinsic
 
+from lnpu_torch.jit import compiled
 from lnpu_torch.lane_family import RUN
+from lnpu_torch.vectors import turn
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 SIGN = np.int32(-0x80000000)
@@ -24,14 +26,6 @@ CHUNK = 256
 """Elements that are rounded before they are counted: few enough to lie in the nearest cache."""
 BLOCK = 2**14
 """Elements that fit in one packed counter."""
-
-
-def compiled(function: Any) -> Any:
-    """Compile at the first call, without the interpreter's lock; keep the result on disk where that can be written."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
 
 
 @intrinsic
@@ -108,12 +102,13 @@ def add(sums, start, marks, count):
 
 
 @compiled
-def quantize(x, single, half, counts, samples, runs, first, share, sizes, parameters):
+def quantize(x, single, half, row_single, row_half, counts, samples, runs, first, share, sizes, parameters):
     """Round rows [channels, positions] of x, write them, and count their groups by position, by sample and by run.
 
     `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [2, rows, groups, positions]
     and `runs` (see `lanes.runs_of`) are written. `single`, `half`, `samples` and `runs` may be None. `sizes` are the
-    rows' number and shape.
+    rows' number and shape. Where there are `row_single` and `row_half`, of the size of a row, each row is rounded into
+    those and then written as [positions, channels].
     """
     rows, channels, positions = sizes
     size, groups = channels * positions, 1 if samples is None else samples.shape[2]
@@ -124,7 +119,10 @@ def quantize(x, single, half, counts, samples, runs, first, share, sizes, parame
             stop = (group + 1) * size // groups
             for start in range(group * size // groups, stop, run):
                 count, place = min(run, stop - start), row * size + start
-                round_run(x, place, single, half, place, marks, count, parameters)
+                if row_single is None and row_half is None:
+                    round_run(x, place, single, half, place, marks, count, parameters)
+                else:
+                    round_run(x, place, row_single, row_half, start, marks, count, parameters)
                 add(packed, start, marks, count)
                 if samples is not None:
                     add(sums, 0, marks, count)
@@ -132,6 +130,10 @@ def quantize(x, single, half, counts, samples, runs, first, share, sizes, parame
                     _count_runs(marks, count, positions, runs[row], start // positions)
             if samples is not None:
                 _fold(sums, samples[:, row, group])
+        if row_single is not None:
+            turn(row_single, single, row * size, channels, positions)
+        if row_half is not None:
+            turn(row_half, half, row * size, channels, positions)
         if (first + row + 1) % share == 0 or row == rows - 1:
             unpack(packed, counts[:, (first + row) // share])
 
@@ -242,6 +244,20 @@ def round_half(x, out):
     """Round float32 numbers to binary16, into `out` (which may be x)."""
     for i in range(len(x)):
         out[i] = _single(_half(x[i]))
+
+
+@compiled
+def turn_half(x, rounds, rows, columns):
+    """Matrices [rows, columns] in a row -> [columns, rows], each where it lies, rounded to binary16 if asked."""
+    matrix = np.empty(rows * columns, np.float32)
+    for start in range(0, len(x), len(matrix)):
+        if rounds:
+            for i in range(len(matrix)):
+                matrix[i] = _single(_half(x[uint64(start + i)]))
+        else:
+            for i in range(len(matrix)):
+                matrix[i] = x[uint64(start + i)]
+        turn(matrix, x, start, rows, columns)
 
 
 @compiled

@@ -63,19 +63,22 @@ def round_and_count(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
+    last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Round an operand [N, C, *grid] and count its groups, in one pass. What is not wanted is empty.
 
     Args:
         layout: how many samples in a row share one count by position, and the number of channel groups.
         wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample; those of runs.
+        last: whether the values shall lie in channels_last, even if x does not.
 
     Returns:
         Both kinds of values, `counting.per_position`, `counting.per_sample` and `lanes.runs_of` the values.
     """
     fast, parsed, x = backends.fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=backends.memory_format(x))
     if fast:
-        return fast.quantize(x, parsed, threshold, seed, stream, layout, wanted)  # type: ignore[no-any-return]
+        return fast.quantize(x, parsed, threshold, seed, stream, layout, wanted, last)  # type: ignore[no-any-return]
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
     values, groups = reference.quantize(x, parsed, threshold, random)
     sample = counting.per_sample(groups, layout[1]) if wanted[2] else groups.new_empty(0, dtype=torch.int32)
@@ -93,8 +96,10 @@ def _(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
+    last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=backends.memory_format(x))
+    form = torch.channels_last if last else backends.memory_format(x)
+    dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=form)
     values = [
         torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
     ]
@@ -132,6 +137,30 @@ def round_result_(x: Tensor, form: str) -> None:
         x.copy_(x.half())
     elif x.numel():
         x.copy_(reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]))
+
+
+@op(["x"])
+def turn_result_(x: Tensor, rounds: bool) -> None:
+    """Make the memory of a dense float32 tensor in channels_last contiguous, and round it to binary16 if asked.
+
+    x's own strides are wrong then.
+    """
+    module = backends.dense_loops(x)
+    if module is None:
+        turned = (x.half().float() if rounds else x).contiguous()
+        x.permute(0, 2, 3, 1).copy_(turned.view(x.shape[0], *x.shape[2:], x.shape[1]))
+    else:
+        module.turn_half(x, rounds)
+
+
+def contiguous_result(x: Tensor, form: str) -> Tensor:
+    """A step's fresh result, rounded as by `round_result_`, made contiguous; in its own memory where that can be."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if form not in ("fp16", "fp32") or x.dtype != torch.float32:
+        round_result_(x, form)
+        return x.contiguous()
+    turn_result_(x, form == "fp16")
+    return torch.ops.aten._unsafe_view(x.permute(0, 2, 3, 1), x.shape)  # type: ignore[no-any-return]
 
 
 @op((), torch.Tag.nondeterministic_seeded)

@@ -24,8 +24,9 @@ PACKAGE = ROOT / "lnpu_torch"
 NUMERICS = ["config", "lane_family", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
 NUMERICS += [
     "threads",
-    "loops",
+    "jit",
     "vectors",
+    "loops",
     "count_loops",
     "lane_loops",
     "cpu_lanes",

@@ -86,6 +86,21 @@ def test_channels_last_stays_torchs(layer, batch):
     lnpu.revert(layer)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 20, 3), nn.Conv2d(8, 6, 3, groups=2), nn.ConvTranspose2d(8, 6, 3)])
+def test_products_are_laid_out_alike_whatever_the_operands(layer):
+    """On a grid so large that a contiguous input is convolved in channels_last, too."""
+    lnpu.convert(layer, "fgmp")
+    x = torch.randn(3, 8, 12, 11)
+    error = torch.randn(lnpu.revert(copy.deepcopy(layer))(x).shape)
+    ours = [
+        run(copy.deepcopy(layer), x.to(memory_format=form), error)
+        for form in (torch.contiguous_format, torch.channels_last)
+    ]
+    assert all_equal(*ours)
+    assert all(t.is_contiguous() for t in ours[0])
+    assert ours[1][0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_all_operands_in_float_under_autocast(case):
     layer, x = case
     with torch.autocast("cpu", torch.bfloat16):

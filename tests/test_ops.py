@@ -1,5 +1,7 @@
 """Every op's implementations against the reference, bit by bit; and what torch asks of a registered op."""
 
+import math
+
 import pytest
 import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
@@ -22,6 +24,7 @@ LAYOUTS = {
     "depthwise weight": ((12, 1, 3, 3), 1, 1),
     "3d": ((3, 4, 5, 2, 3), 3, 2),
     "large": ((17, 64, 32, 9), 17, 1),
+    "narrow": ((3, 35, 4, 5), 3, 1),
 }
 EVERYTHING = (True, True, True, True)
 
@@ -52,13 +55,14 @@ def test_nan_of_any_payload_is_in_the_group_of_the_large(rule):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize(("shape", "share", "groups"), LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_round_and_count(rule, shape, share, groups, last):
+@pytest.mark.parametrize("lies", ["contiguous", "channels_last", "turned"])
+def test_round_and_count(rule, shape, share, groups, lies):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
-    if last and x.dim() == 4:
+    if lies == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
+    last = lies == "turned" and x.dim() == 4
     for wanted in (EVERYTHING, (True, False, False, True), (False, True, True, False), (True, False, True, True)):
-        arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted)
+        arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted, last)
         ours = ops.round_and_count(*arguments)
         with ops.backend("reference"):
             expected = ops.round_and_count(*arguments)
@@ -139,6 +143,18 @@ def test_round_result_in_place(last):
     assert torch.equal(strided, expected)
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4, 64, 16, 32), (3, 17, 5, 7), (2, 1, 3, 3), (2, 16, 1, 1)])
+@pytest.mark.parametrize("form", ["fp16", "fp32", "e6m9"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_contiguous_result(shape, form, backend):
+    bits = torch.cat([all_patterns(torch.bfloat16), random_patterns(2**16, 2)])
+    x = bits[: math.prod(shape)].reshape(shape)
+    expected = reference.round_to(x, reference.FORMATS[form]) if form != "fp32" else x
+    with ops.backend(backend):
+        ours = ops.contiguous_result(x.to(memory_format=torch.channels_last), form)
+    assert identical(ours, expected) and ours.is_contiguous()
+
+
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (40, 64, 32, 9)])
 def test_chosen_thresholds(shape):
     x = torch.randn(shape).relu() + 0.1
@@ -175,9 +191,11 @@ def test_opcheck():
         ops.round_and_count: [
             (x, scalar(1), None, text, 0, (4, 2), wanted) for wanted in (EVERYTHING, (False, True, False, False))
         ]
-        + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)],
+        + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)]
+        + [(x, scalar(1), None, text, 0, (4, 2), EVERYTHING, True)],
         ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
         ops.round_result_: [(x.clone(), "fp16")],
+        ops.turn_result_: [(x.to(memory_format=torch.channels_last), True)],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
         ops.count_weight_step: [(counter, sizes, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],

@@ -1,0 +1,15 @@
+"""How the loops that Numba compiles are compiled. It knows none of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+
+def compiled(function: Any) -> Any:
+    """Compile at the first call, without the interpreter's lock; keep the result on disk where that can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
