@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from lnpu_torch.jit import compiled
 from lnpu_torch.lane_family import RUN
-from lnpu_torch.vectors import turn
+from lnpu_torch.vectors import nonzeros, turn
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 SIGN = np.int32(-0x80000000)
@@ -172,7 +172,7 @@ def _count_runs(marks, count, positions, runs, channel):
     for start in range(0, count, positions):
         lengths = runs[channel + start // positions]
         for t in range(positions // RUN):
-            lengths[t] = _present(_sum(marks, start + t * RUN, RUN))
+            lengths[t] = nonzeros(marks, start + t * RUN)
         if positions % RUN:
             lengths[positions // RUN] = _present(_sum(marks, start + positions - positions % RUN, positions % RUN))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, types, uint16, uint64
+from numba import float32, int32, types, uint16, uint64
 from numba.extending import intrinsic
 
 from lnpu_torch.jit import compiled
@@ -58,6 +58,18 @@ def _keep(context: Any, source: Any, start: Any, target: Any, bits: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(source, types.intp, target, uint16), generate
+
+
+@intrinsic
+def nonzeros(context: Any, source: Any, start: Any) -> Any:
+    """How many elements of one vector of integers are not zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x = builder.load(_vector(context, builder, signature.args[0], *args), align=signature.args[0].dtype.bitwidth // 8)
+        bits = builder.bitcast(builder.icmp_unsigned("!=", x, ir.Constant(x.type, None)), ir.IntType(LANES))
+        return builder.zext(builder.ctpop(bits), ir.IntType(32))
+
+    return int32(source, types.intp), generate
 
 
 @intrinsic
