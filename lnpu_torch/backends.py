@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lnpu_torch import buffers
 from lnpu_torch.config import listed
 from lnpu_torch.precision import Rule
 
@@ -81,7 +82,7 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
 def dense_loops(x: Tensor) -> ModuleType | None:
     """`lnpu_torch.cpu`, if its loops over float32 as it lies in memory (`relu`, `round_half`) can take this tensor."""
     module = fast(x) if x.dtype == torch.float32 and not on_gpu(x) else None
-    return module if module is not None and module.is_dense(x) else None
+    return module if module is not None and buffers.is_dense(x) else None
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import cpu_lanes, loops, reference, vectors
+from lnpu_torch import buffers, cpu_lanes, loops, reference, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
@@ -52,7 +52,7 @@ def quantize(
     batch, channels, *grid = x.shape
     size, positions, last = x[0].numel(), prod(grid), last or lies_last
     shape = (batch, *grid, channels) if last else x.shape
-    single = torch.empty(shape) if wanted[0] else None
+    single = buffers.OPERANDS.empty(shape, torch.float32) if wanted[0] else None
     half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
     samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
@@ -98,7 +98,7 @@ def quantize_flat(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, into `out` if that is given: float32, and lying in memory as x does."""
     dense = x.detach().float()
-    dense = dense if is_dense(dense) else dense.contiguous()
+    dense = dense if buffers.is_dense(dense) else dense.contiguous()
     values = torch.empty_like(dense) if out is None else out
     groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else None
     source, target = _memory(dense), _memory(values)
@@ -198,11 +198,6 @@ def _histogram(x: Tensor, rule: Rule) -> Array:
 def _error_table(rule: Rule, unit: int) -> tuple[Array, Array]:
     error, signal = error_table(rule, torch.tensor(unit))
     return error.numpy(), signal.numpy()
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether x's elements lie in memory without gaps, in an order this module knows."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _memory(x: Tensor) -> Array:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lnpu_torch import backends, counting, lane_ops, ops, product_ops
+from lnpu_torch import backends, buffers, counting, lane_ops, ops, product_ops
 from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Precision, Rule
 from lnpu_torch.products import Accumulator
@@ -92,6 +92,7 @@ class Emulation:
         self.thresholds = new_thresholds().to(device)
         self.counters, self.lanes = new_counters().to(device), new_lanes().to(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
+        buffers.OPERANDS.serve(self)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors, as `nn.Module._apply` does."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch import backends, ops
+from lnpu_torch import backends, ops, product_ops
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.hiding import hidden
@@ -273,7 +273,11 @@ def _emulate(
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two operands in the wider of their dtypes."""
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype), b.to(dtype)
+    return _widened(a, dtype), _widened(b, dtype)
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else product_ops.widened(x, dtype)
 
 
 def _over(weight: Operand, side: str) -> Tensor:

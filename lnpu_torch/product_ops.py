@@ -8,10 +8,23 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import accumulate as accumulating
-from lnpu_torch import backends, reference
+from lnpu_torch import backends, buffers, reference
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.registry import fake, op
+
+
+@op()
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An operand in a wider dtype, as the other one of its product is in."""
+    if x.device.type == "cpu" and buffers.is_dense(x):
+        return buffers.empty_like(x, dtype).copy_(x)
+    return x.to(dtype)
+
+
+@fake("widened")
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
 
 
 @op()

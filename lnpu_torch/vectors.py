@@ -65,7 +65,9 @@ def nonzeros(context: Any, source: Any, start: Any) -> Any:
     """How many elements of one vector of integers are not zero."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x = builder.load(_vector(context, builder, signature.args[0], *args), align=signature.args[0].dtype.bitwidth // 8)
+        x = builder.load(
+            _vector(context, builder, signature.args[0], *args), align=signature.args[0].dtype.bitwidth // 8
+        )
         bits = builder.bitcast(builder.icmp_unsigned("!=", x, ir.Constant(x.type, None)), ir.IntType(LANES))
         return builder.zext(builder.ctpop(bits), ir.IntType(32))
 

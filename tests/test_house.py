@@ -24,6 +24,7 @@ PACKAGE = ROOT / "lnpu_torch"
 NUMERICS = ["config", "lane_family", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
 NUMERICS += [
     "threads",
+    "buffers",
     "jit",
     "vectors",
     "loops",
