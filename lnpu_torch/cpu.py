@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers, cpu_lanes, loops, reference, vectors
+from lnpu_torch import buffers, cpu_lanes, loops, reference, threshold_loops, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
@@ -26,6 +26,9 @@ Array = np.ndarray[Any, Any]
 
 ROWS = 2**15 - 1
 """The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
+
+
+TYPES = {torch.float32: "=f4", torch.uint16: "=u2", torch.uint8: "=u1"}
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:
@@ -166,32 +169,34 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bo
 
 
 def _chosen(x: Tensor, rule: Rule, fallback: int) -> int:
-    """`reference.choose_threshold`; compiled for a contiguous float32 tensor and a rule that looks at its histogram."""
-    if not (rule.adaptive and x.is_contiguous() and x.dtype == torch.float32):
+    """`reference.choose_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
+    if not (rule.adaptive and _has_histogram(x)):
         return int(reference.choose_threshold(x, rule, torch.tensor(fallback, dtype=torch.int32)))
-    counts, smallest = _histogram(x, rule), rule.threshold_range[0]
-    total, above = counts.sum(), counts[::-1].cumsum()[::-1][1:]
-    if not total:
+    counts, top = _histogram(x, rule)
+    if top < 0:
         return fallback
+    smallest = rule.threshold_range[0]
     if rule.fp16_share is not None:
-        fits = np.flatnonzero(above <= rule.fp16_share * total)
-        best = fits[0] if len(fits) else len(above) - 1
+        best = threshold_loops.best_by_share(counts, rule.fp16_share)
     else:
-        error, signal = _error_table(rule, (int(np.flatnonzero(counts)[-1] + smallest - 1) >> 2) - reference.RANGE)
-        best = loops.best_by_error(error, signal, counts, above, (rule.max_error or 0.0) ** 2)
+        error, signal = _error_table(rule, ((top + smallest - 1) >> 2) - reference.RANGE)
+        best = threshold_loops.best_by_error(error, signal, counts, (rule.max_error or 0.0) ** 2)
     return int(best) + smallest
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
-    """`reference.histogram`; compiled for a contiguous float32 tensor."""
-    if not (x.is_contiguous() and x.dtype == torch.float32):
-        return reference.histogram(x, rule)
-    return torch.from_numpy(_histogram(x, rule))
+    """`reference.histogram`; compiled for a dense float32 tensor."""
+    return torch.from_numpy(_histogram(x, rule)[0]) if _has_histogram(x) else reference.histogram(x, rule)
 
 
-def _histogram(x: Tensor, rule: Rule) -> Array:
+def _has_histogram(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and buffers.is_dense(x)
+
+
+def _histogram(x: Tensor, rule: Rule) -> tuple[Array, int]:
     smallest, largest = rule.threshold_range
-    return loops.histogram(_memory(x), sample_step(x.numel()), smallest - 1, largest)  # type: ignore[no-any-return]
+    turned = (0, 0) if x.is_contiguous() else (x.shape[1], x[0, 0].numel())
+    return threshold_loops.histogram(_memory(x), sample_step(x.numel()), smallest - 1, largest, *turned)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=128)
@@ -200,12 +205,25 @@ def _error_table(rule: Rule, unit: int) -> tuple[Array, Array]:
     return error.numpy(), signal.numpy()
 
 
+class _Memory:
+    """A dense tensor as it lies in memory, for numpy."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._tensor = x  # which must live as long
+        self.__array_interface__ = {
+            "data": (x.data_ptr(), False),
+            "shape": (x.numel(),),
+            "typestr": TYPES[x.dtype],
+            "version": 3,
+        }
+
+
 def _memory(x: Tensor) -> Array:
     """A dense tensor as it lies in memory, one-dimensional.
 
-    Unlike `Tensor.numpy`, this leaves its storage resizable, as FSDP needs it.
+    Unlike `Tensor.numpy`, this leaves its storage resizable, as FSDP needs it; DLPack takes three times as long.
     """
-    return np.from_dlpack(x.detach().as_strided((x.numel(),), (1,)))
+    return np.asarray(_Memory(x))
 
 
 def _shaped(x: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, int64, types, uint8, uint16, uint64
+from numba import float32, int32, types, uint8, uint16, uint64
 from numba.extending import intrinsic
 
 from lnpu_torch.jit import compiled
@@ -29,7 +29,7 @@ BLOCK = 2**14
 
 
 @intrinsic
-def _bits(context: Any, x: Any) -> Any:
+def bits_of(context: Any, x: Any) -> Any:
     """float32 -> its bits."""
     return int32(float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
@@ -72,7 +72,7 @@ def _rounded(bits, parameters):
     anchor = _real(int32((exponent + int32(23) - mantissa) << 23))
     q = (_real(clamped) + anchor) - anchor
     q = min(q, low_max) if small else q
-    rounded = INFINITY if q > wide_max else _bits(q)
+    rounded = INFINITY if q > wide_max else bits_of(q)
     rounded = magnitude if magnitude >= INFINITY else rounded
     group = FP8 if small else WIDE
     return _real(int32(rounded | (bits & SIGN))), int32(0) if rounded == 0 else group
@@ -86,7 +86,7 @@ def round_run(x, start, single, half, place, marks, count, parameters):
     them here: a slice costs as much as a dozen elements, and an unsigned index spares the question if it is negative.
     """
     for i in range(count):
-        value, mark = _rounded(_bits(x[uint64(start + i)]), parameters)
+        value, mark = _rounded(bits_of(x[uint64(start + i)]), parameters)
         if single is not None:
             single[uint64(place + i)] = value
         if half is not None:
@@ -229,7 +229,7 @@ def quantize_flat(x, values, groups, parameters):
         marks = None if groups is None else groups[start : start + BLOCK]
         packed = int32(0)
         for i in range(len(source)):
-            value, group = _rounded(_bits(source[i]), parameters)
+            value, group = _rounded(bits_of(source[i]), parameters)
             target[i] = value
             if marks is not None:
                 marks[i] = ((group & int32(1)) << int32(3)) | (group >> int32(12))
@@ -258,33 +258,3 @@ def turn_half(x, rounds, rows, columns):
             for i in range(len(matrix)):
                 matrix[i] = x[uint64(start + i)]
         turn(matrix, x, start, rows, columns)
-
-
-@compiled
-def best_by_error(error, signal, counts, above, bound):
-    """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound."""
-    seen, whole = np.flatnonzero(counts), int64(0)
-    for i in seen:
-        whole += signal[i] * counts[i]
-    t, lost = len(error), int64(0)
-    while t > 0:
-        t -= 1
-        lost = int64(0)
-        for i in seen:
-            lost += error[t, i] * counts[i]
-        if lost <= bound * whole:
-            break
-    while t > 0 and above[t - 1] == above[t]:  # same groups, tightest window
-        t -= 1
-    return t
-
-
-@compiled
-def histogram(x, step, smallest, largest):
-    """`reference.histogram` of every step-th element. Four bins in turn, so that no sum waits for the one before."""
-    counts = np.zeros((4, largest - smallest + 1), np.int32)
-    for i in range((len(x) + step - 1) // step):
-        magnitude = int32(_bits(x[i * step]) & MAGNITUDE)
-        quarter = min(max((magnitude >> 21) - 4 * 127, smallest), largest) - smallest
-        counts[i & 3, quarter] += 0 < magnitude < INFINITY
-    return counts.sum(0).astype(np.int64)

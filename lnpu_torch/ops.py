@@ -184,10 +184,11 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: boo
     Args:
         states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
     """
-    parsed, current = _rule(rule), states[row, 0]
+    parsed = _rule(rule)
     fast = backends.fast(x, parsed)
     if fast:
         return fast.next_threshold(x, states, row, parsed, training)  # type: ignore[no-any-return]
+    current = states[row, 0]
     chosen = reference.choose_threshold(x, parsed, current)
     used = torch.where(current == reference.UNSET, chosen, current)
     if training:

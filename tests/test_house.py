@@ -28,6 +28,7 @@ NUMERICS += [
     "jit",
     "vectors",
     "loops",
+    "threshold_loops",
     "count_loops",
     "lane_loops",
     "cpu_lanes",
