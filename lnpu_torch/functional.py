@@ -10,6 +10,7 @@ Each operand is rounded once and used by both steps that read it, where their ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -73,8 +74,7 @@ class _Emulated(torch.autograd.Function):
     @hidden
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        # even where it seems off: dynamo traces a backward in the forward's state of autocast, then runs it in another
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with _without_autocast(grad_output.device.type):
             return _backward(ctx, grad_output)
 
 
@@ -265,9 +265,15 @@ def _emulate(
     elif input.dtype != weight.dtype:
         raise TypeError(f"input is {input.dtype} and weight {weight.dtype}: convert one, or use autocast")
     asked = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias)]
-    with torch.autocast(kind, enabled=False):
+    with _without_autocast(kind):
         output: Tensor = _Emulated.apply(input, weight, bias, product, emulation, tuple(asked), dtype)  # type: ignore[no-untyped-call]
     return output
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast off; compiled, even where it seems off: dynamo traces a backward in the forward's state, not its own."""
+    on = torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapped(ctx: Any, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _get_current_dispatch_mode_stack():
             return step(ctx, *args)
         with unwatched() as modes:
             result = step(ctx, *args)
