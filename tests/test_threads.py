@@ -38,6 +38,17 @@ def test_shares_come_in_order_and_run_on_threads_of_their_own(several):
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("several", ["openmp"], indirect=True)
+def test_the_interpreter_keeps_its_state_of_a_worker(several):
+    local = threading.local()
+
+    def run(start, stop):
+        local.calls = getattr(local, "calls", 0) + 1
+        return local.calls
+
+    assert [threads.split(run, 3, LARGE) for _ in range(3)] == [[1] * 3, [2] * 3, [3] * 3]
+
+
 def test_little_work_and_few_parts_stay_on_fewer_threads(several):
     here = []
     assert threads.split(lambda *share: here.append(threading.get_native_id()) or share, 5, 100) == [(0, 5)]
