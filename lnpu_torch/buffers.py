@@ -1,13 +1,14 @@
 """Memory of rounded operands on a CPU that is used again: to get fresh pages takes longer than to round into them.
 
-What a product has read waits here for the next operand: never more than was in use at once, and no longer than there is
-an emulated layer.
+What a product has read waits here for the next operand: no more than was lately in use at once, and no longer than
+there is an emulated layer.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from math import prod
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 LARGE = 2**20
 """Bytes from which on memory is kept."""
+LATELY = 16
+"""Requests that tell how much is kept, those of a few layers: so that small ones do not keep what large ones needed."""
 
 
 class Pool:
@@ -26,7 +29,8 @@ class Pool:
         self._lock = threading.RLock()
         self._kept: list[Tensor] = []
         self._returned: list[tuple[Tensor, int]] = []  # by destructors, which run at any point and must not wait
-        self._lent = self._most = 0  # bytes that were asked for, now and at the most
+        self._lent = 0  # bytes that were asked for
+        self._lately = deque([0], LATELY)  # the same, at each of the last requests
         self.users = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -36,11 +40,13 @@ class Pool:
             return torch.empty(shape, dtype=dtype)
         with self._lock:
             self._collect()
-            block = min((block for block in self._kept if len(block) >= size), key=len, default=None)
-            self._kept = [other for other in self._kept if other is not block]
             self._lent += size
-            self._most = max(self._most, self._lent)
-            self._shrink()
+            self._lately.append(self._lent)
+            most = max(self._lately)
+            block = min((block for block in self._kept if size <= len(block) <= most), key=len, default=None)
+            self._kept = sorted((other for other in self._kept if other is not block), key=len)
+            while self._kept and self._lent + sum(map(len, self._kept)) > most:
+                del self._kept[0]
         block = torch.empty(size, dtype=torch.uint8) if block is None else block
         return torch.from_numpy(np.asarray(_Lease(block, size, self._returned))).view(dtype).view(shape)
 
@@ -60,18 +66,13 @@ class Pool:
             self.users -= 1
             if not self.users:
                 self._collect()
-                self._kept, self._most = [], self._lent
+                self._kept = []
 
     def _collect(self) -> None:
         while self._returned:
             block, size = self._returned.pop()
             self._lent -= size
             self._kept.append(block)
-
-    def _shrink(self) -> None:
-        self._kept.sort(key=len)
-        while self._kept and self._lent + sum(map(len, self._kept)) > self._most:
-            del self._kept[0]
 
 
 class _Lease:

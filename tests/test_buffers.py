@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lnpu_torch as lnpu
-from lnpu_torch.buffers import LARGE, OPERANDS, Pool
+from lnpu_torch.buffers import LARGE, LATELY, OPERANDS, Pool
 
 MIB = 2**20
 
@@ -48,6 +48,16 @@ def test_it_keeps_no_more_than_was_in_use_at_once():
     assert pool.kept() == 0
     del large
     assert pool.kept() == 6 * MIB
+
+
+def test_it_forgets_what_was_in_use_long_ago():
+    pool = Pool()
+    large = empty(pool, 8 * MIB)
+    del large
+    for kept in [8] * (LATELY - 1) + [1] * 3:
+        small = empty(pool, MIB)
+        del small
+        assert pool.kept() == kept * MIB
 
 
 def test_small_tensors_are_torchs_own():
