@@ -72,8 +72,8 @@ def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         models |= {f"peer: {peer}": with_casts(variant(name, None), cast, torch.float32) for peer, cast in casts}
         if options.compiled:
             for which, precision in (("compiled float32", None), ("compiled emulated", options.precision)):
-                models[which] = variant(name, precision)
-                models[which].compile(fullgraph=True)
+                compiled: Any = torch.compile(variant(name, precision), fullgraph=True)
+                models[which] = compiled
         times = alternate({which: stepper(model, batch) for which, model in models.items()}, options.repeats)
         peaks = {which: peak_in_a_process(name, which, batch, options) for which in ("float32", "emulated")}
         over_float32, spread = ratio(times, "emulated", "float32")

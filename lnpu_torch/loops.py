@@ -168,7 +168,7 @@ def quantize_last(x, single, half, counts, samples, runs, first, share, sizes, p
 
 @compiled
 def _count_runs(marks, count, positions, runs, channel):
-    """Non-zeros of each run of the marks [channels, positions], into `runs` from a channel on."""
+    """Non-zeros of each run, which is a vector long, of marks [channels, positions], into `runs` from a channel on."""
     for start in range(0, count, positions):
         lengths = runs[channel + start // positions]
         for t in range(positions // RUN):
