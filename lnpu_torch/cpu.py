@@ -53,7 +53,8 @@ def quantize(
     lies_last = not x.is_contiguous()
     dense = x.permute(0, 2, 3, 1) if lies_last else x
     batch, channels, *grid = x.shape
-    size, positions, last = x[0].numel(), prod(grid), last or lies_last
+    size, positions, turns = x[0].numel(), prod(grid), last and not lies_last
+    last = last or lies_last
     shape = (batch, *grid, channels) if last else x.shape
     single = buffers.OPERANDS.empty(shape, torch.float32) if wanted[0] else None
     half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
@@ -66,7 +67,7 @@ def quantize(
 
     def run(start: int, stop: int) -> Array:
         counts = np.zeros((2, batch // share, size), np.int32)
-        turned = [np.empty(size, t.dtype) if last and t is not None else None for t in targets]
+        turned = [np.empty(size, t.dtype) if turns and t is not None else None for t in targets]
         for first in range(start, stop, ROWS):
             stop_here = min(first + ROWS, stop)
             parts = [None if t is None else t[first * size : stop_here * size] for t in (source, *targets)]

@@ -171,17 +171,18 @@ class Emulation:
         Args:
             turned: whether it lies in channels_last for the product's sake alone, and shall be contiguous.
         """
-        done = x.dtype == torch.float16 and self.result_format == "fp16"
         if not self.emulates(step):
             return x.to(dtype)
+        done = x.dtype == torch.float16 and self.result_format == "fp16"
+        rounds = self.result_format != "fp32" and not done
         # compiled, never in place: inductor (torch 2.13) fails on some gradients that are changed where they lie
         if backends.on_gpu(x) or torch.compiler.is_compiling():
-            if self.result_format != "fp32" and not done:
+            if rounds:
                 x = product_ops.rounded_result(x, self.result_format, dtype)
             x = x.contiguous() if turned else x
         elif turned:
             x = ops.contiguous_result(x, self.result_format)
-        elif self.result_format != "fp32" and not done:
+        elif rounds:
             ops.round_result_(x, self.result_format)
         return x.to(dtype)
 

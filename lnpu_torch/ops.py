@@ -156,7 +156,7 @@ def turn_result_(x: Tensor, rounds: bool) -> None:
 def contiguous_result(x: Tensor, form: str) -> Tensor:
     """A step's fresh result, rounded as by `round_result_`, made contiguous; in its own memory where that can be."""
     x = x.contiguous(memory_format=torch.channels_last)
-    if form not in ("fp16", "fp32") or x.dtype != torch.float32:
+    if form not in ("fp16", "fp32"):
         round_result_(x, form)
         return x.contiguous()
     turn_result_(x, form == "fp16")
