@@ -1,14 +1,13 @@
 """Memory of rounded operands on a CPU that is used again: to get fresh pages takes longer than to round into them.
 
-What a product has read waits here for the next operand: no more than was lately in use at once, and no longer than
-there is an emulated layer.
+Operands live as long as a product takes, a few at a time, or until backward. They lie in one block, which is as large
+as was lately needed at once, and no longer there than an emulated layer is.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from math import prod
 
@@ -17,38 +16,36 @@ import torch
 from torch import Tensor
 
 LARGE = 2**20
-"""Bytes from which on memory is kept."""
-LATELY = 16
-"""Requests that tell how much is kept, those of a few layers: so that small ones do not keep what large ones needed."""
+"""Bytes from which on a tensor lies in the block."""
+PAGE = 2**12
+"""Bytes of which each place in the block is a multiple."""
+LATELY = 2**10
+"""Requests in a period, a few training steps: the block holds what was needed in this one and the one before."""
 
 
 class Pool:
-    """Blocks of memory, lent to tensors. A block is back when the last tensor that lies in it is gone."""
+    """A block of memory, lent in parts to tensors. A part is back when the last tensor that lies in it is gone."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._kept: list[Tensor] = []
-        self._returned: list[tuple[Tensor, int]] = []  # by destructors, which run at any point and must not wait
-        self._lent = 0  # bytes that were asked for
-        self._lately = deque([0], LATELY)  # the same, at each of the last requests
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._lent: list[tuple[int, int]] = []  # first and last byte of each part, in order, some beyond the block
+        self._returned: list[tuple[int, int]] = []  # by destructors, which run at any point and must not wait
+        self._requests = self._most = self._before = 0
         self.users = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """`torch.empty` of a contiguous tensor, in the smallest block kept that is large enough."""
+        """`torch.empty` of a contiguous tensor: in the block, or in memory of its own where that is too small yet."""
         size = prod(shape) * dtype.itemsize
         if size < LARGE:
             return torch.empty(shape, dtype=dtype)
         with self._lock:
             self._collect()
-            self._lent += size
-            self._lately.append(self._lent)
-            most = max(self._lately)
-            block = min((block for block in self._kept if size <= len(block) <= most), key=len, default=None)
-            self._kept = sorted((other for other in self._kept if other is not block), key=len)
-            while self._kept and self._lent + sum(map(len, self._kept)) > most:
-                del self._kept[0]
-        block = torch.empty(size, dtype=torch.uint8) if block is None else block
-        return torch.from_numpy(np.asarray(_Lease(block, size, self._returned))).view(dtype).view(shape)
+            place = self._take(-(-size // PAGE) * PAGE)
+            memory = self._block if place[1] <= len(self._block) else None
+        lease = _Lease(torch.empty(size, dtype=torch.uint8) if memory is None else memory[place[0] :], size)
+        weakref.finalize(lease, self._returned.append, place).atexit = False
+        return torch.from_numpy(np.asarray(lease)).view(dtype).view(shape)
 
     def serve(self, user: object) -> None:
         """Keep memory as long as one of the users lives."""
@@ -59,35 +56,49 @@ class Pool:
         """Bytes that wait for a tensor."""
         with self._lock:
             self._collect()
-            return sum(map(len, self._kept))
+            return len(self._block) - sum(stop - start for start, stop in self._lent if stop <= len(self._block))
+
+    def _take(self, size: int) -> tuple[int, int]:
+        """The first place that is free for so many bytes, as if the block had no end."""
+        start = 0
+        for other, stop in self._lent:
+            if other - start >= size:
+                break
+            start = stop
+        self._lent = sorted([*self._lent, (start, start + size)])
+        self._most = max(self._most, start + size)
+        self._requests += 1
+        if self._requests % LATELY == 0:
+            self._before, self._most = self._most, 0
+        return start, start + size
 
     def _leave(self) -> None:
         with self._lock:
             self.users -= 1
             if not self.users:
-                self._collect()
-                self._kept = []
+                self._most = self._before = 0
+                self._block = self._block[:0].clone()  # what is lent keeps its memory alive
 
     def _collect(self) -> None:
+        """Take back what was returned, and fit the block to what is needed while nothing is lent."""
         while self._returned:
-            block, size = self._returned.pop()
-            self._lent -= size
-            self._kept.append(block)
+            self._lent.remove(self._returned.pop())
+        needed = max(self._most, self._before)
+        if not self._lent and needed != len(self._block):
+            self._block = torch.empty(needed, dtype=torch.uint8)
 
 
 class _Lease:
-    """What numpy, and torch by it, hold on to as long as a tensor lies in a block."""
+    """What numpy, and torch by it, hold on to as long as a tensor lies in a part of the block."""
 
-    def __init__(self, block: Tensor, size: int, returned: list[tuple[Tensor, int]]) -> None:
-        self._lent, self._returned = (block, size), returned
-        self.__array_interface__ = {"data": (block.data_ptr(), False), "shape": (size,), "typestr": "|u1", "version": 3}
-
-    def __del__(self) -> None:
-        self._returned.append(self._lent)
+    def __init__(self, memory: Tensor, size: int) -> None:
+        self._memory = memory
+        place = (memory.data_ptr(), False)
+        self.__array_interface__ = {"data": place, "shape": (size,), "typestr": "|u1", "version": 3}
 
 
 OPERANDS = Pool()
-"""For values in float32, which live as long as a product takes."""
+"""For rounded values, in float32 for a product at hand, in binary16 for one in backward."""
 
 
 def is_dense(x: Tensor) -> bool:

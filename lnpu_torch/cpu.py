@@ -6,7 +6,7 @@ no lock and keep no state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -15,18 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers, cpu_lanes, loops, reference, threshold_loops, vectors
+from lnpu_torch import buffers, cpu_lanes, reference, shared_loops, threshold_loops, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
-from lnpu_torch.threads import split
+from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
-
-ROWS = 2**15 - 1
-"""The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
-
 
 TYPES = {torch.float32: "=f4", torch.uint16: "=u2", torch.uint8: "=u1"}
 
@@ -34,7 +30,7 @@ TYPES = {torch.float32: "=f4", torch.uint16: "=u2", torch.uint8: "=u1"}
 def supports(x: Tensor, rule: Rule | None) -> bool:
     """Whether this module takes a tensor (and rule): at most float32, not empty, rounded to nearest."""
     nearest = rule is None or rule.rounding == "nearest"
-    fits_counter = x.dim() < 2 or x.shape[1] <= ROWS
+    fits_counter = x.dim() < 2 or x.shape[1] <= shared_loops.ROWS
     return nearest and fits_counter and x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,38 +49,30 @@ def quantize(
     lies_last = not x.is_contiguous()
     dense = x.permute(0, 2, 3, 1) if lies_last else x
     batch, channels, *grid = x.shape
-    size, positions, turns = x[0].numel(), prod(grid), last and not lies_last
+    positions, turns = prod(grid), last and not lies_last
     last = last or lies_last
     shape = (batch, *grid, channels) if last else x.shape
+    # binary16 first: what is kept for backward leaves no gaps between what is not
+    half = buffers.OPERANDS.empty(shape, torch.float16) if wanted[1] else None
     single = buffers.OPERANDS.empty(shape, torch.float32) if wanted[0] else None
-    half = torch.empty(shape, dtype=torch.float16) if wanted[1] else None
-    samples = np.empty((2, batch, channel_groups, positions), np.int32) if wanted[2] else None
+    position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32)
+    sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=torch.int32)
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
     lengths = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
-    bits = None if half is None else half.view(torch.uint16)
-    source, *targets = [None if t is None else _memory(t) for t in (dense, single, bits)]
-    parameters = _parameters(rule, int(threshold))
-
-    def run(start: int, stop: int) -> Array:
-        counts = np.zeros((2, batch // share, size), np.int32)
-        turned = [np.empty(size, t.dtype) if turns and t is not None else None for t in targets]
-        for first in range(start, stop, ROWS):
-            stop_here = min(first + ROWS, stop)
-            parts = [None if t is None else t[first * size : stop_here * size] for t in (source, *targets)]
-            sums = None if samples is None else samples[:, first:stop_here]
-            runs = lengths.numpy()[first:stop_here] if fused else None
-            sizes = (stop_here - first, channels, positions)
-            rest = (counts, sums, runs, first, share, sizes, parameters)
-            if lies_last:
-                loops.quantize_last(*parts, *rest)
-            else:
-                loops.quantize(*parts, *turned, *rest)
-        return counts
-
-    position = torch.from_numpy(np.asarray(sum(split(run, batch, x.numel()))))
-    position = position.unflatten(2, (*grid, channels) if lies_last else (channels, *grid))
-    position = position.movedim(-1, 2).contiguous() if lies_last else position
-    sample = position.new_empty(0) if samples is None else torch.from_numpy(samples).reshape(*samples.shape[:3], *grid)
+    shared_loops.quantize(
+        team(x.numel()),
+        _memory(dense),
+        None if single is None else _memory(single),
+        None if half is None else _memory(half.view(torch.uint16)),
+        position.view(2, batch // share, -1).numpy(),
+        sample.view(2, batch, channel_groups, positions).numpy() if wanted[2] else None,
+        lengths.numpy() if fused else None,
+        share,
+        (batch, channels, positions),
+        _parameters(rule, int(threshold)),
+        lies_last or None,
+        turns or None,
+    )
     values = _shaped(single, last, torch.float32), _shaped(half, last, torch.float16)
     if wanted[3] and not fused:
         lengths = cpu_lanes.runs_of(values[1] if wanted[1] else values[0])
@@ -105,57 +93,36 @@ def quantize_flat(
     dense = dense if buffers.is_dense(dense) else dense.contiguous()
     values = torch.empty_like(dense) if out is None else out
     groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else None
-    source, target = _memory(dense), _memory(values)
-    marks = None if groups is None else _memory(groups)
-    parameters = _parameters(rule, int(threshold))
-
-    def run(start: int, stop: int) -> tuple[int, int]:
-        part = slice(start, stop)
-        return loops.quantize_flat(source[part], target[part], None if marks is None else marks[part], parameters)  # type: ignore[no-any-return]
-
-    fp8, wide = (sum(column) for column in zip(*split(run, len(source), len(source)), strict=True))
+    source, marks = _memory(dense), None if groups is None else _memory(groups)
+    arrays = (source, _memory(values), marks)
+    fp8, wide = shared_loops.quantize_flat(team(len(source)), *arrays, _parameters(rule, int(threshold)))
     totals = torch.tensor((len(source) - fp8 - wide, fp8, wide))
     return values, values.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
 
 def round_half(x: Tensor, out: Tensor) -> Tensor:
     """Round a contiguous or channels_last float32 tensor to binary16, into one that lies as x does (which may be x)."""
-    source, target = _memory(x), _memory(out)
-    split(lambda start, stop: loops.round_half(source[start:stop], target[start:stop]), len(source), len(source))
+    shared_loops.round_half(team(x.numel()), _memory(x), _memory(out))
     return out
 
 
 def turn_half(x: Tensor, rounds: bool) -> None:
     """`ops.turn_result_`."""
-    memory, size, positions = _memory(x), x[0].numel(), x[0, 0].numel()
-
-    def run(start: int, stop: int) -> None:
-        loops.turn_half(memory[start * size : stop * size], rounds, positions, x.shape[1])
-
-    split(run, len(x), x.numel())
+    shared_loops.turn_half(team(x.numel()), _memory(x), rounds, x[0, 0].numel(), x.shape[1])
 
 
 def relu(x: Tensor, out: Tensor) -> Tensor:
     """ReLU of a dense float32 tensor into `out` (which may be x). Returns one bit per element, for `relu_backward`."""
     signs = torch.empty(-(-x.numel() // vectors.LANES), dtype=torch.uint16)
-    _by_vector(vectors.relu, x, out, signs)
+    shared_loops.relu(team(x.numel()), _memory(x), _memory(out), signs.numpy())
     return signs
 
 
 def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
     """The gradient of `relu`'s input; `error` lies in memory as x did."""
     grad = torch.empty_like(error)
-    _by_vector(vectors.relu_backward, error, grad, signs)
+    shared_loops.relu_backward(team(error.numel()), _memory(error), _memory(grad), signs.numpy())
     return grad
-
-
-def _by_vector(loop: Callable[..., None], source: Tensor, target: Tensor, signs: Tensor) -> None:
-    arrays = [(_memory(source), vectors.LANES), (_memory(target), vectors.LANES), (signs.numpy(), 1)]
-
-    def run(start: int, stop: int) -> None:
-        loop(*(array[start * step : stop * step] for array, step in arrays))
-
-    split(run, len(signs), source.numel())
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

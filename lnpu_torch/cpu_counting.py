@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lnpu_torch import count_loops
+from lnpu_torch import count_loops, shared_loops
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.threads import split
+from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]
@@ -57,19 +57,13 @@ def add_grid_step(
     """`counting.add_grid_step`."""
     sizes = _sizes(tuple(packed))
     meets = (sizes.big_meets, sizes.small_meets, sizes.big_strides)
-    samples = [_solid(grid[1].flatten(1, 2), 2) for grid in (big, small)]
-
-    def run(start: int, stop: int) -> Array:
-        both = np.zeros((2, 2), np.int64)
-        count_loops.meetings(samples[0][:, start:stop], samples[1][:, start:stop], *meets, both)
-        return both
-
-    both = sum(split(run, samples[0].shape[1], small[1].numel()))
     sides = ("big", "small") if first == "big" else ("small", "big")
     elements = (sizes.elements[side] for side in sides)
     numbers = (sizes.slots, sizes.inside, sizes.big_others, sizes.small_others, *elements)
-    grids = (_solid(grid[0], 2) for grid in (big, small))
-    count_loops.add_grid_step(counter.numpy(), both, *grids, *meets, numbers, first == "small")
+    positions = [_solid(grid[0], 2) for grid in (big, small)]
+    samples = [_solid(grid[1].flatten(1, 2), 2) for grid in (big, small)]
+    threads = team(small[1].numel())
+    shared_loops.add_grid_step(threads, counter.numpy(), *positions, *samples, meets, numbers, first == "small")
 
 
 def _solid(x: Tensor, leading: int) -> Array:

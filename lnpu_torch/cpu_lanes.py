@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import lane_loops
-from lnpu_torch.lane_family import LONGEST, MEMBERS, RUN
-from lnpu_torch.threads import split
+from lnpu_torch import shared_loops
+from lnpu_torch.lane_family import MEMBERS, RUN
+from lnpu_torch.threads import team
 
-Array = np.ndarray[Any, Any]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,25 +20,14 @@ def runs_of(values: Tensor) -> Tensor:
     bits = bits[None] if bits.dim() == 2 else bits.movedim(1, -1).flatten(1, -2) if last else bits.flatten(2)
     batch, positions, channels = bits.shape if last else (bits.shape[0], bits.shape[2], bits.shape[1])
     runs = torch.empty(batch, channels, -(-positions // RUN), dtype=torch.uint8)
-    loop, source, target = lane_loops.runs_of_last if last else lane_loops.runs_of, bits.numpy(), runs.numpy()
+    source, threads = bits.numpy(), team(values.numel())
     magnitude = source.dtype.type(np.iinfo(source.dtype).max)
-
-    def run(start: int, stop: int) -> None:
-        loop(source[start:stop], magnitude, target[start:stop])
-
-    split(run, batch, values.numel())
+    shared_loops.runs_of(threads, source, magnitude, runs.numpy(), last or None)
     return runs
 
 
 def profile(runs: Tensor) -> Tensor:
     """`lanes.profile`, of runs that are not empty."""
-    array, whole = runs.numpy(), runs.shape[0] > 1  # whole samples for each thread, or parts of the only one
-
-    def run(start: int, stop: int) -> Array:
-        entries = np.zeros(len(MEMBERS), np.int64)
-        part = array[start:stop] if whole else array[:, :, start * LONGEST : stop * LONGEST]
-        lane_loops.profile(part, entries)
-        return entries
-
-    parts = len(array) if whole else -(-array.shape[2] // LONGEST)
-    return torch.from_numpy(np.asarray(sum(split(run, parts, array.size))))
+    entries = torch.zeros(len(MEMBERS), dtype=torch.int64)
+    shared_loops.profile(team(runs.numel()), runs.numpy(), entries.numpy())
+    return entries

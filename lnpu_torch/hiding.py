@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from lnpu_torch import registry
+
 
 class LayerSteps(NamedTuple):
     """What a layer has just done: its forward, or in `backward` both other steps.
@@ -65,9 +67,12 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapped(ctx: Any, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _get_current_dispatch_mode_stack():
+        if torch.compiler.is_compiling():
             return step(ctx, *args)
-        with unwatched() as modes:
+        if not _get_current_dispatch_mode_stack():
+            with registry.direct(args[0]):
+                return step(ctx, *args)
+        with unwatched() as modes, registry.direct(args[0]):
             result = step(ctx, *args)
         for mode in modes:
             mode.layer_ran(_backward(ctx, args[0], result) if step.__name__ == "backward" else _forward(args, result))

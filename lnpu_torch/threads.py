@@ -1,4 +1,4 @@
-"""Runs the shares of a compiled loop on several threads: torch's own where they can be had, else a pool's.
+"""Teams of threads for compiled loops: torch's own where they can be had, else a pool's. It knows none of the loops.
 
 Torch's OpenMP workers spin for a while after each of its ops. Threads beside them would wait for a free core just then,
 so the work is given to those same workers, through the library that torch has loaded (GCC's libgomp).
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,73 +21,48 @@ SMALL = 2**16
 PROCESS = os.getpid()
 """OpenMP's workers do not live on in a forked process, where to call them would wait for ever."""
 
-_known: set[int] = set()
-"""OpenMP's workers that the interpreter keeps a state of."""
-
-_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Launcher = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
-def split(run: Callable[[int, int], Any], count: int, elements: int) -> Sequence[Any]:
-    """Results of `run(start, stop)` over shares of range(count), one for each of `torch.get_num_threads()` threads.
+def team(elements: int) -> tuple[int, int]:
+    """Who works on so many numbers, for `regions.in_parallel`: the launcher's address, and how many threads.
 
-    Args:
-        run: called on several threads at once; what it calls must let go of the interpreter's lock to gain by it.
-        elements: how many numbers there are to work on in all.
+    A launcher is a C function as OpenMP's own: void (void (*region)(void *), void *common, unsigned threads,
+    unsigned flags). It returns when each thread has run the region.
     """
-    threads = max(1, min(torch.get_num_threads() if elements >= SMALL else 1, count))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    shares = list(pairwise(bounds))
-    if threads == 1:
-        return [run(*shares[0])]
-    library = _openmp() if os.getpid() == PROCESS else None
-    return _on_pool(run, shares) if library is None else _on_openmp(library, run, shares)
+    threads = torch.get_num_threads() if elements >= SMALL else 1
+    return _address(os.getpid() == PROCESS), threads
 
 
-def _on_openmp(library: Any, run: Callable[[int, int], Any], shares: Sequence[tuple[int, int]]) -> list[Any]:
-    results: dict[int, Any] = {}
-    errors: list[BaseException] = []
-
-    def body(_: Any) -> None:
-        me, team = library.omp_get_thread_num(), library.omp_get_num_threads()
-        try:
-            if me:
-                _stay()
-            for i in range(me, len(shares), team):  # the team may be smaller than asked for
-                results[i] = run(*shares[i])
-        except BaseException as error:  # must not leave a callback
-            errors.append(error)
-
-    library.GOMP_parallel(_Body(body), None, len(shares), 0)
-    if errors:
-        raise errors[0]
-    return [results[i] for i in range(len(shares))]
-
-
-def _stay() -> None:
-    """Let the interpreter keep its state of this foreign thread, which it else makes and drops with each callback.
-
-    That takes as long as a loop over 100,000 elements (20 to 60 us, measured).
-    """
-    if get_ident() not in _known:
-        _known.add(get_ident())
-        ctypes.pythonapi.PyGILState_Ensure()
-
-
-def _on_pool(run: Callable[[int, int], Any], shares: Sequence[tuple[int, int]]) -> list[Any]:
-    pool = _pool(os.getpid(), torch.get_num_threads())
-    others = [pool.submit(run, *share) for share in shares[1:]]
-    return [run(*shares[0]), *(other.result() for other in others)]
+@lru_cache(maxsize=2)
+def _address(openmp: bool) -> int:
+    launcher = (_openmp() if openmp else None) or _POOL
+    return ctypes.cast(launcher, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=1)
 def _openmp() -> Any:
-    """The libgomp that torch has loaded, or None."""
+    """The launcher of the libgomp that torch has loaded, or None."""
     for path in Path(torch.__file__).parent.glob("lib*/libgomp*.so*"):
         try:
-            return ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
+            return ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
         except OSError:
             continue
     return None
+
+
+def _launch_on_pool(region: int, common: int, threads: int, flags: int) -> None:
+    run = _Region(region)
+    others: list[Future[None]] = []
+    with suppress(RuntimeError):  # where the interpreter ends it starts no more threads
+        others.extend(_pool(os.getpid(), threads).submit(run, common) for _ in range(1, threads))
+    run(common)  # whatever share is left
+    for other in others:
+        other.result()
+
+
+_POOL = _Launcher(_launch_on_pool)
 
 
 @lru_cache(maxsize=1)

@@ -31,6 +31,8 @@ NUMERICS += [
     "threshold_loops",
     "count_loops",
     "lane_loops",
+    "regions",
+    "shared_loops",
     "cpu_lanes",
     "cpu",
     "cpu_counting",

@@ -1,13 +1,16 @@
-"""Work split over threads: the same results on torch's own threads, on a pool's, and in a forked process."""
+"""Work shared among threads: the same results on torch's own threads, on a pool's, and in a forked process."""
 
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from lnpu_torch import threads
 from lnpu_torch.cpu import round_half
+from lnpu_torch.jit import compiled
+from lnpu_torch.regions import in_parallel
 
 LARGE = 4 * threads.SMALL
 
@@ -21,49 +24,81 @@ def several(request, monkeypatch):
         pytest.skip("this torch brings no libgomp")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
+    threads._address.cache_clear()
     yield request.param
+    threads._address.cache_clear()
     torch.set_num_threads(before)
 
 
-def test_shares_come_in_order_and_run_on_threads_of_their_own(several):
-    seen = set()
-    meet = threading.Barrier(3, timeout=60)
-
-    def run(start, stop):
-        meet.wait()  # fails unless all three run at once
-        seen.add(threading.get_native_id())
-        return start, stop
-
-    assert threads.split(run, 10, LARGE) == [(0, 3), (3, 6), (6, 10)]
-    assert len(seen) == 3
+@compiled
+def _meet(share, shares, here, gate):
+    """Wait until as many threads as there are shares are in here; gives up after a while, and says so by -1."""
+    here[share] = 1
+    for _ in range(gate):
+        if here.sum() == shares:
+            return
+    here[share] = -1
 
 
-@pytest.mark.parametrize("several", ["openmp"], indirect=True)
-def test_the_interpreter_keeps_its_state_of_a_worker(several):
-    local = threading.local()
-
-    def run(start, stop):
-        local.calls = getattr(local, "calls", 0) + 1
-        return local.calls
-
-    assert [threads.split(run, 3, LARGE) for _ in range(3)] == [[1] * 3, [2] * 3, [3] * 3]
+@compiled
+def _note(share, shares, seen, factor):
+    seen[share] += factor * (share + shares)
 
 
-def test_little_work_and_few_parts_stay_on_fewer_threads(several):
-    here = []
-    assert threads.split(lambda *share: here.append(threading.get_native_id()) or share, 5, 100) == [(0, 5)]
-    assert here == [threading.get_native_id()]
-    assert threads.split(lambda *share: share, 2, LARGE) == [(0, 1), (1, 2)]
+@compiled
+def _fail(share, shares, seen):
+    seen[share] = 1
+    if share == 1:
+        raise MemoryError
 
 
-def test_an_error_in_any_share_is_raised(several):
-    def run(start, stop):
-        if start == 6:
-            raise ValueError(f"share from {start}")
-        return start
+@compiled
+def meet(team, here, gate):
+    in_parallel(team, len(here), _meet, (here, gate))
 
-    with pytest.raises(ValueError, match="share from 6"):
-        threads.split(run, 10, LARGE)
+
+@compiled
+def note(team, seen, factor):
+    in_parallel(team, len(seen), _note, (seen, factor))
+
+
+@compiled
+def fail(team, seen):
+    in_parallel(team, len(seen), _fail, (seen,))
+
+
+def test_shares_run_at_once(several):
+    here = np.zeros(3, np.int64)
+    meet(threads.team(LARGE), here, 2**30)
+    assert here.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 100])
+def test_each_share_runs_once(several, shares):
+    seen = np.zeros(shares)
+    note(threads.team(LARGE), seen, 2.0)
+    assert seen.tolist() == [2.0 * (share + shares) for share in range(shares)]
+
+
+def test_little_work_stays_on_one_thread(several):
+    assert threads.team(LARGE)[1] == 3 and threads.team(100)[1] == 1
+
+
+def test_an_error_in_any_share_is_raised_when_all_have_run(several):
+    seen = np.zeros(3)
+    with pytest.raises(MemoryError):
+        fail(threads.team(LARGE), seen)
+    assert seen.tolist() == [1, 1, 1]
+
+
+def test_where_no_thread_can_be_started_one_does_it_all(monkeypatch, several):
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(threads, "_pool", refuse)
+    seen = np.zeros(3)
+    note(threads.team(LARGE), seen, 1.0)
+    assert seen.tolist() == [3.0, 4.0, 5.0]
 
 
 def test_calls_from_several_threads_at_once(several):
@@ -85,8 +120,10 @@ def test_calls_from_several_threads_at_once(several):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_process_goes_on(several):
-    threads.split(lambda *share: share, 10, LARGE)  # threads have been started here
+    note(threads.team(LARGE), np.zeros(3), 1.0)  # threads have been started here
     child = os.fork()
     if child == 0:
-        os._exit(threads.split(lambda *share: share, 10, LARGE) != [(0, 3), (3, 6), (6, 10)])
+        seen = np.zeros(3)
+        note(threads.team(LARGE), seen, 1.0)
+        os._exit(seen.tolist() != [3.0, 4.0, 5.0])
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

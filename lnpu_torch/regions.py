@@ -1,0 +1,80 @@
+"""How compiled code shares work among threads, without the interpreter. It knows Numba and LLVM, and none of the loops.
+
+A region is what OpenMP calls so: a function that each thread of a team runs once. Here it takes shares until none are
+left, so that a thread which starts late, or never, leaves nothing undone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing import signature
+from numba.extending import intrinsic
+
+NUMBER, ADDRESS = ir.IntType(64), ir.IntType(8).as_pointer()
+NEXT, SHARES, FAILED, ARGUMENTS = range(4)
+"""What a team has in common, in this order: the next share, their number, whether one has failed, the arguments."""
+
+
+@intrinsic
+def in_parallel(typing: Any, team: Any, shares: Any, worker: Any, arguments: Any) -> Any:
+    """Calls a compiled function `worker(share, shares, *arguments)` once for each share, on a team of threads.
+
+    Args:
+        team: as from `threads.team`: what starts its threads, and how many they are.
+
+    Raises:
+        MemoryError: a worker has raised an exception, which can be no other.
+    """
+    inner = signature(types.none, types.intp, types.intp, *arguments.types)
+    worker.get_call_type(typing, inner.args, {})
+
+    def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
+        (launcher, threads), shares, arguments_given = cgutils.unpack_tuple(builder, values[0]), values[1], values[3]
+        common = ir.LiteralStructType([NUMBER] * 3 + [context.get_value_type(arguments)])
+        place = cgutils.alloca_once(builder, common)
+        for field, value in enumerate((NUMBER(0), shares, NUMBER(0), arguments_given)):
+            builder.store(value, cgutils.gep_inbounds(builder, place, 0, field))
+        region = _region(context, builder.module, worker.dispatcher.overloads[inner.args], arguments, common)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [region.type, ADDRESS, number, number])
+        launch = builder.inttoptr(launcher, kind.as_pointer())
+        builder.call(launch, [region, builder.bitcast(place, ADDRESS), builder.trunc(threads, number), number(0)])
+        failed = builder.load(cgutils.gep_inbounds(builder, place, 0, FAILED))
+        with builder.if_then(cgutils.is_true(builder, failed), likely=False):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a loop on several threads failed",))
+        return context.get_dummy_value()
+
+    return types.none(team, types.intp, worker, arguments), generate
+
+
+def _region(context: Any, module: Any, worker: Any, arguments: Any, common: Any) -> Any:
+    """The function that each thread runs: void (void *common)."""
+    kind = ir.FunctionType(ir.VoidType(), [ADDRESS])
+    region = ir.Function(module, kind, module.get_unique_name("region"))
+    region.linkage = "internal"
+    builder = ir.IRBuilder(region.append_basic_block())
+    again, work, done = (region.append_basic_block(name) for name in ("again", "work", "done"))
+    place = builder.bitcast(region.args[0], common.as_pointer())
+    fields = [cgutils.gep_inbounds(builder, place, 0, field) for field in range(len(common.elements))]
+    shares, given = builder.load(fields[SHARES]), builder.load(fields[ARGUMENTS])
+    builder.branch(again)
+
+    builder.position_at_end(again)
+    share = builder.atomic_rmw("add", fields[NEXT], NUMBER(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", share, shares), work, done)
+
+    builder.position_at_end(work)
+    values = [share, shares, *cgutils.unpack_tuple(builder, given, len(arguments.types))]
+    context.active_code_library.add_linking_library(worker.library)
+    status, _ = context.call_internal_no_propagate(builder, worker.fndesc, worker.signature, values)
+    with builder.if_then(status.is_error, likely=False):
+        builder.store(NUMBER(1), fields[FAILED])
+    builder.branch(again)
+
+    builder.position_at_end(done)
+    builder.ret_void()
+    return region

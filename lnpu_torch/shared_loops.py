@@ -1,0 +1,193 @@
+"""The compiled loops of `cpu` and its kin, shared among threads: each cuts its arrays into shares of rows or elements.
+
+Every function here that others call takes a team first, as from `threads.team`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lnpu_torch import count_loops, lane_loops, loops, vectors
+from lnpu_torch.jit import compiled
+from lnpu_torch.lane_family import LONGEST
+from lnpu_torch.regions import in_parallel
+
+ROWS = 2**15 - 1
+"""The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
+
+
+@compiled
+def _part(count, share, shares):
+    return count * share // shares, count * (share + 1) // shares
+
+
+@compiled
+def _shares(team, count):
+    return max(1, min(team[1], count))
+
+
+@compiled
+def _cut(array, first, stop):
+    return array if array is None else array[first:stop]  # to return None as such would make an optional array
+
+
+@compiled
+def _scratch(like, size):
+    return like if like is None else np.empty(size, like.dtype)
+
+
+@compiled
+def quantize(team, x, single, half, position, samples, runs, share, sizes, parameters, last, turned):
+    """`ops.round_and_count` of rows [channels, positions], or [positions, channels] if `last`.
+
+    `single`, `half`, `samples`, `runs` may be None. `position` [2, blocks, size] gets the sums over `share` rows each.
+    `turned`: write rows as [positions, channels]. It and `last` are True or None, so that but one loop is compiled.
+    """
+    rows, _, positions = sizes
+    counts = np.zeros((_shares(team, rows), *position.shape), np.int32)
+    arguments = (x, single, half, counts, samples, runs, share, sizes, parameters, last, turned)
+    in_parallel(team, len(counts), _quantize, arguments)
+    in_parallel(team, 2 * position.shape[1], _sum_counts, (counts, position, positions, last))
+
+
+@compiled
+def _quantize(number, shares, x, single, half, counts, samples, runs, share, sizes, parameters, last, turned):
+    rows, channels, positions = sizes
+    size = channels * positions
+    begin, end = _part(rows, number, shares)
+    for first in range(begin, end, ROWS):
+        stop = min(first + ROWS, end)
+        a, b = first * size, stop * size
+        one, two, lengths = _cut(single, a, b), _cut(half, a, b), _cut(runs, first, stop)
+        sums = samples if samples is None else samples[:, first:stop]
+        here = (stop - first, channels, positions)
+        rest = (counts[number], sums, lengths, first, share, here, parameters)
+        if last is not None:
+            loops.quantize_last(x[a:b], one, two, *rest)
+        elif turned is not None:
+            loops.quantize(x[a:b], one, two, _scratch(one, size), _scratch(two, size), *rest)
+        else:
+            loops.quantize(x[a:b], one, two, None, None, *rest)
+
+
+@compiled
+def _sum_counts(number, shares, counts, position, positions, last):
+    """Sum one block's counts of one group over shares, and turn them to [channels, positions]."""
+    group, block = number % 2, number // 2
+    total, target = counts[0, group, block], position[group, block]
+    for i in range(1, len(counts)):
+        loops.add(total, 0, counts[i, group, block], len(total))
+    if last is None:
+        target[:] = total
+    else:
+        vectors.turn(total, target, 0, positions, len(total) // positions)
+
+
+@compiled
+def quantize_flat(team, x, values, groups, parameters):
+    """`loops.quantize_flat`."""
+    totals = np.zeros((_shares(team, len(x)), 2), np.int64)
+    in_parallel(team, len(totals), _quantize_flat, (x, values, groups, parameters, totals))
+    return totals[:, 0].sum(), totals[:, 1].sum()
+
+
+@compiled
+def _quantize_flat(share, shares, x, values, groups, parameters, totals):
+    a, b = _part(len(x), share, shares)
+    totals[share] = loops.quantize_flat(x[a:b], values[a:b], _cut(groups, a, b), parameters)
+
+
+@compiled
+def round_half(team, x, out):
+    """`loops.round_half`."""
+    in_parallel(team, _shares(team, len(x)), _round_half, (x, out))
+
+
+@compiled
+def _round_half(share, shares, x, out):
+    a, b = _part(len(x), share, shares)
+    loops.round_half(x[a:b], out[a:b])
+
+
+@compiled
+def turn_half(team, x, rounds, rows, columns):
+    """`loops.turn_half`."""
+    in_parallel(team, _shares(team, len(x) // (rows * columns)), _turn_half, (x, rounds, rows, columns))
+
+
+@compiled
+def _turn_half(share, shares, x, rounds, rows, columns):
+    size = rows * columns
+    a, b = _part(len(x) // size, share, shares)
+    loops.turn_half(x[a * size : b * size], rounds, rows, columns)
+
+
+@compiled
+def relu(team, x, out, signs):
+    """`vectors.relu`."""
+    in_parallel(team, _shares(team, len(signs)), _relu, (x, out, signs))
+
+
+@compiled
+def _relu(share, shares, x, out, signs):
+    a, b = _part(len(signs), share, shares)
+    vectors.relu(x[a * vectors.LANES : b * vectors.LANES], out[a * vectors.LANES : b * vectors.LANES], signs[a:b])
+
+
+@compiled
+def relu_backward(team, error, out, signs):
+    """`vectors.relu_backward`."""
+    in_parallel(team, _shares(team, len(signs)), _relu_backward, (error, out, signs))
+
+
+@compiled
+def _relu_backward(share, shares, error, out, signs):
+    a, b = _part(len(signs), share, shares)
+    x, y = error[a * vectors.LANES : b * vectors.LANES], out[a * vectors.LANES : b * vectors.LANES]
+    vectors.relu_backward(x, y, signs[a:b])
+
+
+@compiled
+def runs_of(team, bits, magnitude, runs, last):
+    """`lane_loops.runs_of`, or `runs_of_last`: `last` is True or None."""
+    in_parallel(team, _shares(team, len(bits)), _runs_of, (bits, magnitude, runs, last))
+
+
+@compiled
+def _runs_of(share, shares, bits, magnitude, runs, last):
+    a, b = _part(len(bits), share, shares)
+    if last is None:
+        lane_loops.runs_of(bits[a:b], magnitude, runs[a:b])
+    else:
+        lane_loops.runs_of_last(bits[a:b], magnitude, runs[a:b])
+
+
+@compiled
+def profile(team, runs, entries):
+    """`lane_loops.profile`: whole samples for each thread, or parts of the only one."""
+    parts = len(runs) if len(runs) > 1 else (runs.shape[2] + LONGEST - 1) // LONGEST
+    sums = np.zeros((_shares(team, parts), len(entries)), np.int64)
+    in_parallel(team, len(sums), _profile, (runs, parts, sums))
+    for part in sums:
+        entries += part
+
+
+@compiled
+def _profile(share, shares, runs, parts, sums):
+    a, b = _part(parts, share, shares)
+    part = runs[a:b] if len(runs) > 1 else runs[:, :, a * LONGEST : b * LONGEST]
+    lane_loops.profile(part, sums[share])
+
+
+@compiled
+def add_grid_step(team, counter, big, small, big_samples, small_samples, meets, sizes, small_first):
+    """`count_loops.add_grid_step`, and before it `count_loops.meetings` of the grids' counts by sample."""
+    sums = np.zeros((_shares(team, big_samples.shape[1]), 2, 2), np.int64)
+    in_parallel(team, len(sums), _meetings, (big_samples, small_samples, meets, sums))
+    count_loops.add_grid_step(counter, sums.sum(0), big, small, *meets, sizes, small_first)
+
+
+@compiled
+def _meetings(share, shares, big, small, meets, sums):
+    a, b = _part(big.shape[1], share, shares)
+    count_loops.meetings(big[:, a:b], small[:, a:b], *meets, sums[share])
