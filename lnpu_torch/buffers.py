@@ -43,9 +43,8 @@ class Pool:
             self._collect()
             place = self._take(-(-size // PAGE) * PAGE)
             memory = self._block if place[1] <= len(self._block) else None
-        lease = _Lease(torch.empty(size, dtype=torch.uint8) if memory is None else memory[place[0] :], size)
-        weakref.finalize(lease, self._returned.append, place).atexit = False
-        return torch.from_numpy(np.asarray(lease)).view(dtype).view(shape)
+        part = torch.empty(size, dtype=torch.uint8) if memory is None else memory[place[0] :]
+        return torch.from_numpy(np.asarray(_Lease(part, size, place, self._returned))).view(dtype).view(shape)
 
     def serve(self, user: object) -> None:
         """Keep memory as long as one of the users lives."""
@@ -91,10 +90,13 @@ class Pool:
 class _Lease:
     """What numpy, and torch by it, hold on to as long as a tensor lies in a part of the block."""
 
-    def __init__(self, memory: Tensor, size: int) -> None:
-        self._memory = memory
-        place = (memory.data_ptr(), False)
-        self.__array_interface__ = {"data": place, "shape": (size,), "typestr": "|u1", "version": 3}
+    def __init__(self, part: Tensor, size: int, place: tuple[int, int], returned: list[tuple[int, int]]) -> None:
+        self._part, self._place, self._returned = part, place, returned
+        data = (part.data_ptr(), False)
+        self.__array_interface__ = {"data": data, "shape": (size,), "typestr": "|u1", "version": 3}
+
+    def __del__(self) -> None:
+        self._returned.append(self._place)
 
 
 OPERANDS = Pool()

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers, cpu_lanes, reference, shared_loops, threshold_loops, vectors
+from lnpu_torch import buffers, cpu_lanes, reference, shared_loops, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
-from lnpu_torch.reference import error_table, sample_step, tau, window_exponent
+from lnpu_torch.reference import sample_step, tau, window_exponent
 from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
@@ -126,51 +126,43 @@ def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
-    """`ops.next_threshold`."""
-    state = states.numpy()[row]
-    current = int(state[0])
-    chosen = _chosen(x, rule, current)
-    used = chosen if current == reference.UNSET else current
-    if training:
-        state[:] = used, chosen
-    return torch.tensor(rule.threshold_range[0] if used == reference.UNSET else used, dtype=torch.int32)
-
-
-def _chosen(x: Tensor, rule: Rule, fallback: int) -> int:
-    """`reference.choose_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
-    if not (rule.adaptive and _has_histogram(x)):
-        return int(reference.choose_threshold(x, rule, torch.tensor(fallback, dtype=torch.int32)))
-    counts, top = _histogram(x, rule)
-    if top < 0:
-        return fallback
-    smallest = rule.threshold_range[0]
-    if rule.fp16_share is not None:
-        best = threshold_loops.best_by_share(counts, rule.fp16_share)
+    """`ops.next_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
+    state = states.numpy()
+    if rule.adaptive and _has_histogram(x):
+        used = shared_loops.next_threshold(*_sampling(x, rule), _choice(rule), state, row, training)
     else:
-        error, signal = _error_table(rule, ((top + smallest - 1) >> 2) - reference.RANGE)
-        best = threshold_loops.best_by_error(error, signal, counts, (rule.max_error or 0.0) ** 2)
-    return int(best) + smallest
+        current = int(state[row, 0])
+        chosen = int(reference.choose_threshold(x, rule, torch.tensor(current, dtype=torch.int32)))
+        used = chosen if current == reference.UNSET else current
+        if training:
+            state[row] = used, chosen
+    return torch.scalar_tensor(rule.threshold_range[0] if used == reference.UNSET else used, dtype=torch.int32)
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
     """`reference.histogram`; compiled for a dense float32 tensor."""
-    return torch.from_numpy(_histogram(x, rule)[0]) if _has_histogram(x) else reference.histogram(x, rule)
+    if _has_histogram(x):
+        return torch.from_numpy(shared_loops.histogram(*_sampling(x, rule)))
+    return reference.histogram(x, rule)
 
 
 def _has_histogram(x: Tensor) -> bool:
     return x.dtype == torch.float32 and buffers.is_dense(x)
 
 
-def _histogram(x: Tensor, rule: Rule) -> tuple[Array, int]:
-    smallest, largest = rule.threshold_range
+def _sampling(x: Tensor, rule: Rule) -> tuple[Any, ...]:
+    """What `shared_loops.histogram` takes."""
     turned = (0, 0) if x.is_contiguous() else (x.shape[1], x[0, 0].numel())
-    return threshold_loops.histogram(_memory(x), sample_step(x.numel()), smallest - 1, largest, *turned)  # type: ignore[no-any-return]
+    return team(x.numel()), _memory(x), sample_step(x.numel()), rule.threshold_range, turned
 
 
 @lru_cache(maxsize=128)
-def _error_table(rule: Rule, unit: int) -> tuple[Array, Array]:
-    error, signal = error_table(rule, torch.tensor(unit))
-    return error.numpy(), signal.numpy()
+def _choice(rule: Rule) -> tuple[float, float, tuple[int, ...]]:
+    """How a rule chooses: by `fp16_share` (negative: it does not), or by `max_error`, squared, and its formats."""
+    low, wide = FORMATS[rule.low or "e4m3"], rule.wide
+    lowest = int(window_exponent(rule, torch.tensor(rule.threshold_range[0])))
+    formats = (low.mantissa, low.min_exponent, low.max_exponent, lowest, wide.mantissa, wide.min_exponent)
+    return -1.0 if rule.fp16_share is None else rule.fp16_share, (rule.max_error or 0.0) ** 2, formats
 
 
 class _Memory:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lnpu_torch import count_loops, lane_loops, loops, vectors
+from lnpu_torch import count_loops, lane_loops, loops, threshold_loops, vectors
 from lnpu_torch.jit import compiled
 from lnpu_torch.lane_family import LONGEST
+from lnpu_torch.reference import UNSET
 from lnpu_torch.regions import in_parallel
 
 ROWS = 2**15 - 1
@@ -191,3 +192,33 @@ def add_grid_step(team, counter, big, small, big_samples, small_samples, meets, 
 def _meetings(share, shares, big, small, meets, sums):
     a, b = _part(big.shape[1], share, shares)
     count_loops.meetings(big[:, a:b], small[:, a:b], *meets, sums[share])
+
+
+@compiled
+def next_threshold(team, x, step, ends, turned, choice, states, row, training):
+    """`ops.next_threshold`, the T to use now: by `fp16_share`, or by `max_error` where that is negative."""
+    counts, used, chosen = histogram(team, x, step, ends, turned), states[row, 0], states[row, 0]
+    share, bound, formats = choice
+    if counts.any():
+        best = threshold_loops.best_by_share(counts, share) if share >= 0 else -1
+        best = threshold_loops.best_by_error(counts, ends[0], bound, formats) if share < 0 else best
+        chosen = np.int32(best + ends[0])
+    used = chosen if used == UNSET else used
+    if training:
+        states[row, 0], states[row, 1] = used, chosen
+    return used
+
+
+@compiled
+def histogram(team, x, step, ends, turned):
+    """`reference.histogram`, between a rule's smallest and largest T; `turned`: see `threshold_loops.histogram`."""
+    count = (len(x) + step - 1) // step
+    parts = np.zeros((_shares(team, count), ends[1] - ends[0] + 2), np.int64)
+    in_parallel(team, len(parts), _histogram, (x, step, count, ends, turned, parts))
+    return parts.sum(0)
+
+
+@compiled
+def _histogram(share, shares, x, step, count, ends, turned, parts):
+    a, b = _part(count, share, shares)
+    parts[share] = threshold_loops.histogram(x, step, a, b, *ends, *turned)

@@ -1,4 +1,7 @@
-"""The compiled inner loops that choose a T: a tensor's histogram, and the best T by it. Numba sees only arrays here."""
+"""The compiled inner loops that choose a T: a tensor's histogram, and the best T by it. Numba sees only arrays here.
+
+Bin i of a histogram stands for quarter-binade smallest - 1 + i, where `smallest` is the rule's smallest T.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from numba import int32, int64
 
 from lnpu_torch.jit import compiled
 from lnpu_torch.loops import INFINITY, MAGNITUDE, bits_of
+from lnpu_torch.reference import RANGE
 
 
 @compiled
@@ -21,17 +25,28 @@ def best_by_share(counts, share):
 
 
 @compiled
-def best_by_error(error, signal, counts, bound):
-    """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound."""
-    seen, whole = np.flatnonzero(counts), int64(0)
+def best_by_error(counts, smallest, bound, formats):
+    """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound.
+
+    `formats`: mantissa bits and least exponent of both formats, and after FP8's its top exponent and the lowest to which
+    that may be moved.
+    """
+    low_mantissa, low_least, low_top, lowest, wide_mantissa, wide_least = formats
+    seen, whole, lost, before = np.flatnonzero(counts), int64(0), int64(0), int64(-(2**62))
+    unit = ((seen[-1] + smallest - 1) >> 2) - RANGE
     for i in seen:
-        whole += signal[i] * counts[i]
-    t, lost = len(error), int64(0)
+        quarter = i + smallest - 1
+        whole += _units(_square(quarter), (quarter >> 2) - unit) * counts[i]
+    t = len(counts) - 1
     while t > 0:
         t -= 1
-        lost = int64(0)
-        for i in seen:
-            lost += error[t, i] * counts[i]
+        window = max((t + smallest) >> 2, lowest) - low_top
+        if window != before or counts[t + 1]:  # else it is the error of the T above
+            lost, before = int64(0), window
+            for i in seen:
+                quarter = i + smallest - 1
+                least, mantissa = (window + low_least, low_mantissa) if i <= t else (wide_least, wide_mantissa)
+                lost += _error(quarter, least, mantissa, unit) * counts[i]
         if lost <= bound * whole:
             break
     while t > 0 and counts[t] == 0:  # same groups, tightest window
@@ -40,22 +55,39 @@ def best_by_error(error, signal, counts, bound):
 
 
 @compiled
-def histogram(x, step, smallest, largest, channels, positions):
-    """`reference.histogram` of every step-th element, and its highest bin that is not empty, or -1.
+def _error(quarter, least, mantissa, unit):
+    """`reference.error_table`'s expected squared error of an element in a format's least exponent and mantissa bits."""
+    exponent = quarter >> 2
+    over = max(exponent, least) - mantissa + 1 - exponent
+    if int64(1) << (2 * min(max(over, 0), 4)) > _square(quarter):  # rounded to zero: the error is the element itself
+        return _units(_square(quarter), exponent - unit)
+    return _units(int64(1), exponent + over - unit)
+
+
+@compiled
+def _square(quarter):
+    k = quarter & 3
+    return int64(3 * k * k + 27 * k + 61)
+
+
+@compiled
+def _units(factor, power):
+    return factor << (2 * min(power, RANGE + 3)) if power >= 0 else int64(0)
+
+
+@compiled
+def histogram(x, step, first, last, smallest, largest, channels, positions):
+    """`reference.histogram` of elements [first, last) of x's sample, every step-th element: int64 [bins].
 
     x is in memory as it is in logical order, or each sample's [channels, positions] are turned over, if there are any.
     """
-    counts = np.zeros((4, largest - smallest + 1), np.int32)  # in turn, so that no sum waits for the one before
-    for i in range((len(x) + step - 1) // step):
+    counts = np.zeros((4, largest - smallest + 2), np.int32)  # in turn, so that no sum waits for the one before
+    for i in range(first, last):
         at = i * step
         if channels:
             place = at % (channels * positions)
             at += (place % positions) * channels + place // positions - place
         magnitude = int32(bits_of(x[at]) & MAGNITUDE)
-        quarter = min(max((magnitude >> 21) - 4 * 127, smallest), largest) - smallest
+        quarter = min(max((magnitude >> 21) - 4 * 127, smallest - 1), largest) - (smallest - 1)
         counts[i & 3, quarter] += 0 < magnitude < INFINITY
-    total = counts.sum(0).astype(np.int64)
-    top = len(total) - 1
-    while top >= 0 and total[top] == 0:
-        top -= 1
-    return total, top
+    return counts.sum(0).astype(np.int64)
