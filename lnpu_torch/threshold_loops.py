@@ -5,12 +5,24 @@ Bin i of a histogram stands for quarter-binade smallest - 1 + i, where `smallest
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import int32, int64
+from llvmlite import ir
+from numba import float32, int32, int64
+from numba.extending import intrinsic
 
 from lnpu_torch.jit import compiled
-from lnpu_torch.loops import INFINITY, MAGNITUDE, bits_of
 from lnpu_torch.reference import RANGE
+
+MAGNITUDE, INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+"""Bits of a float32."""
+
+
+@intrinsic
+def _bits(context: Any, x: Any) -> Any:
+    """float32 -> its bits."""
+    return int32(float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @compiled
@@ -86,7 +98,7 @@ def histogram(x, step, first, last, smallest, largest, channels, positions):
         if channels:
             place = at % (channels * positions)
             at += (place % positions) * channels + place // positions - place
-        magnitude = int32(bits_of(x[at]) & MAGNITUDE)
+        magnitude = int32(_bits(x[at]) & MAGNITUDE)
         quarter = min(max((magnitude >> 21) - 4 * 127, smallest - 1), largest) - (smallest - 1)
         counts[i & 3, quarter] += 0 < magnitude < INFINITY
     return counts.sum(0).astype(np.int64)

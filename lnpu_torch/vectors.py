@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, int32, types, uint16, uint64
+from numba import float32, types, uint16, uint64
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lnpu_torch.jit import compiled
@@ -17,15 +18,13 @@ LANES = 16
 """Elements in a vector."""
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
+INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 BITS = ir.VectorType(ir.IntType(1), LANES)
-LOW, HIGH = (
-    ir.Constant(ir.VectorType(ir.IntType(32), LANES), [lane for i in range(half, half + 8) for lane in (i, i + LANES)])
-    for half in (0, 8)
-)
+LOW, HIGH = (ir.Constant(INTEGERS, [lane for i in range(half, half + 8) for lane in (i, i + LANES)]) for half in (0, 8))
 """Which lanes of two vectors their lower and upper halves, merged by turns, take."""
 
 
-def _vector(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
+def address(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
     """Where the vector that begins at an element of a one-dimensional array lies."""
     data = context.make_array(kind)(context, builder, array).data
     vector = ir.VectorType(context.get_data_type(kind.dtype), LANES)
@@ -37,10 +36,10 @@ def _pass(context: Any, source: Any, start: Any, target: Any) -> Any:
     """One vector's ReLU from source to target; returns a bit for each element that passes, NaN among them."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x = builder.load(_vector(context, builder, signature.args[0], *args[:2]), align=4)
+        x = builder.load(address(context, builder, signature.args[0], *args[:2]), align=4)
         zero = ir.Constant(VECTOR, [0.0] * LANES)
         passes = builder.fcmp_unordered(">", x, zero)
-        place = _vector(context, builder, signature.args[2], args[2], args[1])
+        place = address(context, builder, signature.args[2], args[2], args[1])
         builder.store(builder.select(passes, x, zero), place, align=4)
         return builder.bitcast(passes, ir.IntType(LANES))
 
@@ -52,68 +51,132 @@ def _keep(context: Any, source: Any, start: Any, target: Any, bits: Any) -> Any:
     """One vector's elements whose bits are set from source to target, zeros for the others."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x = builder.load(_vector(context, builder, signature.args[0], *args[:2]), align=4)
+        x = builder.load(address(context, builder, signature.args[0], *args[:2]), align=4)
         kept = builder.select(builder.bitcast(args[3], BITS), x, ir.Constant(VECTOR, [0.0] * LANES))
-        builder.store(kept, _vector(context, builder, signature.args[2], args[2], args[1]), align=4)
+        builder.store(kept, address(context, builder, signature.args[2], args[2], args[1]), align=4)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, target, uint16), generate
 
 
-@intrinsic
-def nonzeros(context: Any, source: Any, start: Any) -> Any:
-    """How many elements of one vector of integers are not zero."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x = builder.load(
-            _vector(context, builder, signature.args[0], *args), align=signature.args[0].dtype.bitwidth // 8
-        )
-        bits = builder.bitcast(builder.icmp_unsigned("!=", x, ir.Constant(x.type, None)), ir.IntType(LANES))
-        return builder.zext(builder.ctpop(bits), ir.IntType(32))
-
-    return int32(source, types.intp), generate
+def halved(builder: Any, values: Any) -> Any:
+    """A vector of float32 -> the bits of the nearest binary16."""
+    halves = builder.fptrunc(values, ir.VectorType(ir.HalfType(), LANES))
+    return builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES))
 
 
 @intrinsic
-def _turn_block(context: Any, source: Any, start: Any, stride: Any, target: Any, place: Any, step: Any) -> Any:
-    """16 rows of 16 elements, a stride apart, from `start` on -> as columns, a step apart, from `place` on."""
+def half_bits(context: Any, x: Any) -> Any:
+    """float32 -> the bits of the nearest binary16."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return uint16(float32), generate
+
+
+def splat(builder: Any, value: Any) -> Any:
+    """A vector of one number."""
+    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(INTEGERS, [0] * LANES))
+
+
+def leading(builder: Any, count: Any) -> Any:
+    """A mask of the first `count` lanes. Where that is 16 and constant, LLVM leaves the mask out."""
+    lanes = ir.Constant(INTEGERS, list(range(LANES)))
+    return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, INTEGERS.element)))
+
+
+def load_leading(builder: Any, place: Any, count: Any) -> Any:
+    """The first `count` lanes of a vector, and zeros."""
+    vector, number = place.type.pointee, ir.IntType(32)
+    kind = ir.FunctionType(vector, [place.type, number, BITS, vector])
+    load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.{_name(vector)}.p0")
+    return builder.call(load, [place, number(_bytes(vector)), leading(builder, count), ir.Constant(vector, None)])
+
+
+def store_leading(builder: Any, values: Any, place: Any, count: Any) -> None:
+    """Write the first `count` lanes of a vector."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [values.type, place.type, number, BITS])
+    store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.{_name(values.type)}.p0")
+    builder.call(store, [values, place, number(_bytes(values.type)), leading(builder, count)])
+
+
+def _bytes(vector: Any) -> int:
+    return 4 if vector == VECTOR else int(vector.element.width) // 8
+
+
+def _name(vector: Any) -> str:
+    return f"v{LANES}f32" if vector == VECTOR else f"v{LANES}i{vector.element.width}"
+
+
+def _turned(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors -> their columns: four times merged by turns with the row half a block away, once for each bit."""
+    for _ in range(4):
+        pairs = zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True)
+        rows = [builder.shuffle_vector(*pair, lanes) for pair in pairs for lanes in (LOW, HIGH)]
+    return rows
+
+
+@intrinsic
+def _turn_block(
+    context: Any, source: Any, start: Any, stride: Any, single: Any, half: Any, place: Any, step: Any, columns: Any
+) -> Any:
+    """16 rows of up to 16 numbers, a stride apart, from `start` on -> columns, a step apart from `place` on.
+
+    They are written to `single` and, rounded to binary16, to `half`; each may be None.
+    """
+    kinds = (source, types.intp, types.intp, single, half, types.intp, types.intp, types.intp)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        align = signature.args[0].dtype.bitwidth // 8
+        source, start, stride, single, half, place, step, width = args
 
-        def at(array: int, i: int) -> Any:
-            start = builder.add(args[array + 1], builder.mul(args[array + 2], ir.Constant(args[array + 2].type, i)))
-            return _vector(context, builder, signature.args[array], args[array], start)
+        def at(kind: Any, array: Any, start: Any, stride: Any, i: int) -> Any:
+            return address(context, builder, kind, array, builder.add(start, builder.mul(stride, stride.type(i))))
 
-        rows = [builder.load(at(0, i), align=align) for i in range(LANES)]
-        for _ in range(4):  # merged by turns with the row half a block away, once for each bit of a row's number
-            rows = [
-                builder.shuffle_vector(rows[i], rows[i + LANES // 2], half)
-                for i in range(LANES // 2)
-                for half in (LOW, HIGH)
-            ]
-        for i, column in enumerate(rows):
-            builder.store(column, at(3, i), align=align)
+        rows = [load_leading(builder, at(kinds[0], source, start, stride, i), width) for i in range(LANES)]
+        for i, column in enumerate(_turned(builder, rows)):
+            with builder.if_then(builder.icmp_signed(">", width, width.type(i))):
+                if kinds[3] != types.none:
+                    builder.store(column, at(kinds[3], single, place, step, i), align=_bytes(column.type))
+                if kinds[4] != types.none:
+                    builder.store(halved(builder, column), at(kinds[4], half, place, step, i), align=2)
         return context.get_dummy_value()
 
-    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
+    return types.void(*kinds), generate
 
 
 @compiled
 def turn(source, target, place, rows, columns):
     """A matrix [rows, columns] at the start of `source` -> [columns, rows], into `target` from `place` on."""
-    whole_rows, whole_columns = rows - rows % LANES, columns - columns % LANES
-    if rows < columns:
-        for r in range(0, whole_rows, LANES):
-            for c in range(0, whole_columns, LANES):
-                _turn_block(source, r * columns + c, columns, target, place + c * rows + r, rows)
-    else:  # along the longer side, as memory far apart by the same power of two shares few places in a cache
-        for c in range(0, whole_columns, LANES):
-            for r in range(0, whole_rows, LANES):
-                _turn_block(source, r * columns + c, columns, target, place + c * rows + r, rows)
-    for r in range(rows):
-        for c in range(whole_columns if r < whole_rows else 0, columns):
-            target[uint64(place + c * rows + r)] = source[uint64(r * columns + c)]
+    turn_rows(source, rows, columns, target, None, place, rows)
+
+
+@compiled
+def turn_rows(source, rows, columns, single, half, place, step):
+    """Some rows of a matrix at the start of `source` -> columns, a step apart from `place` on.
+
+    They are written to `single` and, rounded to binary16, to `half`; each may be None. The last block of 16 rows or
+    columns may do what the one before has done already.
+    """
+    if rows < LANES:
+        for c in range(columns):
+            for r in range(rows):
+                if single is not None:
+                    single[uint64(place + c * step + r)] = source[uint64(r * columns + c)]
+                if half is not None:
+                    half[uint64(place + c * step + r)] = half_bits(source[uint64(r * columns + c)])
+        return
+    for c in range(0, columns, LANES):
+        c = max(0, min(c, columns - LANES))
+        for r in range(0, rows, LANES):
+            r = min(r, rows - LANES)
+            if columns >= LANES:
+                _turn_block(source, r * columns + c, columns, single, half, place + c * step + r, step, LANES)
+            else:
+                _turn_block(source, r * columns, columns, single, half, place + r, step, columns)
 
 
 @compiled

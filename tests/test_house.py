@@ -27,6 +27,8 @@ NUMERICS += [
     "buffers",
     "jit",
     "vectors",
+    "vector_rounding",
+    "packed_counters",
     "loops",
     "threshold_loops",
     "count_loops",

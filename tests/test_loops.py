@@ -1,0 +1,61 @@
+"""The compiled rounding loops where their counters are full and their vectors end."""
+
+import numpy as np
+import pytest
+import torch
+from test_formats import scalar
+
+from lnpu_torch import cpu, loops, ops, reference
+from lnpu_torch.precision import Rule
+
+LIES = ["contiguous", "channels_last", "turned"]
+
+
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("count", [15, 16, 17, 254, 255, 256, 257, 510, 511, 32767])
+@pytest.mark.parametrize("dimension", ["rows", "channels"])
+def test_counters_at_their_limits(dimension, count, lies):
+    shape = (count, 3, 1, 2) if dimension == "rows" else (2, count, 1, 3)
+    channels_last = torch.channels_last if lies == "channels_last" else torch.contiguous_format
+    for value in (1.0, 100.0):
+        x = torch.full(shape, value).contiguous(memory_format=channels_last)
+        rest = (scalar(4), None, Rule().model_dump_json(), 0, (shape[0], 1), [True] * 4, lies == "turned")
+        *_, position, sample, runs = ops.round_and_count(x, *rest)
+        group = int(value == 100.0)
+        assert (position[group] == shape[0]).all() and (sample[group] == shape[1]).all() and (runs == shape[3]).all()
+        assert not position[1 - group].any() and not sample[1 - group].any()
+
+
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("channels", [1, 7, 16, 17, 33])
+@pytest.mark.parametrize("positions", [1, 9, 16, 25, 49])
+def test_vectors_end_within_their_arrays(channels, positions, lies):
+    rows, size, edge = 3, channels * positions, 64
+    x = torch.randn(rows, size).numpy()
+    single = np.full(rows * size + 2 * edge, 7, np.float32)
+    half = np.full(len(single), 7, np.uint16)
+    counts, runs = np.zeros((2, 1, size), np.int32), np.zeros((rows, channels, -(-positions // 16)), np.uint8)
+    samples = np.zeros((2, rows, channels, positions), np.int32)
+    targets = [array[edge:-edge] for array in (single, half)]
+    turned = [np.empty(size, array.dtype) if lies == "turned" else None for array in (single, half)]
+    rest = (counts, samples, runs, 0, rows, (rows, channels, positions), cpu._parameters(Rule(), 1))
+    if lies == "channels_last":
+        loops.quantize_last(x.reshape(-1), *targets, *rest)
+    else:
+        loops.quantize(x.reshape(-1), *targets, *turned, *rest)
+    expected = reference.quantize(torch.from_numpy(x), Rule(), scalar(1))[0]
+    if lies == "turned":
+        expected = expected.unflatten(1, (channels, positions)).mT
+    expected = expected.reshape(-1).numpy()
+    assert (targets[0] == expected).all() and (targets[1].view(np.float16) == expected).all()
+    assert all((array[part] == 7).all() for array in (single, half) for part in (slice(edge), slice(-edge, None)))
+    assert counts.sum() == samples.sum() == runs.sum() == np.count_nonzero(expected)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 16, 25, 49])
+@pytest.mark.parametrize("columns", [1, 7, 16, 33])
+def test_matrices_are_turned_where_they_lie(rows, columns):
+    x = torch.randn(3, rows, columns)
+    memory = x.reshape(-1).numpy().copy()
+    loops.turn_half(memory, True, rows, columns)
+    assert torch.equal(torch.from_numpy(memory).view(3, columns, rows), x.half().float().mT)
