@@ -106,9 +106,10 @@ def round_half(x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def turn_half(x: Tensor, rounds: bool) -> None:
-    """`ops.turn_result_`."""
-    shared_loops.turn_half(team(x.numel()), _memory(x), rounds, x[0, 0].numel(), x.shape[1])
+def turn_half(x: Tensor, out: Tensor, rounds: bool) -> Tensor:
+    """A dense float32 tensor in channels_last made contiguous, in memory (which may be x's), rounded if asked."""
+    shared_loops.turn_half(team(x.numel()), _memory(x), _memory(out), rounds, x[0, 0].numel(), x.shape[1])
+    return out
 
 
 def relu(x: Tensor, out: Tensor) -> Tensor:

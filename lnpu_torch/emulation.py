@@ -177,9 +177,8 @@ class Emulation:
         rounds = self.result_format != "fp32" and not done
         # compiled, never in place: inductor (torch 2.13) fails on some gradients that are changed where they lie
         if backends.on_gpu(x) or torch.compiler.is_compiling():
-            if rounds:
-                x = product_ops.rounded_result(x, self.result_format, dtype)
-            x = x.contiguous() if turned else x
+            if rounds or turned:
+                x = product_ops.rounded_result(x, self.result_format, dtype, turned)
         elif turned:
             x = ops.contiguous_result(x, self.result_format)
         elif rounds:

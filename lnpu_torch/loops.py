@@ -192,8 +192,8 @@ def round_half(x, out):
 
 
 @compiled
-def turn_half(x, rounds, rows, columns):
-    """Matrices [rows, columns] in a row -> [columns, rows], each where it lies, rounded to binary16 if asked."""
+def turn_half(x, out, rounds, rows, columns):
+    """Matrices [rows, columns] in a row -> [columns, rows] in `out` (which may be x), rounded to binary16 if asked."""
     matrix = np.empty(rows * columns, np.float32)
     for start in range(0, len(x), len(matrix)):
         if rounds:
@@ -202,4 +202,4 @@ def turn_half(x, rounds, rows, columns):
         else:
             for i in range(len(matrix)):
                 matrix[i] = x[uint64(start + i)]
-        turn(matrix, x, start, rows, columns)
+        turn(matrix, out, start, rows, columns)

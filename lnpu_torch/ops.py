@@ -150,7 +150,7 @@ def turn_result_(x: Tensor, rounds: bool) -> None:
         turned = (x.half().float() if rounds else x).contiguous()
         x.permute(0, 2, 3, 1).copy_(turned.view(x.shape[0], *x.shape[2:], x.shape[1]))
     else:
-        module.turn_half(x, rounds)
+        module.turn_half(x, x, rounds)
 
 
 def contiguous_result(x: Tensor, form: str) -> Tensor:

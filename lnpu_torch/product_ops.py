@@ -126,18 +126,25 @@ def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, ch
 
 
 @op()
-def rounded_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
-    """A step's fresh result rounded to a format, nearest, overflow to infinity, in another dtype; x may be used up."""
+def rounded_result(x: Tensor, form: str, dtype: torch.dtype, turned: bool = False) -> Tensor:
+    """A step's fresh result rounded to a format, nearest, overflow to infinity, in another dtype; x may be used up.
+
+    Args:
+        turned: whether it lies in channels_last, and shall be contiguous.
+    """
     module = backends.gpu_module(x)
     if module is not None and module.rounds_results(x, dtype):
         out: Tensor = module.round_result(x, None, form, dtype)
         return out.clone() if out is x else out
     fast = backends.dense_loops(x)
+    if turned and form in ("fp16", "fp32") and fast and not x.is_contiguous():
+        return fast.turn_half(x, x.new_empty(x.shape), form == "fp16").to(dtype)  # type: ignore[no-any-return]
+    x = x.contiguous() if turned else x
     if form == "fp16" and fast:
         return fast.round_half(x, torch.empty_like(x)).to(dtype)  # type: ignore[no-any-return]
     return reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]).to(dtype)
 
 
 @fake("rounded_result")
-def _(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+def _(x: Tensor, form: str, dtype: torch.dtype, turned: bool = False) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype) if turned else torch.empty_like(x, dtype=dtype)

@@ -111,16 +111,16 @@ def _round_half(share, shares, x, out):
 
 
 @compiled
-def turn_half(team, x, rounds, rows, columns):
+def turn_half(team, x, out, rounds, rows, columns):
     """`loops.turn_half`."""
-    in_parallel(team, _shares(team, len(x) // (rows * columns)), _turn_half, (x, rounds, rows, columns))
+    in_parallel(team, _shares(team, len(x) // (rows * columns)), _turn_half, (x, out, rounds, rows, columns))
 
 
 @compiled
-def _turn_half(share, shares, x, rounds, rows, columns):
+def _turn_half(share, shares, x, out, rounds, rows, columns):
     size = rows * columns
     a, b = _part(len(x) // size, share, shares)
-    loops.turn_half(x[a * size : b * size], rounds, rows, columns)
+    loops.turn_half(x[a * size : b * size], out[a * size : b * size], rounds, rows, columns)
 
 
 @compiled

@@ -40,7 +40,7 @@ def best_by_share(counts, share):
 def best_by_error(counts, smallest, bound, formats):
     """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound.
 
-    `formats`: mantissa bits and least exponent of both formats, and after FP8's its top exponent and how low that may go.
+    `formats`: mantissa bits and least exponent of both formats, after FP8's its top exponent and how low that may go.
     """
     low_mantissa, low_least, low_top, lowest, wide_mantissa, wide_least = formats
     seen, whole, lost, before = np.flatnonzero(counts), int64(0), int64(0), int64(-(2**62))

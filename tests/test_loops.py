@@ -57,5 +57,5 @@ def test_vectors_end_within_their_arrays(channels, positions, lies):
 def test_matrices_are_turned_where_they_lie(rows, columns):
     x = torch.randn(3, rows, columns)
     memory = x.reshape(-1).numpy().copy()
-    loops.turn_half(memory, True, rows, columns)
+    loops.turn_half(memory, memory, True, rows, columns)
     assert torch.equal(torch.from_numpy(memory).view(3, columns, rows), x.half().float().mT)
