@@ -29,11 +29,11 @@ from lnpu_torch.vector_rounding import (
     store,
     total,
 )
-from lnpu_torch.vectors import LANES, half_bits, turn, turn_rows
+from lnpu_torch.vectors import LANES, half_bits, prefetch, turn, turn_rows
 
 CHUNK = 1024
 """Elements that are rounded before what is known of them is summed up: few enough to lie in the nearest cache."""
-STRIP = 2**15
+STRIP = 2**16
 """Elements that are turned at once: few enough for the next cache."""
 
 
@@ -104,6 +104,10 @@ def quantize(x, single, half, row_single, row_half, counts, samples, runs, first
                 if row_single is None and row_half is None:
                     marks = _round(x, place + i, single, half, place + i, count - i, parameters)
                 else:
+                    if single is not None:  # as turned rows are written by leaps, which are not foreseen
+                        prefetch(single, place + i)
+                    if half is not None:
+                        prefetch(half, place + i)
                     marks = _round(x, place + i, turned, None, start - begin + i, count - i, parameters)
                 add_to(marks, packed, start + i)
                 if samples is not None:

@@ -88,6 +88,21 @@ def leading(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, INTEGERS.element)))
 
 
+@intrinsic
+def prefetch(context: Any, array: Any, start: Any) -> Any:
+    """Ask for the memory of a vector that will be written."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        place = builder.bitcast(address(context, builder, signature.args[0], *args), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [place, number(1), number(2), number(1)])  # to write; into the second cache; data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
 def load_leading(builder: Any, place: Any, count: Any) -> Any:
     """The first `count` lanes of a vector, and zeros."""
     vector, number = place.type.pointee, ir.IntType(32)
