@@ -7,9 +7,14 @@ from typing import Any
 from numba import njit
 
 
-def compiled(function: Any) -> Any:
+def compiled(function: Any, **options: Any) -> Any:
     """Compile at the first call, without the interpreter's lock; keep the result on disk where that can be written."""
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:
-        return njit(nogil=True)(function)
+        return njit(nogil=True, **options)(function)
+
+
+def inlined(function: Any) -> Any:
+    """The same, put wherever it is called: for what LLVM makes shorter there, as where an argument is constant."""
+    return compiled(function, forceinline=True)

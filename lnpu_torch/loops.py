@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import float32, int32, types, uint64
 from numba.extending import intrinsic
 
-from lnpu_torch.jit import compiled
+from lnpu_torch.jit import compiled, inlined
 from lnpu_torch.lane_family import RUN
 from lnpu_torch.packed_counters import count_runs, fold, fold_runs, sum_groups, unpack
 from lnpu_torch.vector_rounding import (
@@ -47,19 +47,12 @@ def _single(context: Any, bits: Any) -> Any:
     return float32(types.uint16), generate
 
 
-@compiled
+@inlined
 def _round(x, start, single, half, place, count, parameters):
     """Round a vector of x from `start` on into `single` and `half` (each may be None) from `place` on; its marks.
 
     If `count` is less than 16, only so many elements are left.
     """
-    if count >= LANES:
-        return _round_leading(x, start, single, half, place, LANES, parameters)
-    return _round_leading(x, start, single, half, place, count, parameters)
-
-
-@compiled
-def _round_leading(x, start, single, half, place, count, parameters):
     values, marks = rounded(load(x, start, count), parameters)
     if single is not None:
         store(values, single, place, count)
@@ -170,9 +163,7 @@ def quantize_flat(x, values, groups, parameters):
         for i in range(start, min(start + LANES * MOST, len(x)), LANES):
             marks = _round(x, i, values, None, i, len(x) - i, parameters)
             counters = plus(counters, marks)
-            if groups is not None and len(x) - i >= LANES:
-                put_groups(marks, groups, i, LANES)
-            elif groups is not None:
+            if groups is not None:
                 put_groups(marks, groups, i, len(x) - i)
         fp8 += total(counters) & int32(0xFFFF)
         wide += total(counters) >> 16

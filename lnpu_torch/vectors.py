@@ -83,7 +83,7 @@ def splat(builder: Any, value: Any) -> Any:
 
 
 def leading(builder: Any, count: Any) -> Any:
-    """A mask of the first `count` lanes. Where that is 16 and constant, LLVM leaves the mask out."""
+    """A mask of the first `count` lanes."""
     lanes = ir.Constant(INTEGERS, list(range(LANES)))
     return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, INTEGERS.element)))
 
@@ -104,19 +104,33 @@ def prefetch(context: Any, array: Any, start: Any) -> Any:
 
 
 def load_leading(builder: Any, place: Any, count: Any) -> Any:
-    """The first `count` lanes of a vector, and zeros."""
+    """The first `count` lanes of a vector, and zeros; all of them if there are more."""
     vector, number = place.type.pointee, ir.IntType(32)
     kind = ir.FunctionType(vector, [place.type, number, BITS, vector])
-    load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.{_name(vector)}.p0")
-    return builder.call(load, [place, number(_bytes(vector)), leading(builder, count), ir.Constant(vector, None)])
+    masked = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.{_name(vector)}.p0")
+    with builder.if_else(builder.icmp_signed(">=", count, count.type(LANES))) as (whole, part):
+        with whole:
+            all_lanes, after_all = builder.load(place, align=_bytes(vector)), builder.block
+        with part:
+            zeros = ir.Constant(vector, None)
+            some = builder.call(masked, [place, number(_bytes(vector)), leading(builder, count), zeros])
+            after_some = builder.block
+    loaded = builder.phi(vector)
+    loaded.add_incoming(all_lanes, after_all)
+    loaded.add_incoming(some, after_some)
+    return loaded
 
 
 def store_leading(builder: Any, values: Any, place: Any, count: Any) -> None:
-    """Write the first `count` lanes of a vector."""
-    number = ir.IntType(32)
+    """Write the first `count` lanes of a vector; all of them if there are more."""
+    number, align = ir.IntType(32), _bytes(values.type)
     kind = ir.FunctionType(ir.VoidType(), [values.type, place.type, number, BITS])
-    store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.{_name(values.type)}.p0")
-    builder.call(store, [values, place, number(_bytes(values.type)), leading(builder, count)])
+    masked = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.{_name(values.type)}.p0")
+    with builder.if_else(builder.icmp_signed(">=", count, count.type(LANES))) as (whole, part):
+        with whole:
+            builder.store(values, place, align=align)
+        with part:
+            builder.call(masked, [values, place, number(align), leading(builder, count)])
 
 
 def _bytes(vector: Any) -> int:
