@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,52 @@ def _(
 ) -> Tensor:
     result = x.new_empty(Geometry.unpack(geometry).shape("big" if transposed else "small"))
     return result.to(memory_format=backends.memory_format(x))
+
+
+@op()
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Torch's own, unseen by inductor.
+
+    It lays out whatever is next to a convolution in channels_last, on a CPU, and so turned what had just been turned.
+    """
+    lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+    return torch.ops.aten.convolution(x, weight, bias, *lists)  # type: ignore[no-any-return]
+
+
+fake("convolution")(inspect.unwrap(convolution))
+
+
+@op()
+def convolution_backward(
+    error: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> list[Tensor]:
+    """Torch's own, unseen as `convolution` is; the gradients of x, weight and bias that the mask asks for."""
+    lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups, list(mask))
+    grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *lists)
+    return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]
+
+
+fake("convolution_backward")(inspect.unwrap(convolution_backward))
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class Convolution:
             )
             return rounded
         if by.form == "fp32":
-            out: Tensor = torch.ops.aten.convolution(x, weight, bias, *self._arguments)
+            out: Tensor = _convolutions(x).convolution(x, weight, bias, *self._arguments)
             return out
         product = "big_from_small" if self.transposed else "small_from_big"
         out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
@@ -153,8 +154,8 @@ class Convolution:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         if by.form == "fp32":
-            grads = self._backward(error, x, product_ops.unread(x, shape), [False, *wanted])
-            return grads[1], grads[2]
+            grads = iter(self._backward(error, x, product_ops.unread(x, shape), [False, *wanted]))
+            return next(grads) if wanted[0] else None, next(grads) if wanted[1] else None
         weight_grad = None
         if wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
@@ -210,10 +211,16 @@ class Convolution:
         lists = (list(self.stride), list(self.padding), list(self.dilation))
         return *lists, self.transposed, list(self.output_padding), self.groups
 
-    def _backward(self, error: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+    def _backward(self, error: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
+        """The gradients of x, weight and bias that the mask asks for."""
         bias = [error.shape[1]] if mask[2] else None
-        grads: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(error, x, weight, bias, *self._arguments, mask)
-        return grads
+        grads = _convolutions(x).convolution_backward(error, x, weight, bias, *self._arguments, mask)
+        return [grad for grad in grads if grad is not None]
+
+
+def _convolutions(x: Tensor) -> Any:
+    """Where torch's convolutions are called: compiled for a CPU, as ops that inductor does not know."""
+    return product_ops if torch.compiler.is_compiling() and x.device.type == "cpu" else torch.ops.aten
 
 
 def _matmul(a: Tensor, b: Tensor, by: Accumulator) -> Tensor:
