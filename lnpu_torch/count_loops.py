@@ -13,47 +13,39 @@ from lnpu_torch.jit import compiled
 
 
 @compiled
-def add_weight_step(counter, position, weight, meets, strides, met, sizes):
-    """`counting.add_weight_step`, of position [2, channels, D, H, W] and weight [2, channels, R, S, T].
+def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
+    """Sums of `counting.weight_step` over a range of channels, of position [2, C, D, H, W] and weight [2, C, R, S, T].
 
     `met` [R, S, T] tells how many positions each offset meets; `sizes`: slots, inside, other channels, batch, elements.
+    `sums` [6, 2] is added to: pairs of non-zeros [2, 2], pairs in which the first is one, and the second, and elements
+    of the grid and of the weight.
     """
     others, batch = sizes[2], sizes[3]
-    both, first, second = np.zeros((2, 2), np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64)
-    sums = np.empty((2, *met.shape), np.int64)
+    both, first, second = sums[:2], sums[2], sums[3]
+    reached = np.empty((2, *met.shape), np.int64)
     rows = np.empty((*met.shape[:2], position.shape[4]), np.int64)
-    for channel in range(position.shape[1]):
+    for channel in range(channels[0], channels[1]):
         for a in range(2):
-            _reached(position[a, channel], meets, strides, rows, sums[a])
+            _reached(position[a, channel], meets, strides, rows, reached[a])
+            sums[4, a] += position[a, channel].sum()
+            sums[5, a] += weight[a, channel].sum()
         for b in range(2):
             for r in range(met.shape[0]):
                 for s in range(met.shape[1]):
                     for t in range(met.shape[2]):
                         count = np.int64(weight[b, channel, r, s, t])
                         second[b] += count * met[r, s, t] * batch
-                        first[b] += sums[b, r, s, t] * others
-                        both[0, b] += sums[0, r, s, t] * count
-                        both[1, b] += sums[1, r, s, t] * count
-    _record(counter, both, first, second, _totals(position), _totals(weight), sizes)
+                        first[b] += reached[b, r, s, t] * others
+                        both[0, b] += reached[0, r, s, t] * count
+                        both[1, b] += reached[1, r, s, t] * count
 
 
 @compiled
-def add_grid_step(counter, both, big, small, big_meets, small_meets, strides, sizes, small_first):
-    """`counting.add_grid_step`, of the pairs of non-zeros `both` and counts by position [2, channels, D, H, W].
+def record(counter, both, first, second, firsts, seconds, sizes):
+    """Add a step: calls, slots, padding, not_run, the table of pairs, and elements of both operands.
 
-    `sizes`: slots, inside, other channels of big and of small, elements of the first operand and of the second.
+    `sizes`: slots, inside, two more, elements of the first operand and of the second.
     """
-    ones = np.ones(3, np.int64)
-    first, second = _met_in_all(big, big_meets, strides) * sizes[2], _met_in_all(small, small_meets, ones) * sizes[3]
-    if small_first:
-        _record(counter, both.T.copy(), second, first, _totals(small), _totals(big), sizes)
-    else:
-        _record(counter, both, first, second, _totals(big), _totals(small), sizes)
-
-
-@compiled
-def _record(counter, both, first, second, firsts, seconds, sizes):
-    """Add a step: calls, slots, padding, not_run, the table of pairs, and elements of both operands."""
     slots, inside = sizes[0], sizes[1]
     counter[0] += 1
     counter[1] += slots
@@ -75,19 +67,8 @@ def _record(counter, both, first, second, firsts, seconds, sizes):
 
 
 @compiled
-def _totals(counts):
-    totals = np.zeros(2, np.int64)
-    for a in range(2):
-        flat = counts[a].ravel()
-        for i in range(len(flat)):
-            totals[a] += flat[i]
-    return totals
-
-
-@compiled
-def _met_in_all(position, meets, strides):
-    """Elements of each group that the offsets meet, over channels and offsets."""
-    totals = np.zeros(2, np.int64)
+def met_in_all(position, meets, strides, totals):
+    """Elements of each group of position [2, C, D, H, W], and how many of them the offsets meet, into totals [2, 2]."""
     kernel = (_offsets(meets[0]), _offsets(meets[1]), _offsets(meets[2]))
     sums = np.empty(kernel, np.int64)
     rows = np.empty((kernel[0], kernel[1], position.shape[4]), np.int64)
@@ -95,8 +76,7 @@ def _met_in_all(position, meets, strides):
     for a in range(2):
         _sum_channels(position[a].ravel(), plane.ravel())
         _reached(plane, meets, strides, rows, sums)
-        totals[a] = sums.sum()
-    return totals
+        totals[0, a], totals[1, a] = plane.sum(), sums.sum()
 
 
 @compiled

@@ -32,7 +32,7 @@ def row_of(sizes: Tensor, call: Sequence[int]) -> int:
             the sum over all calls of further sizes.
         call: elements of both operands and of the result.
     """
-    for row, known in enumerate(sizes[:SIZES].tolist()):
+    for row, known in enumerate(sizes.tolist()[:SIZES]):
         if not any(known):
             sizes[row] = torch.tensor(call)
         if known == [*call] or not any(known):

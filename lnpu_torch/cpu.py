@@ -24,13 +24,15 @@ from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
 
+CHANNELS = 2**15 - 1
+"""The most over which one packed sum can reach: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
 TYPES = {torch.float32: "=f4", torch.uint16: "=u2", torch.uint8: "=u1"}
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:
     """Whether this module takes a tensor (and rule): at most float32, not empty, rounded to nearest."""
     nearest = rule is None or rule.rounding == "nearest"
-    fits_counter = x.dim() < 2 or x.shape[1] <= shared_loops.ROWS
+    fits_counter = x.dim() < 2 or x.shape[1] <= CHANNELS
     return nearest and fits_counter and x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,7 +51,8 @@ def quantize(
     lies_last = not x.is_contiguous()
     dense = x.permute(0, 2, 3, 1) if lies_last else x
     batch, channels, *grid = x.shape
-    positions, turns = prod(grid), last and not lies_last
+    positions = prod(grid)
+    turns = last and not lies_last and min(channels, positions) > 1
     last = last or lies_last
     shape = (batch, *grid, channels) if last else x.shape
     # binary16 first: what is kept for backward leaves no gaps between what is not

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lnpu_torch import count_loops, shared_loops
+from lnpu_torch import shared_loops
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.threads import team
 
@@ -48,7 +48,8 @@ def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, packed: S
     )
     meets, strides = (sizes.big_meets, sizes.big_strides) if big else (sizes.small_meets, sizes.small_strides)
     weights = weight.numpy().reshape(2, grid.shape[1], *sizes.kernel)
-    count_loops.add_weight_step(counter.numpy(), grid, weights, meets, strides, sizes.met, numbers)
+    threads = team(position.numel())
+    shared_loops.add_weight_step(threads, counter.numpy(), grid, weights, meets, strides, sizes.met, numbers)
 
 
 def add_grid_step(

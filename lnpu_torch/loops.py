@@ -69,19 +69,19 @@ def add(sums, start, terms, count):
 
 
 @compiled
-def quantize(x, single, half, row_single, row_half, counts, samples, runs, first, share, sizes, parameters):
+def quantize(x, single, half, counts, samples, runs, first, share, sizes, parameters, turned):
     """Round rows [channels, positions] of x, write them, and count their groups by position, by sample and by run.
 
     `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [2, rows, groups, positions]
     and `runs` (see `lanes.runs_of`) are written. `single`, `half`, `samples` and `runs` may be None. `sizes` are the
-    rows' number and shape. Where there is `row_single` or `row_half`, rows are written as [positions, channels].
+    rows' number and shape. `turned` (True or None): rows are written as [positions, channels].
     """
     rows, channels, positions = sizes
     size, group = channels * positions, channels * positions // (1 if samples is None else samples.shape[2])
-    strip, turned = size, np.empty(0, np.float32)  # as many elements, of whole channels, are turned at once
-    if row_single is not None or row_half is not None:
+    strip, scratch = size, np.empty(0, np.float32)  # as many elements, of whole channels, are turned at once
+    if turned is not None:
         strip = positions * LANES * _power_of_two(STRIP // (positions * LANES))
-        turned = np.empty(min(strip, size), np.float32)
+        scratch = np.empty(min(strip, size), np.float32)
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
     bits, added, summed = np.empty(run // LANES + 2, np.uint16), 0, 0
@@ -94,14 +94,14 @@ def quantize(x, single, half, row_single, row_half, counts, samples, runs, first
             stop = min(start + run, start - start % group + group, begin + strip, size)
             count, place = stop - start, row * size + start
             for i in range(0, count, LANES):
-                if row_single is None and row_half is None:
+                if turned is None:
                     marks = _round(x, place + i, single, half, place + i, count - i, parameters)
                 else:
                     if single is not None:  # as turned rows are written by leaps, which are not foreseen
                         prefetch(single, place + i)
                     if half is not None:
                         prefetch(half, place + i)
-                    marks = _round(x, place + i, turned, None, start - begin + i, count - i, parameters)
+                    marks = _round(x, place + i, scratch, None, start - begin + i, count - i, parameters)
                 add_to(marks, packed, start + i)
                 if samples is not None:
                     add_to(marks, sums, i)
@@ -114,9 +114,9 @@ def quantize(x, single, half, row_single, row_half, counts, samples, runs, first
                     summed = 0
             if runs is not None:
                 count_runs(bits, count, positions, runs[row].reshape(-1), start // positions * runs.shape[2])
-            if (row_single is not None or row_half is not None) and (stop == size or stop == begin + strip):
+            if turned is not None and (stop == size or stop == begin + strip):
                 place = row * size + begin // positions
-                turn_rows(turned, (stop - begin) // positions, positions, single, half, place, channels)
+                turn_rows(scratch, (stop - begin) // positions, positions, single, half, place, channels)
             start = stop
         added += 1
         if added == MOST or (first + row + 1) % share == 0 or row == rows - 1:

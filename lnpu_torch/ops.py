@@ -225,7 +225,7 @@ def count_weight_step(
     counters: Tensor, sizes: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
 ) -> None:
     """Add `counting.weight_step` to the row of a step's counters, int64 [ROWS, WIDTH], that `counting.row_of` tells."""
-    row = counting.row_of(sizes, Geometry.unpack(geometry).call_sizes(side, "weight"))
+    row = counting.row_of(sizes, _call_sizes(tuple(geometry), side, "weight"))
     _counting(position).add_weight_step(counters[row], position, weight, geometry, side)
 
 
@@ -235,8 +235,13 @@ def count_grid_step(
 ) -> None:
     """Add `counting.grid_step` to a step's counters, as `count_weight_step` does."""
     second = "small" if first == "big" else "big"
-    row = counting.row_of(sizes, Geometry.unpack(geometry).call_sizes(first, second))
+    row = counting.row_of(sizes, _call_sizes(tuple(geometry), first, second))
     _counting(big[0]).add_grid_step(counters[row], big, small, geometry, first)
+
+
+@lru_cache(maxsize=1024)
+def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, int, int]:
+    return Geometry.unpack(geometry).call_sizes(first, second)
 
 
 def _counting(sums: Tensor) -> ModuleType:

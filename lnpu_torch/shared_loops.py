@@ -13,9 +13,6 @@ from lnpu_torch.lane_family import LONGEST
 from lnpu_torch.reference import UNSET
 from lnpu_torch.regions import in_parallel
 
-ROWS = 2**15 - 1
-"""The most that a packed counter can hold: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
-
 
 @compiled
 def _part(count, share, shares):
@@ -30,11 +27,6 @@ def _shares(team, count):
 @compiled
 def _cut(array, first, stop):
     return array if array is None else array[first:stop]  # to return None as such would make an optional array
-
-
-@compiled
-def _scratch(like, size):
-    return like if like is None else np.empty(size, like.dtype)
 
 
 @compiled
@@ -54,21 +46,22 @@ def quantize(team, x, single, half, position, samples, runs, share, sizes, param
 @compiled
 def _quantize(number, shares, x, single, half, counts, samples, runs, share, sizes, parameters, last, turned):
     rows, channels, positions = sizes
-    size = channels * positions
-    begin, end = _part(rows, number, shares)
-    for first in range(begin, end, ROWS):
-        stop = min(first + ROWS, end)
-        a, b = first * size, stop * size
-        one, two, lengths = _cut(single, a, b), _cut(half, a, b), _cut(runs, first, stop)
-        sums = samples if samples is None else samples[:, first:stop]
-        here = (stop - first, channels, positions)
-        rest = (counts[number], sums, lengths, first, share, here, parameters)
-        if last is not None:
-            loops.quantize_last(x[a:b], one, two, *rest)
-        elif turned is not None:
-            loops.quantize(x[a:b], one, two, _scratch(one, size), _scratch(two, size), *rest)
-        else:
-            loops.quantize(x[a:b], one, two, None, None, *rest)
+    first, stop = _part(rows, number, shares)
+    a, b = first * channels * positions, stop * channels * positions
+    sums = samples if samples is None else samples[:, first:stop]
+    rest = (
+        counts[number],
+        sums,
+        _cut(runs, first, stop),
+        first,
+        share,
+        (stop - first, channels, positions),
+        parameters,
+    )
+    if last is None:
+        loops.quantize(x[a:b], _cut(single, a, b), _cut(half, a, b), *rest, turned)
+    else:
+        loops.quantize_last(x[a:b], _cut(single, a, b), _cut(half, a, b), *rest)
 
 
 @compiled
@@ -181,17 +174,46 @@ def _profile(share, shares, runs, parts, sums):
 
 
 @compiled
-def add_grid_step(team, counter, big, small, big_samples, small_samples, meets, sizes, small_first):
-    """`count_loops.add_grid_step`, and before it `count_loops.meetings` of the grids' counts by sample."""
-    sums = np.zeros((_shares(team, big_samples.shape[1]), 2, 2), np.int64)
-    in_parallel(team, len(sums), _meetings, (big_samples, small_samples, meets, sums))
-    count_loops.add_grid_step(counter, sums.sum(0), big, small, *meets, sizes, small_first)
+def add_weight_step(team, counter, position, weight, meets, strides, met, sizes):
+    """`counting.add_weight_step`, of counts as `count_loops.add_channels` takes them."""
+    sums = np.zeros((_shares(team, position.shape[1]), 6, 2), np.int64)
+    in_parallel(team, len(sums), _add_channels, (position, weight, meets, strides, met, sizes, sums))
+    total = sums.sum(0)
+    count_loops.record(counter, total[:2], total[2], total[3], total[4], total[5], sizes)
 
 
 @compiled
-def _meetings(share, shares, big, small, meets, sums):
-    a, b = _part(big.shape[1], share, shares)
-    count_loops.meetings(big[:, a:b], small[:, a:b], *meets, sums[share])
+def _add_channels(share, shares, position, weight, meets, strides, met, sizes, sums):
+    channels = _part(position.shape[1], share, shares)
+    count_loops.add_channels(position, weight, channels, meets, strides, met, sizes, sums[share])
+
+
+@compiled
+def add_grid_step(team, counter, big, small, big_samples, small_samples, meets, sizes, small_first):
+    """`counting.add_grid_step`, of counts by position [2, C, D, H, W] and by sample [2, samples, D, H, W].
+
+    `sizes`: slots, inside, other channels of big and of small, elements of the first operand and of the second.
+    """
+    both = np.zeros((_shares(team, big_samples.shape[1]), 2, 2), np.int64)
+    alone = np.zeros((2, 2, 2), np.int64)  # of each grid, its elements and how many are met
+    in_parallel(team, len(both) + 2, _add_grids, (big, small, big_samples, small_samples, meets, both, alone))
+    first, second, pairs = alone[0, 1] * sizes[2], alone[1, 1] * sizes[3], both.sum(0)
+    if small_first:
+        count_loops.record(counter, pairs.T.copy(), second, first, alone[1, 0], alone[0, 0], sizes)
+    else:
+        count_loops.record(counter, pairs, first, second, alone[0, 0], alone[1, 0], sizes)
+
+
+@compiled
+def _add_grids(share, shares, big, small, big_samples, small_samples, meets, both, alone):
+    """One grid alone, or the pairs of both in some of the samples."""
+    if share == 0:
+        count_loops.met_in_all(big, meets[0], meets[2], alone[0])
+    elif share == 1:
+        count_loops.met_in_all(small, meets[1], np.ones(3, np.int64), alone[1])
+    else:
+        a, b = _part(big_samples.shape[1], share - 2, shares - 2)
+        count_loops.meetings(big_samples[:, a:b], small_samples[:, a:b], *meets, both[share - 2])
 
 
 @compiled

@@ -37,12 +37,11 @@ def test_vectors_end_within_their_arrays(channels, positions, lies):
     counts, runs = np.zeros((2, 1, size), np.int32), np.zeros((rows, channels, -(-positions // 16)), np.uint8)
     samples = np.zeros((2, rows, channels, positions), np.int32)
     targets = [array[edge:-edge] for array in (single, half)]
-    turned = [np.empty(size, array.dtype) if lies == "turned" else None for array in (single, half)]
     rest = (counts, samples, runs, 0, rows, (rows, channels, positions), cpu._parameters(Rule(), 1))
     if lies == "channels_last":
         loops.quantize_last(x.reshape(-1), *targets, *rest)
     else:
-        loops.quantize(x.reshape(-1), *targets, *turned, *rest)
+        loops.quantize(x.reshape(-1), *targets, *rest, True if lies == "turned" else None)
     expected = reference.quantize(torch.from_numpy(x), Rule(), scalar(1))[0]
     if lies == "turned":
         expected = expected.unflatten(1, (channels, positions)).mT
