@@ -1,0 +1,65 @@
+"""Ops as plain calls inside layers: only where nobody could tell."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lnpu_torch as lnpu
+from lnpu_torch import ops, registry
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of the ops that torch's dispatcher is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    """Whose ops may mean something else."""
+
+
+def direct(x=None):
+    with registry.direct(torch.ones(3) if x is None else x):
+        return registry._thread.direct
+
+
+def test_outside_of_layers_ops_are_torchs():
+    with torch.no_grad(), Seen() as seen:
+        ops.round_result_(torch.ones(3), "fp16")
+    assert "lnpu::round_result_" in seen.names and not registry._thread.direct
+
+
+def test_inside_a_layer_they_are_plain_calls(monkeypatch):
+    found = []
+    round_half = ops.reference.round_to
+    monkeypatch.setattr(ops.reference, "round_to", lambda *a: found.append(registry._thread.direct) or round_half(*a))
+    with ops.backend("reference"):
+        layer = lnpu.nn.Linear(3, 2, precision=lnpu.Precision(input="fgmp", grad_output="fgmp", result="e6m9"))
+        layer(torch.randn(4, 3)).sum().backward()
+    assert found and all(found) and not registry._thread.direct
+
+
+@pytest.mark.filterwarnings("ignore")  # the profiler's own
+def test_where_somebody_looks_they_are_torchs():
+    with torch.no_grad():
+        assert direct() and direct(torch.nn.Parameter(torch.ones(3)))
+        assert not direct(torch.ones(3).as_subclass(Subclass)) and not direct(torch.ones(3, device="meta"))
+        with Seen():
+            assert not direct()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            lnpu.nn.Linear(3, 2)(torch.randn(4, 3))
+            assert not direct()
+    assert not direct()  # with gradients
+    assert any(event.key == "lnpu::round_and_count" for event in profile.key_averages())
+
+
+def test_an_error_ends_it():
+    with torch.no_grad(), pytest.raises(ValueError, match="here"), registry.direct(torch.ones(3)):
+        raise ValueError("here")
+    assert not registry._thread.direct
