@@ -69,10 +69,10 @@ def add(sums, start, terms, count):
 
 
 @compiled
-def quantize(x, single, half, counts, samples, runs, first, share, sizes, parameters, turned):
-    """Round rows [channels, positions] of x, write them, and count their groups by position, by sample and by run.
+def quantize(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters, turned):
+    """Round a part of the rows [channels, positions] of x, write it, and count its groups by position, sample and run.
 
-    `counts` [2, blocks, size] is added to, row r in block (first + r) // share; `samples` [2, rows, groups, positions]
+    `counts` [parts, 2, blocks, size] is added to, row r in block r // share; `samples` [2, rows, groups, positions]
     and `runs` (see `lanes.runs_of`) are written. `single`, `half`, `samples` and `runs` may be None. `sizes` are the
     rows' number and shape. `turned` (True or None): rows are written as [positions, channels].
     """
@@ -85,7 +85,8 @@ def quantize(x, single, half, counts, samples, runs, first, share, sizes, parame
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
     bits, added, summed = np.empty(run // LANES + 2, np.uint16), 0, 0
-    for row in range(rows):
+    begin_row, end_row = rows * part // parts, rows * (part + 1) // parts
+    for row in range(begin_row, end_row):
         if samples is not None:
             samples[:, row] = 0
         start = 0
@@ -119,13 +120,13 @@ def quantize(x, single, half, counts, samples, runs, first, share, sizes, parame
                 turn_rows(scratch, (stop - begin) // positions, positions, single, half, place, channels)
             start = stop
         added += 1
-        if added == MOST or (first + row + 1) % share == 0 or row == rows - 1:
-            unpack(packed, counts[0, (first + row) // share], counts[1, (first + row) // share])
+        if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
+            unpack(packed, counts[part, 0, row // share], counts[part, 1, row // share])
             added = 0
 
 
 @compiled
-def quantize_last(x, single, half, counts, samples, runs, first, share, sizes, parameters):
+def quantize_last(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters):
     """`quantize` for rows [positions, channels]."""
     rows, channels, positions = sizes
     size, groups = channels * positions, 1 if samples is None else samples.shape[2]
@@ -134,7 +135,8 @@ def quantize_last(x, single, half, counts, samples, runs, first, share, sizes, p
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
     kept = np.empty(run + LANES, np.uint16)
     added = 0
-    for row in range(rows):
+    begin_row, end_row = rows * part // parts, rows * (part + 1) // parts
+    for row in range(begin_row, end_row):
         for start in range(0, size, run):
             count, place, position = min(run, size - start), row * size + start, start // channels
             for i in range(0, count, LANES):
@@ -149,8 +151,8 @@ def quantize_last(x, single, half, counts, samples, runs, first, share, sizes, p
             if runs is not None and ((position + together) % RUN == 0 or start + count == size):
                 fold_runs(sums, run, runs[row], position // RUN)
         added += 1
-        if added == MOST or (first + row + 1) % share == 0 or row == rows - 1:
-            unpack(packed, counts[0, (first + row) // share], counts[1, (first + row) // share])
+        if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
+            unpack(packed, counts[part, 0, row // share], counts[part, 1, row // share])
             added = 0
 
 

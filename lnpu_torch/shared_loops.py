@@ -38,30 +38,12 @@ def quantize(team, x, single, half, position, samples, runs, share, sizes, param
     """
     rows, _, positions = sizes
     counts = np.zeros((_shares(team, rows), *position.shape), np.int32)
-    arguments = (x, single, half, counts, samples, runs, share, sizes, parameters, last, turned)
-    in_parallel(team, len(counts), _quantize, arguments)
-    in_parallel(team, 2 * position.shape[1], _sum_counts, (counts, position, positions, last))
-
-
-@compiled
-def _quantize(number, shares, x, single, half, counts, samples, runs, share, sizes, parameters, last, turned):
-    rows, channels, positions = sizes
-    first, stop = _part(rows, number, shares)
-    a, b = first * channels * positions, stop * channels * positions
-    sums = samples if samples is None else samples[:, first:stop]
-    rest = (
-        counts[number],
-        sums,
-        _cut(runs, first, stop),
-        first,
-        share,
-        (stop - first, channels, positions),
-        parameters,
-    )
+    arguments = (x, single, half, counts, samples, runs, share, sizes, parameters)
     if last is None:
-        loops.quantize(x[a:b], _cut(single, a, b), _cut(half, a, b), *rest, turned)
+        in_parallel(team, len(counts), loops.quantize, (*arguments, turned))
     else:
-        loops.quantize_last(x[a:b], _cut(single, a, b), _cut(half, a, b), *rest)
+        in_parallel(team, len(counts), loops.quantize_last, arguments)
+    in_parallel(team, 2 * position.shape[1], _sum_counts, (counts, position, positions, last))
 
 
 @compiled

@@ -34,14 +34,14 @@ def test_vectors_end_within_their_arrays(channels, positions, lies):
     x = torch.randn(rows, size).numpy()
     single = np.full(rows * size + 2 * edge, 7, np.float32)
     half = np.full(len(single), 7, np.uint16)
-    counts, runs = np.zeros((2, 1, size), np.int32), np.zeros((rows, channels, -(-positions // 16)), np.uint8)
+    counts, runs = np.zeros((1, 2, 1, size), np.int32), np.zeros((rows, channels, -(-positions // 16)), np.uint8)
     samples = np.zeros((2, rows, channels, positions), np.int32)
     targets = [array[edge:-edge] for array in (single, half)]
-    rest = (counts, samples, runs, 0, rows, (rows, channels, positions), cpu._parameters(Rule(), 1))
+    rest = (counts, samples, runs, rows, (rows, channels, positions), cpu._parameters(Rule(), 1))
     if lies == "channels_last":
-        loops.quantize_last(x.reshape(-1), *targets, *rest)
+        loops.quantize_last(0, 1, x.reshape(-1), *targets, *rest)
     else:
-        loops.quantize(x.reshape(-1), *targets, *rest, True if lies == "turned" else None)
+        loops.quantize(0, 1, x.reshape(-1), *targets, *rest, True if lies == "turned" else None)
     expected = reference.quantize(torch.from_numpy(x), Rule(), scalar(1))[0]
     if lies == "turned":
         expected = expected.unflatten(1, (channels, positions)).mT
