@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _LIBRARY = torch.library.Library("lnpu", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -63,7 +63,7 @@ def direct(x: torch.Tensor) -> Iterator[None]:
     That is, outside of autograd, of modes and profiles that see each op, and for torch's own tensors of real memory.
     """
     before = _thread.direct
-    watched = torch.is_grad_enabled() or is_in_torch_dispatch_mode() or torch._C._autograd._profiler_enabled()
+    watched = _get_current_dispatch_mode_stack() or torch._C._autograd._profiler_enabled() or torch.is_grad_enabled()
     _thread.direct = type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and not watched
     try:
         yield
