@@ -70,9 +70,9 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return step(ctx, *args)
         if not _get_current_dispatch_mode_stack():
-            with registry.direct(args[0]):
+            with registry.direct(args):
                 return step(ctx, *args)
-        with unwatched() as modes, registry.direct(args[0]):
+        with unwatched() as modes, registry.direct(args):
             result = step(ctx, *args)
         for mode in modes:
             mode.layer_ran(_backward(ctx, args[0], result) if step.__name__ == "backward" else _forward(args, result))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -57,14 +57,14 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @contextmanager
-def direct(x: torch.Tensor) -> Iterator[None]:
-    """Within the block this thread's ops on tensors such as x are plain calls, if nobody could tell.
+def direct(args: Iterable[Any]) -> Iterator[None]:
+    """Within the block this thread's ops on tensors such as those among `args` are plain calls, if nobody could tell.
 
     That is, outside of autograd, of modes and profiles that see each op, and for torch's own tensors of real memory.
     """
-    before = _thread.direct
+    before, tensors = _thread.direct, [x for x in args if isinstance(x, torch.Tensor)]
     watched = _get_current_dispatch_mode_stack() or torch._C._autograd._profiler_enabled() or torch.is_grad_enabled()
-    _thread.direct = type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and not watched
+    _thread.direct = not watched and all(type(x) in _PLAIN and (x.is_cpu or x.is_cuda) for x in tensors)
     try:
         yield
     finally:
