@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +136,8 @@ class Convolution:
             )
             return rounded
         if by.form == "fp32":
-            out: Tensor = _convolutions(x).convolution(x, weight, bias, *self._arguments)
+            module = product_ops if _is_opaque(x) else torch.ops.aten
+            out: Tensor = module.convolution(x, weight, bias, *self._arguments)
             return out
         product = "big_from_small" if self.transposed else "small_from_big"
         out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
@@ -214,13 +214,15 @@ class Convolution:
     def _backward(self, error: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
         """The gradients of x, weight and bias that the mask asks for."""
         bias = [error.shape[1]] if mask[2] else None
-        grads = _convolutions(x).convolution_backward(error, x, weight, bias, *self._arguments, mask)
-        return [grad for grad in grads if grad is not None]
+        if _is_opaque(x):
+            return product_ops.convolution_backward(error, x, weight, bias, *self._arguments, mask)  # type: ignore[no-any-return]
+        grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *self._arguments, mask)
+        return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]  # oneDNN gives others, too
 
 
-def _convolutions(x: Tensor) -> Any:
-    """Where torch's convolutions are called: compiled for a CPU, as ops that inductor does not know."""
-    return product_ops if torch.compiler.is_compiling() and x.device.type == "cpu" else torch.ops.aten
+def _is_opaque(x: Tensor) -> bool:
+    """Whether torch's convolutions are called as ops that inductor does not know: compiled for a CPU."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _matmul(a: Tensor, b: Tensor, by: Accumulator) -> Tensor:
