@@ -42,8 +42,8 @@ class Pool:
         with self._lock:
             self._collect()
             place = self._take(-(-size // PAGE) * PAGE)
-            memory = self._block if place[1] <= len(self._block) else None
-        part = torch.empty(size, dtype=torch.uint8) if memory is None else memory[place[0] :]
+            fits = place[1] <= len(self._block)
+            part = self._block[place[0] :] if fits else torch.empty(size, dtype=torch.uint8)
         return torch.from_numpy(np.asarray(_Lease(part, size, place, self._returned))).view(dtype).view(shape)
 
     def serve(self, user: object) -> None:
@@ -76,7 +76,7 @@ class Pool:
             self.users -= 1
             if not self.users:
                 self._most = self._before = 0
-                self._block = self._block[:0].clone()  # what is lent keeps its memory alive
+                self._block = torch.empty(0, dtype=torch.uint8)  # what is lent keeps its memory alive
 
     def _collect(self) -> None:
         """Take back what was returned, and fit the block to what is needed while nothing is lent."""

@@ -131,15 +131,15 @@ def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
     """`ops.next_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
-    state = states.numpy()
+    state = states.numpy()[row]
+    current = int(state[0])
     if rule.adaptive and _has_histogram(x):
-        used = shared_loops.next_threshold(*_sampling(x, rule), _choice(rule), state, row, training)
+        chosen = shared_loops.choose_threshold(*_sampling(x, rule), _choice(rule), current)
     else:
-        current = int(state[row, 0])
         chosen = int(reference.choose_threshold(x, rule, torch.tensor(current, dtype=torch.int32)))
-        used = chosen if current == reference.UNSET else current
-        if training:
-            state[row] = used, chosen
+    used = chosen if current == reference.UNSET else current
+    if training:
+        state[:] = used, chosen
     return torch.scalar_tensor(rule.threshold_range[0] if used == reference.UNSET else used, dtype=torch.int32)
 
 

@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from lnpu_torch.jit import compiled, inlined
 from lnpu_torch.lane_family import RUN
 from lnpu_torch.packed_counters import count_runs, fold, fold_runs, sum_groups, unpack
+from lnpu_torch.regions import bounds
 from lnpu_torch.vector_rounding import (
     MOST,
     add_to,
@@ -85,7 +86,7 @@ def quantize(part, parts, x, single, half, counts, samples, runs, share, sizes, 
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
     bits, added, summed = np.empty(run // LANES + 2, np.uint16), 0, 0
-    begin_row, end_row = rows * part // parts, rows * (part + 1) // parts
+    begin_row, end_row = bounds(rows, part, parts)
     for row in range(begin_row, end_row):
         if samples is not None:
             samples[:, row] = 0
@@ -135,7 +136,7 @@ def quantize_last(part, parts, x, single, half, counts, samples, runs, share, si
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
     kept = np.empty(run + LANES, np.uint16)
     added = 0
-    begin_row, end_row = rows * part // parts, rows * (part + 1) // parts
+    begin_row, end_row = bounds(rows, part, parts)
     for row in range(begin_row, end_row):
         for start in range(0, size, run):
             count, place, position = min(run, size - start), row * size + start, start // channels

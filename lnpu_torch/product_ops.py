@@ -109,8 +109,8 @@ def convolution(
 
     It lays out whatever is next to a convolution in channels_last, on a CPU, and so turned what had just been turned.
     """
-    lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-    return torch.ops.aten.convolution(x, weight, bias, *lists)  # type: ignore[no-any-return]
+    arguments = (stride, padding, dilation, transposed, output_padding, groups)
+    return torch.ops.aten.convolution(x, weight, bias, *arguments)  # type: ignore[no-any-return]
 
 
 fake("convolution")(inspect.unwrap(convolution))
@@ -131,8 +131,8 @@ def convolution_backward(
     mask: Sequence[bool],
 ) -> list[Tensor]:
     """Torch's own, unseen as `convolution` is; the gradients of x, weight and bias that the mask asks for."""
-    lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups, list(mask))
-    grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *lists)
+    arguments = (stride, padding, dilation, transposed, output_padding, groups)
+    grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *arguments, mask)
     return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]
 
 

@@ -14,9 +14,17 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
+from lnpu_torch.jit import compiled
+
 NUMBER, ADDRESS = ir.IntType(64), ir.IntType(8).as_pointer()
 NEXT, SHARES, FAILED, ARGUMENTS = range(4)
 """What a team has in common, in this order: the next share, their number, whether one has failed, the arguments."""
+
+
+@compiled
+def bounds(count, share, shares):
+    """Where a share of so many begins and ends."""
+    return count * share // shares, count * (share + 1) // shares
 
 
 @intrinsic

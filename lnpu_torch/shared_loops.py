@@ -10,13 +10,7 @@ import numpy as np
 from lnpu_torch import count_loops, lane_loops, loops, threshold_loops, vectors
 from lnpu_torch.jit import compiled
 from lnpu_torch.lane_family import LONGEST
-from lnpu_torch.reference import UNSET
-from lnpu_torch.regions import in_parallel
-
-
-@compiled
-def _part(count, share, shares):
-    return count * share // shares, count * (share + 1) // shares
+from lnpu_torch.regions import bounds, in_parallel
 
 
 @compiled
@@ -69,7 +63,7 @@ def quantize_flat(team, x, values, groups, parameters):
 
 @compiled
 def _quantize_flat(share, shares, x, values, groups, parameters, totals):
-    a, b = _part(len(x), share, shares)
+    a, b = bounds(len(x), share, shares)
     totals[share] = loops.quantize_flat(x[a:b], values[a:b], _cut(groups, a, b), parameters)
 
 
@@ -81,7 +75,7 @@ def round_half(team, x, out):
 
 @compiled
 def _round_half(share, shares, x, out):
-    a, b = _part(len(x), share, shares)
+    a, b = bounds(len(x), share, shares)
     loops.round_half(x[a:b], out[a:b])
 
 
@@ -94,8 +88,13 @@ def turn_half(team, x, out, rounds, rows, columns):
 @compiled
 def _turn_half(share, shares, x, out, rounds, rows, columns):
     size = rows * columns
-    a, b = _part(len(x) // size, share, shares)
+    a, b = bounds(len(x) // size, share, shares)
     loops.turn_half(x[a * size : b * size], out[a * size : b * size], rounds, rows, columns)
+
+
+@compiled
+def _vectors(array, first, stop):
+    return array[first * vectors.LANES : stop * vectors.LANES]
 
 
 @compiled
@@ -106,8 +105,8 @@ def relu(team, x, out, signs):
 
 @compiled
 def _relu(share, shares, x, out, signs):
-    a, b = _part(len(signs), share, shares)
-    vectors.relu(x[a * vectors.LANES : b * vectors.LANES], out[a * vectors.LANES : b * vectors.LANES], signs[a:b])
+    a, b = bounds(len(signs), share, shares)
+    vectors.relu(_vectors(x, a, b), _vectors(out, a, b), signs[a:b])
 
 
 @compiled
@@ -118,9 +117,8 @@ def relu_backward(team, error, out, signs):
 
 @compiled
 def _relu_backward(share, shares, error, out, signs):
-    a, b = _part(len(signs), share, shares)
-    x, y = error[a * vectors.LANES : b * vectors.LANES], out[a * vectors.LANES : b * vectors.LANES]
-    vectors.relu_backward(x, y, signs[a:b])
+    a, b = bounds(len(signs), share, shares)
+    vectors.relu_backward(_vectors(error, a, b), _vectors(out, a, b), signs[a:b])
 
 
 @compiled
@@ -131,7 +129,7 @@ def runs_of(team, bits, magnitude, runs, last):
 
 @compiled
 def _runs_of(share, shares, bits, magnitude, runs, last):
-    a, b = _part(len(bits), share, shares)
+    a, b = bounds(len(bits), share, shares)
     if last is None:
         lane_loops.runs_of(bits[a:b], magnitude, runs[a:b])
     else:
@@ -150,7 +148,7 @@ def profile(team, runs, entries):
 
 @compiled
 def _profile(share, shares, runs, parts, sums):
-    a, b = _part(parts, share, shares)
+    a, b = bounds(parts, share, shares)
     part = runs[a:b] if len(runs) > 1 else runs[:, :, a * LONGEST : b * LONGEST]
     lane_loops.profile(part, sums[share])
 
@@ -166,7 +164,7 @@ def add_weight_step(team, counter, position, weight, meets, strides, met, sizes)
 
 @compiled
 def _add_channels(share, shares, position, weight, meets, strides, met, sizes, sums):
-    channels = _part(position.shape[1], share, shares)
+    channels = bounds(position.shape[1], share, shares)
     count_loops.add_channels(position, weight, channels, meets, strides, met, sizes, sums[share])
 
 
@@ -194,23 +192,19 @@ def _add_grids(share, shares, big, small, big_samples, small_samples, meets, bot
     elif share == 1:
         count_loops.met_in_all(small, meets[1], np.ones(3, np.int64), alone[1])
     else:
-        a, b = _part(big_samples.shape[1], share - 2, shares - 2)
+        a, b = bounds(big_samples.shape[1], share - 2, shares - 2)
         count_loops.meetings(big_samples[:, a:b], small_samples[:, a:b], *meets, both[share - 2])
 
 
 @compiled
-def next_threshold(team, x, step, ends, turned, choice, states, row, training):
-    """`ops.next_threshold`, the T to use now: by `fp16_share`, or by `max_error` where that is negative."""
-    counts, used, chosen = histogram(team, x, step, ends, turned), states[row, 0], states[row, 0]
-    share, bound, formats = choice
-    if counts.any():
-        best = threshold_loops.best_by_share(counts, share) if share >= 0 else -1
-        best = threshold_loops.best_by_error(counts, ends[0], bound, formats) if share < 0 else best
-        chosen = np.int32(best + ends[0])
-    used = chosen if used == UNSET else used
-    if training:
-        states[row, 0], states[row, 1] = used, chosen
-    return used
+def choose_threshold(team, x, step, ends, turned, choice, fallback):
+    """`reference.choose_threshold`: by `fp16_share`, or by `max_error` where that is negative."""
+    counts, (share, bound, formats) = histogram(team, x, step, ends, turned), choice
+    if not counts.any():
+        return fallback
+    if share >= 0:
+        return threshold_loops.best_by_share(counts, share) + ends[0]
+    return threshold_loops.best_by_error(counts, ends[0], bound, formats) + ends[0]
 
 
 @compiled
@@ -224,5 +218,5 @@ def histogram(team, x, step, ends, turned):
 
 @compiled
 def _histogram(share, shares, x, step, count, ends, turned, parts):
-    a, b = _part(count, share, shares)
+    a, b = bounds(count, share, shares)
     parts[share] = threshold_loops.histogram(x, step, a, b, *ends, *turned)

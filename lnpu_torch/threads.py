@@ -55,8 +55,9 @@ def _openmp() -> Any:
 def _launch_on_pool(region: int, common: int, threads: int, flags: int) -> None:
     run = _Region(region)
     others: list[Future[None]] = []
-    with suppress(RuntimeError):  # where the interpreter ends it starts no more threads
-        others.extend(_pool(os.getpid(), threads).submit(run, common) for _ in range(1, threads))
+    for _ in range(1, threads):
+        with suppress(RuntimeError):  # where the interpreter ends it starts no more threads
+            others.append(_pool(os.getpid(), threads).submit(run, common))
     run(common)  # whatever share is left
     for other in others:
         other.result()

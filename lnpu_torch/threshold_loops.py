@@ -14,9 +14,7 @@ from numba.extending import intrinsic
 
 from lnpu_torch.jit import compiled
 from lnpu_torch.reference import RANGE
-
-MAGNITUDE, INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
-"""Bits of a float32."""
+from lnpu_torch.vector_rounding import INFINITY, MAGNITUDE
 
 
 @intrinsic
