@@ -1,7 +1,8 @@
-"""Memory of rounded operands on a CPU that is used again: to get fresh pages takes longer than to round into them.
+"""Memory on a CPU that is used again, as to get fresh pages takes longer than to round into them.
 
-Operands live as long as a product takes, a few at a time, or until backward. They lie in one block, which is as large
-as was lately needed at once, and no longer there than an emulated layer is.
+Rounded operands live as long as a product takes, a few at a time, or until backward; what a layer returns lives until
+its reader's backward. All lie in one block, which is as large as was lately needed at once, and no longer there than an
+emulated layer is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = 2**20
+LARGE = 2**22
 """Bytes from which on a tensor lies in the block."""
+KINDS = {torch.float32: "=f4", torch.float16: "=f2", torch.uint8: "=u1"}
+"""Dtypes that it holds, and numpy's names of them."""
 PAGE = 2**12
 """Bytes of which each place in the block is a multiple."""
 LATELY = 2**10
@@ -34,17 +37,23 @@ class Pool:
         self._requests = self._most = self._before = 0
         self.users = 0
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """`torch.empty` of a contiguous tensor: in the block, or in memory of its own where that is too small yet."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, last: bool = False) -> Tensor:
+        """`torch.empty`, contiguous or in channels_last: in the block, or in memory of its own while that is too small.
+
+        A tensor in the block cannot be resized.
+        """
         size = prod(shape) * dtype.itemsize
-        if size < LARGE:
-            return torch.empty(shape, dtype=dtype)
+        if size < LARGE or not self.users or dtype not in KINDS:
+            form = torch.channels_last if last else torch.contiguous_format
+            return torch.empty(shape, dtype=dtype, memory_format=form)
         with self._lock:
             self._collect()
             place = self._take(-(-size // PAGE) * PAGE)
             fits = place[1] <= len(self._block)
             part = self._block[place[0] :] if fits else torch.empty(size, dtype=torch.uint8)
-        return torch.from_numpy(np.asarray(_Lease(part, size, place, self._returned))).view(dtype).view(shape)
+        lies = (shape[0], *shape[2:], shape[1]) if last else tuple(shape)
+        array = np.asarray(_Lease(part, lies, KINDS[dtype], place, self._returned))
+        return torch.from_numpy(array.transpose(0, 3, 1, 2) if last else array)  # no view, which autograd would mind
 
     def serve(self, user: object) -> None:
         """Keep memory as long as one of the users lives."""
@@ -90,10 +99,12 @@ class Pool:
 class _Lease:
     """What numpy, and torch by it, hold on to as long as a tensor lies in a part of the block."""
 
-    def __init__(self, part: Tensor, size: int, place: tuple[int, int], returned: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, part: Tensor, shape: tuple[int, ...], kind: str, place: tuple[int, int], returned: list[tuple[int, int]]
+    ) -> None:
         self._part, self._place, self._returned = part, place, returned
         data = (part.data_ptr(), False)
-        self.__array_interface__ = {"data": data, "shape": (size,), "typestr": "|u1", "version": 3}
+        self.__array_interface__ = {"data": data, "shape": shape, "typestr": kind, "version": 3}
 
     def __del__(self) -> None:
         self._returned.append(self._place)
@@ -109,7 +120,5 @@ def is_dense(x: Tensor) -> bool:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`torch.empty_like` of a dense operand."""
-    if x.is_contiguous():
-        return OPERANDS.empty(x.shape, dtype)
-    return OPERANDS.empty(x.permute(0, 2, 3, 1).shape, dtype).permute(0, 3, 1, 2)
+    """`torch.empty_like` of a dense tensor."""
+    return OPERANDS.empty(x.shape, dtype, last=not x.is_contiguous())

@@ -24,9 +24,10 @@ from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
 
+KINDS = {torch.float32: "=f4", torch.float16: "=u2", torch.uint8: "=u1"}
+"""Numpy's names of dtypes, as the loops see them: binary16 as its bits."""
 CHANNELS = 2**15 - 1
 """The most over which one packed sum can reach: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
-TYPES = {torch.float32: "=f4", torch.uint16: "=u2", torch.uint8: "=u1"}
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:
@@ -49,24 +50,22 @@ def quantize(
     """`ops.round_and_count`, for a contiguous or channels_last x."""
     (share, channel_groups), x = layout, x.float()
     lies_last = not x.is_contiguous()
-    dense = x.permute(0, 2, 3, 1) if lies_last else x
     batch, channels, *grid = x.shape
     positions = prod(grid)
     turns = last and not lies_last and min(channels, positions) > 1
     last = last or lies_last
-    shape = (batch, *grid, channels) if last else x.shape
     # binary16 first: what is kept for backward leaves no gaps between what is not
-    half = buffers.OPERANDS.empty(shape, torch.float16) if wanted[1] else None
-    single = buffers.OPERANDS.empty(shape, torch.float32) if wanted[0] else None
+    half = buffers.OPERANDS.empty(x.shape, torch.float16, last) if wanted[1] else None
+    single = buffers.OPERANDS.empty(x.shape, torch.float32, last) if wanted[0] else None
     position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32)
     sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=torch.int32)
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
     lengths = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
     shared_loops.quantize(
         team(x.numel()),
-        _memory(dense),
+        _memory(x),
         None if single is None else _memory(single),
-        None if half is None else _memory(half.view(torch.uint16)),
+        None if half is None else _memory(half),
         position.view(2, batch // share, -1).numpy(),
         sample.view(2, batch, channel_groups, positions).numpy() if wanted[2] else None,
         lengths.numpy() if fused else None,
@@ -76,10 +75,11 @@ def quantize(
         lies_last or None,
         turns or None,
     )
-    values = _shaped(single, last, torch.float32), _shaped(half, last, torch.float16)
+    single = torch.empty(0, dtype=torch.float32) if single is None else single
+    half = torch.empty(0, dtype=torch.float16) if half is None else half
     if wanted[3] and not fused:
-        lengths = cpu_lanes.runs_of(values[1] if wanted[1] else values[0])
-    return *values, position, sample, lengths
+        lengths = cpu_lanes.runs_of(half if wanted[1] else single)
+    return single, half, position, sample, lengths
 
 
 def quantize_flat(
@@ -124,7 +124,7 @@ def relu(x: Tensor, out: Tensor) -> Tensor:
 
 def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
     """The gradient of `relu`'s input; `error` lies in memory as x did."""
-    grad = torch.empty_like(error)
+    grad = buffers.empty_like(error, error.dtype)
     shared_loops.relu_backward(team(error.numel()), _memory(error), _memory(grad), signs.numpy())
     return grad
 
@@ -177,7 +177,7 @@ class _Memory:
         self.__array_interface__ = {
             "data": (x.data_ptr(), False),
             "shape": (x.numel(),),
-            "typestr": TYPES[x.dtype],
+            "typestr": KINDS[x.dtype],
             "version": 3,
         }
 
@@ -188,12 +188,6 @@ def _memory(x: Tensor) -> Array:
     Unlike `Tensor.numpy`, this leaves its storage resizable, as FSDP needs it; DLPack takes three times as long.
     """
     return np.asarray(_Memory(x))
-
-
-def _shaped(x: Tensor | None, last: bool, dtype: torch.dtype) -> Tensor:
-    if x is None:
-        return torch.empty(0, dtype=dtype)
-    return x.permute(0, 3, 1, 2) if last else x
 
 
 @lru_cache(maxsize=4096)

@@ -174,16 +174,15 @@ class Emulation:
         if not self.emulates(step):
             return x.to(dtype)
         done = x.dtype == torch.float16 and self.result_format == "fp16"
-        rounds = self.result_format != "fp32" and not done
-        # compiled, never in place: inductor (torch 2.13) fails on some gradients that are changed where they lie
+        if not turned and (done or self.result_format == "fp32"):
+            return x.to(dtype)
+        lent = step != "grad_weight"  # which may stay for long
         if backends.on_gpu(x) or torch.compiler.is_compiling():
-            if rounds or turned:
-                x = product_ops.rounded_result(x, self.result_format, dtype, turned)
-        elif turned:
-            x = ops.contiguous_result(x, self.result_format)
-        elif rounds:
-            ops.round_result_(x, self.result_format)
-        return x.to(dtype)
+            return product_ops.rounded_result(x, self.result_format, dtype, turned, lent)  # type: ignore[no-any-return]
+        x = x.contiguous(memory_format=torch.channels_last) if turned else x
+        out = product_ops.place(x, turned, lent)
+        product_ops.round_result(x, out, self.result_format)
+        return out.to(dtype)
 
 
 def _quantize(

@@ -59,8 +59,8 @@ class _Emulated(torch.autograd.Function):
             emulation.add_lanes("forward", xs["forward"].lanes)
 
         kept: list[Tensor | None] = [None] * 4
-        if wants[1]:
-            x = xs["grad_weight"]
+        x = xs.get("grad_weight")
+        if x is not None:
             values = call.values(x.kept, input, "grad_weight", "input")
             kept = [values, None, None, None]
             if emulation.counting:
@@ -68,6 +68,7 @@ class _Emulated(torch.autograd.Function):
         row = emulation.reads["grad_input", "weight"].row
         ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
         ctx.call = call
+        del xs, ws, x, values, weights  # the result may lie where they did
         return emulation.result("forward", output, dtype, call.turned[0])
 
     @staticmethod

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lnpu_torch import backends, counting, lanes, reference
 from lnpu_torch.backends import backend as backend
-from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
@@ -125,42 +124,6 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
     shape = (2, batch, layout[1], *grid) if sample else (0,)
     blocks = batch // layout[0] if layout[0] else 1
     return x.new_empty((2, blocks, channels, *grid), dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
-
-
-@op(["x"])
-def round_result_(x: Tensor, form: str) -> None:
-    """Round a step's result to a format in place, nearest, overflow to infinity."""
-    fast = backends.dense_loops(x)
-    if form == "fp16" and fast:
-        fast.round_half(x, x)
-    elif form == "fp16" and x.dtype == torch.float32:
-        x.copy_(x.half())
-    elif x.numel():
-        x.copy_(reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]))
-
-
-@op(["x"])
-def turn_result_(x: Tensor, rounds: bool) -> None:
-    """Make the memory of a dense float32 tensor in channels_last contiguous, and round it to binary16 if asked.
-
-    x's own strides are wrong then.
-    """
-    module = backends.dense_loops(x)
-    if module is None:
-        turned = (x.half().float() if rounds else x).contiguous()
-        x.permute(0, 2, 3, 1).copy_(turned.view(x.shape[0], *x.shape[2:], x.shape[1]))
-    else:
-        module.turn_half(x, x, rounds)
-
-
-def contiguous_result(x: Tensor, form: str) -> Tensor:
-    """A step's fresh result, rounded as by `round_result_`, made contiguous; in its own memory where that can be."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    if form not in ("fp16", "fp32"):
-        round_result_(x, form)
-        return x.contiguous()
-    turn_result_(x, form == "fp16")
-    return torch.ops.aten._unsafe_view(x.permute(0, 2, 3, 1), x.shape)  # type: ignore[no-any-return]
 
 
 @op((), torch.Tag.nondeterministic_seeded)

@@ -173,25 +173,51 @@ def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, ch
 
 
 @op()
-def rounded_result(x: Tensor, form: str, dtype: torch.dtype, turned: bool = False) -> Tensor:
+def rounded_result(x: Tensor, form: str, dtype: torch.dtype, turned: bool = False, lent: bool = False) -> Tensor:
     """A step's fresh result rounded to a format, nearest, overflow to infinity, in another dtype; x may be used up.
 
     Args:
         turned: whether it lies in channels_last, and shall be contiguous.
+        lent: whether it may lie in `buffers.OPERANDS`.
     """
     module = backends.gpu_module(x)
     if module is not None and module.rounds_results(x, dtype):
         out: Tensor = module.round_result(x, None, form, dtype)
         return out.clone() if out is x else out
-    fast = backends.dense_loops(x)
-    if turned and form in ("fp16", "fp32") and fast and not x.is_contiguous():
-        return fast.turn_half(x, x.new_empty(x.shape), form == "fp16").to(dtype)  # type: ignore[no-any-return]
-    x = x.contiguous() if turned else x
-    if form == "fp16" and fast:
-        return fast.round_half(x, torch.empty_like(x)).to(dtype)  # type: ignore[no-any-return]
-    return reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]).to(dtype)
+    out = _lent(x, turned) if lent and x.is_cpu else x.new_empty(x.shape) if turned else torch.empty_like(x)
+    _round(x, out, form)
+    return out.to(dtype)
 
 
 @fake("rounded_result")
-def _(x: Tensor, form: str, dtype: torch.dtype, turned: bool = False) -> Tensor:
+def _(x: Tensor, form: str, dtype: torch.dtype, turned: bool = False, lent: bool = False) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype) if turned else torch.empty_like(x, dtype=dtype)
+
+
+@op(["out"])
+def round_result(x: Tensor, out: Tensor, form: str) -> None:
+    """Round a step's result to a format, as `rounded_result` does, into a tensor as from `place`."""
+    _round(x, out, form)
+
+
+def place(x: Tensor, turned: bool, lent: bool) -> Tensor:
+    """Where a step's result x may be written to: in its own memory, unless it is large and `lent`."""
+    if lent and x.is_cpu and x.nbytes >= buffers.LARGE:
+        return _lent(x, turned)
+    return torch.ops.aten._unsafe_view(x.permute(0, 2, 3, 1), x.shape) if turned else x
+
+
+def _lent(x: Tensor, turned: bool) -> Tensor:
+    last = not turned and backends.memory_format(x) == torch.channels_last
+    return buffers.OPERANDS.empty(x.shape, x.dtype, last)
+
+
+def _round(x: Tensor, out: Tensor, form: str) -> None:
+    fast, turned = backends.dense_loops(x), out.stride() != x.stride()
+    if fast and turned and form in ("fp16", "fp32"):
+        fast.turn_half(x, out, form == "fp16")
+    elif fast and form == "fp16":
+        fast.round_half(x, out)
+    else:  # by a copy, as `out` may be x's memory in another order
+        compute = x.to(reference.compute_dtype(x), copy=True)
+        out.copy_(compute if form == "fp32" else reference.round_to(compute, FORMATS[form]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import backends, relu_ops
+from lnpu_torch import backends, buffers, relu_ops
 
 
 def refuse_double_backward() -> None:
@@ -34,7 +34,7 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 class _PackedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        out = x if inplace else torch.empty_like(x)
+        out = x if inplace else buffers.empty_like(x, x.dtype)
         ctx.format = backends.memory_format(x)
         ctx.save_for_backward(relu_ops.packed_relu(x, out))
         if inplace:

@@ -1,6 +1,5 @@
 """Every op's implementations against the reference, bit by bit; and what torch asks of a registered op."""
 
-import math
 
 import pytest
 import torch
@@ -121,40 +120,6 @@ def test_counted_steps(geometry):
     assert counters[0].sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_in_half_precision_are_rounded_by_their_values(dtype):
-    x = torch.randn(1000).to(dtype)
-    rounded = x.clone()
-    ops.round_result_(rounded, "fp16")
-    assert torch.equal(rounded, x.half().to(dtype))
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_round_result_in_place(last):
-    x = torch.cat([all_patterns(torch.bfloat16), random_patterns(2**16, 2)]).reshape(8, 4, 64, 64)
-    x = x.to(memory_format=torch.channels_last) if last else x
-    for form in ("fp16", "e6m9"):
-        ours, expected = x.clone(), reference.round_to(x, reference.FORMATS[form])
-        ops.round_result_(ours, form)
-        assert identical(ours.contiguous(), expected.contiguous())
-    strided = torch.randn(6, 8)[:, ::2]
-    expected = strided.half().float()
-    ops.round_result_(strided, "fp16")
-    assert torch.equal(strided, expected)
-
-
-@pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4, 64, 16, 32), (3, 17, 5, 7), (2, 1, 3, 3), (2, 16, 1, 1)])
-@pytest.mark.parametrize("form", ["fp16", "fp32", "e6m9"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_contiguous_result(shape, form, backend):
-    bits = torch.cat([all_patterns(torch.bfloat16), random_patterns(2**16, 2)])
-    x = bits[: math.prod(shape)].reshape(shape)
-    expected = reference.round_to(x, reference.FORMATS[form]) if form != "fp32" else x
-    with ops.backend(backend):
-        ours = ops.contiguous_result(x.to(memory_format=torch.channels_last), form)
-    assert identical(ours, expected) and ours.is_contiguous()
-
-
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (40, 64, 32, 9)])
 def test_chosen_thresholds(shape):
     x = torch.randn(shape).relu() + 0.1
@@ -194,8 +159,6 @@ def test_opcheck():
         + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)]
         + [(x, scalar(1), None, text, 0, (4, 2), EVERYTHING, True)],
         ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
-        ops.round_result_: [(x.clone(), "fp16")],
-        ops.turn_result_: [(x.to(memory_format=torch.channels_last), True)],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
         ops.count_weight_step: [(counter, sizes, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],

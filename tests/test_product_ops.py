@@ -1,9 +1,12 @@
 """The ops of products, as torch asks of registered ones; and what compiled networks take in place of torch's own."""
 
+import math
+
 import pytest
 import torch
+from test_formats import all_patterns, identical, random_patterns
 
-from lnpu_torch import product_ops
+from lnpu_torch import ops, product_ops, reference
 
 ARGUMENTS = ((2, 1), (1, 1), (1, 1), False, (0, 0), 2)
 
@@ -35,6 +38,7 @@ def test_opcheck(memory_format):
             for dtype in (torch.float32, torch.bfloat16)
             for turned in (False, True)
         ],
+        (product_ops.round_result, (x, torch.empty_like(x), "fp16")),
     ]
     for op, arguments in calls:
         torch.library.opcheck(registered(op), arguments)
@@ -60,3 +64,42 @@ def test_a_turned_result_is_contiguous_and_rounded(shape, form):
     assert found.is_contiguous() and torch.equal(found, x.half().float() if form == "fp16" else x)
     found.zero_()
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_in_half_precision_are_rounded_by_their_values(dtype):
+    x = torch.randn(1000).to(dtype)
+    rounded = x.clone()
+    product_ops.round_result(rounded, rounded, "fp16")
+    assert torch.equal(rounded, x.half().to(dtype))
+
+
+def patterns(shape):
+    bits = torch.cat([all_patterns(torch.bfloat16), random_patterns(2**16, 2)])
+    return bits[: math.prod(shape)].reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4, 64, 16, 32), (3, 17, 5, 7), (2, 1, 3, 3), (2, 16, 1, 1)])
+@pytest.mark.parametrize("form", ["fp16", "fp32", "e6m9"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("large", [1, 2**62])
+def test_where_results_are_written(monkeypatch, shape, form, backend, last, turned, large):
+    """In memory of their own and where they lie, in every order, bit by bit."""
+    monkeypatch.setattr(product_ops.buffers, "LARGE", large)
+    x = patterns(shape)
+    expected = reference.round_to(x, reference.FORMATS[form]) if form != "fp32" else x
+    x = x.clone(memory_format=torch.channels_last if last or turned else torch.contiguous_format)
+    out = product_ops.place(x, turned, True)
+    assert (out.data_ptr() == x.data_ptr()) == (large > 1)
+    with ops.backend(backend):
+        product_ops.round_result(x, out, form)
+    assert identical(out.contiguous(), expected) and (out.is_contiguous() or (last and not turned))
+
+
+def test_a_strided_result():
+    strided = torch.randn(6, 8)[:, ::2]
+    expected = strided.half().float()
+    product_ops.round_result(strided, strided, "fp16")
+    assert torch.equal(strided, expected)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import ops, registry
+from lnpu_torch import ops, product_ops, registry
 
 
 class Seen(TorchDispatchMode):
@@ -31,8 +31,8 @@ def direct(*more):
 
 def test_outside_of_layers_ops_are_torchs():
     with torch.no_grad(), Seen() as seen:
-        ops.round_result_(torch.ones(3), "fp16")
-    assert "lnpu::round_result_" in seen.names and not registry._thread.direct
+        product_ops.round_result(torch.ones(3), torch.ones(3), "fp16")
+    assert "lnpu::round_result" in seen.names and not registry._thread.direct
 
 
 def test_inside_a_layer_they_are_plain_calls(monkeypatch):
