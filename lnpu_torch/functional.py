@@ -130,7 +130,8 @@ class _Call:
 
     def accumulator(self, step: str) -> Accumulator:
         """How a step's products are summed."""
-        return replace(self.emulation.accumulator, exact=self.halves and self.emulation.emulates(step))
+        emulates = self.emulation.emulates(step)
+        return replace(self.emulation.accumulator, exact=self.halves and emulates, reordered=emulates)
 
     def values(self, rounded: Tensor, original: Tensor, step: str, operand: str) -> Tensor:
         """An operand's values as the product takes them: what came in itself, if the step reads it in float."""

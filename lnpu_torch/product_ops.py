@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lnpu_torch import accumulate as accumulating
 from lnpu_torch import backends, buffers, reference
@@ -46,6 +47,19 @@ def half_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 @fake("half_matmul")
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+
+
+@op()
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] by weight [N, K], and a bias [N], float32 on a CPU, by oneDNN where torch itself would take MKL."""
+    if not torch.backends.mkldnn.enabled:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@fake("onednn_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @op()

@@ -1,6 +1,6 @@
 """The three products of a linear layer and of a convolution, and what each joins. No rounding of operands here.
 
-Where the accumulator is float32 they are torch's own products, bit for bit.
+Where the accumulator is float32 they are torch's own products. In steps without rounding, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from lnpu_torch import backends, product_ops
 from lnpu_torch.geometry import Geometry, part
 
 ONEDNN = torch.backends.mkldnn.is_available()
+MANY = 2**23
+"""Multiplications from which on oneDNN's linear layers are faster than MKL's, up to twice (measured on AMD's Zen 5)."""
 LARGE = 7 * 7
 """Positions of a grid on which oneDNN convolves faster in channels_last, by a tenth to a half (measured on AVX-512)."""
 
@@ -25,11 +27,13 @@ class Accumulator:
     """Format of the accumulator, rounded every `chunk` products; "fp32" is torch's own.
 
     `exact`: binary16 operands are summed in float32 whatever torch does with them, and rounded once, after the bias.
+    `reordered`: whether sums may be in another order than torch's own.
     """
 
     form: str = "fp32"
     chunk: int = 64
     exact: bool = False
+    reordered: bool = False
 
     def widens(self, x: Tensor) -> bool:
         """Whether torch's own product is not enough, for operands such as x."""
@@ -55,11 +59,8 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
         bias = by.bias(bias, x)
-        if by.widens(x):
-            sums: Tensor = product_ops.half_matmul(self.grid(x), weight.T, bias)
-            return sums.reshape(*x.shape[:-1], -1)
         if by.form == "fp32":
-            out = F.linear(x, weight, bias)
+            out = _linear(x, weight, bias, by)
         else:
             flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
             out = flat.reshape(*x.shape[:-1], -1)
@@ -70,7 +71,7 @@ class Linear:
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
         if by.form == "fp32":
-            return _matmul(self.grid(error), weight, by).reshape(shape) if by.widens(error) else error @ weight
+            return _linear(error, weight.T, None, by)
         geometry = self.geometry(shape, weight.shape)
         return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(shape)
 
@@ -80,7 +81,7 @@ class Linear:
         """Gradients of weight and bias, as far as `wanted`."""
         flat, weight_grad = self.grid(error), None
         if wanted[0] and by.form == "fp32":
-            weight_grad = _matmul(flat.T, self.grid(x), by)
+            weight_grad = _linear(flat.T, self.grid(x).T, None, by)
         elif wanted[0]:
             geometry = self.geometry(x.shape, shape)
             weight_grad = by("weight_from_both", self.grid(x), flat, geometry=geometry)
@@ -225,6 +226,13 @@ def _is_opaque(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-def _matmul(a: Tensor, b: Tensor, by: Accumulator) -> Tensor:
-    product: Tensor = product_ops.half_matmul(a, b, None) if by.widens(a) else a @ b
-    return product
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
+    """x [*, K] by weight [N, K], and a bias [N]."""
+    many = x.numel() * weight.shape[0] >= MANY
+    if by.widens(x):
+        sums: Tensor = product_ops.half_matmul(x.reshape(-1, x.shape[-1]), weight.T, bias)
+    elif many and by.reordered and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        sums = product_ops.onednn_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    else:
+        return F.linear(x, weight, bias)
+    return sums.reshape(*x.shape[:-1], -1)

@@ -1,6 +1,5 @@
 """Every op's implementations against the reference, bit by bit; and what torch asks of a registered op."""
 
-
 import pytest
 import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_formats import all_patterns, identical, random_patterns
 
-from lnpu_torch import ops, product_ops, reference
+import lnpu_torch as lnpu
+from lnpu_torch import ops, product_ops, products, reference
 
 ARGUMENTS = ((2, 1), (1, 1), (1, 1), False, (0, 0), 2)
 
@@ -38,6 +39,8 @@ def test_opcheck(memory_format):
             for dtype in (torch.float32, torch.bfloat16)
             for turned in (False, True)
         ],
+        (product_ops.onednn_linear, (torch.randn(3, 4), torch.randn(5, 4), torch.randn(5))),
+        (product_ops.onednn_linear, (torch.randn(4, 3).T, torch.randn(4, 5).T, None)),
         (product_ops.round_result, (x, torch.empty_like(x), "fp16")),
     ]
     for op, arguments in calls:
@@ -103,3 +106,28 @@ def test_a_strided_result():
     expected = strided.half().float()
     product_ops.round_result(strided, strided, "fp16")
     assert torch.equal(strided, expected)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.skipif(not products.ONEDNN, reason="torch is built without oneDNN")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_large_linear_layers_by_onednn(monkeypatch, enabled):
+    """The steps of an emulated layer, on integers, whose sums are exact in any order; steps in float stay torch's."""
+    calls, linear = [], product_ops.onednn_linear
+    monkeypatch.setattr(product_ops, "onednn_linear", lambda *a: calls.append(a[0].shape) or linear(*a))
+    torch.manual_seed(0)
+    reads = lnpu.Rule(low=None)
+    layer = lnpu.nn.Linear(512, 384, precision=lnpu.Precision(input=reads, weight=reads, result="fp32"))
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-3, 4, layer.weight.shape))
+        layer.bias.copy_(torch.randint(-3, 4, layer.bias.shape))
+    x, error = torch.randint(-3, 4, (2, 64, 512)).float().requires_grad_(), torch.randint(-3, 4, (2, 64, 384)).float()
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        out = layer(x)
+        out.backward(error)
+    assert calls == [(128, 512), (128, 384), (384, 128)]
+    assert torch.equal(out, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(x.grad, error @ layer.weight)
+    assert torch.equal(layer.weight.grad, error.reshape(-1, 384).T @ x.detach().reshape(-1, 512))
+    lnpu.nn.Linear(512, 384, precision=lnpu.Precision())(x).sum().backward()
+    assert len(calls) == 3
