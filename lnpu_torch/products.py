@@ -154,11 +154,13 @@ class Convolution:
         self, error: Tensor, x: Tensor, shape: torch.Size, wanted: tuple[bool, bool], by: Accumulator
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
-        if by.form == "fp32":
+        if by.form == "fp32" and not (by.reordered and error.device.type == "cpu"):
             grads = iter(self._backward(error, x, product_ops.unread(x, shape), [False, *wanted]))
             return next(grads) if wanted[0] else None, next(grads) if wanted[1] else None
         weight_grad = None
-        if wanted[0]:
+        if wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
+            (weight_grad,) = self._backward(error, x, product_ops.unread(x, shape), [False, True, False])
+        elif wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
             geometry = self.geometry(x.shape, shape, margin=False)
             weight_grad = by("weight_from_both", big, small, geometry=geometry)
