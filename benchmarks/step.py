@@ -28,8 +28,7 @@ from rows import add_options, alternate, cpu_name, origin, ratio, write
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import lane_ops, ops
-from lnpu_torch.emulation import Emulation
+from lnpu_torch import cpu_lanes, ops
 from lnpu_torch.recipes.models import ModelConfig, build
 
 MODELS = ("resnet18_cifar", "vgg16_cifar", "alexnet_cifar")
@@ -38,8 +37,7 @@ COUNTING = (
     (ops, "count_weight_step"),
     (ops, "count_grid_step"),
     (ops, "count_not_run"),
-    (lane_ops, "lane_profile"),
-    (Emulation, "add_lanes"),
+    (cpu_lanes, "profile"),
 )
 """What counts, and else does nothing."""
 

@@ -24,11 +24,12 @@ def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
     both, first, second = sums[:2], sums[2], sums[3]
     reached = np.empty((2, *met.shape), np.int64)
     rows = np.empty((*met.shape[:2], position.shape[4]), np.int64)
+    for a in range(2):
+        sums[4, a] += _total(position[a], channels)
+        sums[5, a] += _total(weight[a], channels)
     for channel in range(channels[0], channels[1]):
         for a in range(2):
             _reached(position[a, channel], meets, strides, rows, reached[a])
-            sums[4, a] += position[a, channel].sum()
-            sums[5, a] += weight[a, channel].sum()
         for b in range(2):
             for r in range(met.shape[0]):
                 for s in range(met.shape[1]):
@@ -64,6 +65,15 @@ def record(counter, both, first, second, firsts, seconds, sizes):
     counter[4] += zeros
     counter[13] += sizes[4] - firsts[0] - firsts[1]
     counter[16] += sizes[5] - seconds[0] - seconds[1]
+
+
+@compiled
+def _total(counts, channels):
+    """The sum of a range of channels."""
+    part, total = counts[channels[0] : channels[1]].ravel(), np.int64(0)
+    for i in range(len(part)):
+        total += part[i]
+    return total
 
 
 @compiled

@@ -60,7 +60,7 @@ def quantize(
     position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32)
     sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=torch.int32)
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
-    lengths = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
+    runs = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
     shared_loops.quantize(
         team(x.numel()),
         _memory(x),
@@ -68,7 +68,7 @@ def quantize(
         None if half is None else _memory(half),
         position.view(2, batch // share, -1).numpy(),
         sample.view(2, batch, channel_groups, positions).numpy() if wanted[2] else None,
-        lengths.numpy() if fused else None,
+        runs.numpy() if fused else None,
         share,
         (batch, channels, positions),
         _parameters(rule, int(threshold)),
@@ -78,8 +78,9 @@ def quantize(
     single = torch.empty(0, dtype=torch.float32) if single is None else single
     half = torch.empty(0, dtype=torch.float16) if half is None else half
     if wanted[3] and not fused:
-        lengths = cpu_lanes.runs_of(half if wanted[1] else single)
-    return single, half, position, sample, lengths
+        runs = cpu_lanes.runs_of(half if wanted[1] else single)
+    profile = cpu_lanes.profile(runs) if wanted[3] else torch.empty(0, dtype=torch.int64)
+    return single, half, position, sample, profile
 
 
 def quantize_flat(

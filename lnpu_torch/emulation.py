@@ -99,16 +99,9 @@ class Emulation:
         self.thresholds, self.counters, self.lanes = fn(self.thresholds), fn(self.counters), fn(self.lanes)
         self.histograms = None if self.histograms is None else fn(self.histograms)
 
-    def counter(self, step: str) -> tuple[Tensor, Tensor]:
-        """A step's counters, and the sizes of call that their rows stand for."""
-        index = STEPS.index(step)
-        return self.counters[index], self.call_sizes[index]
-
-    def add_lanes(self, step: str, *profiles: Tensor | None) -> None:
-        """Add the lane profiles of a step's operands, the first one first, to what is counted."""
-        for operand, profile in enumerate(profiles):
-            if profile is not None:
-                self.lanes[STEPS.index(step), operand].add_(profile)
+    def counter(self, step: str) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Where a step is counted: counters, the sizes of call that their rows stand for, lane profiles; its place."""
+        return self.counters, self.call_sizes, self.lanes, STEPS.index(step)
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""
@@ -204,11 +197,11 @@ def _quantize(
     now_half, later_half = (now and half and halves), (later and half)
     wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample, streamed)
     random = seed if read.stochastic else None
-    single, rounded, position, by_sample, runs = ops.round_and_count(
+    single, rounded, position, by_sample, lanes = ops.round_and_count(
         x, threshold, random, read.rule, read.row, layout, wanted, last
     )
-    lanes = lane_ops.lane_profile(runs) if streamed else None
-    return Operand(rounded if now_half else single, rounded if later_half else single, position, by_sample, lanes)
+    now_values, later_values = (rounded if use else single for use in (now_half, later_half))
+    return Operand(now_values, later_values, position, by_sample, lanes if streamed else None)
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
 from lnpu_torch import backends, ops, product_ops
-from lnpu_torch.emulation import Emulation, Operand
+from lnpu_torch.emulation import STEPS, Emulation, Operand
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.hiding import hidden
 from lnpu_torch.products import Accumulator, Convolution, Linear
@@ -55,8 +55,8 @@ class _Emulated(torch.autograd.Function):
         output = product.forward(values, weights, bias, call.accumulator("forward"))
         if emulation.counting:
             counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
-            ops.count_weight_step(*emulation.counter("forward"), *counts, call.sizes, side)
-            emulation.add_lanes("forward", xs["forward"].lanes)
+            counter = emulation.counter("forward")
+            ops.count_weight_step(*counter, *counts, xs["forward"].lanes, call.sizes, side)
 
         kept: list[Tensor | None] = [None] * 4
         x = xs.get("grad_weight")
@@ -95,11 +95,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if wants[0]:
         grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
     elif emulation.counting:
-        ops.count_not_run(emulation.counter("grad_input")[0], call.geometry.slots)
+        ops.count_not_run(emulation.counters, STEPS.index("grad_input"), call.geometry.slots)
     if wants[1] or wants[2]:
         grads[1:] = call.grad_weight(errors["grad_weight"], kept)
     if emulation.counting and not wants[1]:
-        ops.count_not_run(emulation.counter("grad_weight")[0], call.geometry.slots)
+        ops.count_not_run(emulation.counters, STEPS.index("grad_weight"), call.geometry.slots)
     if emulation.training:
         ops.commit_thresholds(emulation.thresholds)
     return (*grads, None, None, None, None)
@@ -181,8 +181,7 @@ class _Call:
         if self.emulation.counting:
             side = self.product.output_side
             counts = error.position.squeeze(1), _over(weights, side)
-            ops.count_weight_step(*self.emulation.counter("grad_input"), *counts, self.sizes, side)
-            self.emulation.add_lanes("grad_input", error.lanes)
+            ops.count_weight_step(*self.emulation.counter("grad_input"), *counts, error.lanes, self.sizes, side)
         return self.emulation.result("grad_input", values, self.dtypes[0], self.turned[0])
 
     def grad_weight(self, error: Operand, kept: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -196,8 +195,7 @@ class _Call:
             sides[self.product.output_side] = (error.position.squeeze(1), error.sample)
             first = self.product.input_side
             counter = self.emulation.counter("grad_weight")
-            ops.count_grid_step(*counter, sides["big"], sides["small"], self.sizes, first)
-            self.emulation.add_lanes("grad_weight", lanes, error.lanes)
+            ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
         return [
             None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype, turned)
             for result, dtype, turned in zip(results, self.dtypes[1:], (self.turned[1], False), strict=True)

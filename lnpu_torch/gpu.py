@@ -74,7 +74,9 @@ def quantize(
     )
     values = _or_empty(rounded.single, x, torch.float32), _or_empty(rounded.half, x, torch.float16)
     runs = gpu_lanes.runs_of(values[wanted[1]]) if wanted[3] and x.dim() == 2 else rounded.runs
-    return *values, rounded.position, _or_empty(rounded.sample, x, torch.int32), _or_empty(runs, x, torch.uint8)
+    profile = None if runs is None else gpu_lanes.profile(runs)
+    sample = _or_empty(rounded.sample, x, torch.int32)
+    return *values, rounded.position, sample, _or_empty(profile, x, torch.int64)
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lnpu_torch import backends, counting, lanes, reference
 from lnpu_torch.backends import backend as backend
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.lane_family import runs_shape
+from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Rule
 from lnpu_torch.registry import fake, op
 
@@ -68,11 +68,11 @@ def round_and_count(
 
     Args:
         layout: how many samples in a row share one count by position, and the number of channel groups.
-        wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample; those of runs.
+        wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample; a lane profile.
         last: whether the values shall lie in channels_last, even if x does not.
 
     Returns:
-        Both kinds of values, `counting.per_position`, `counting.per_sample` and `lanes.runs_of` the values.
+        Both kinds of values, `counting.per_position`, `counting.per_sample` and `lanes.profile` of the values.
     """
     fast, parsed, x = backends.fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=backends.memory_format(x))
     if fast:
@@ -82,8 +82,8 @@ def round_and_count(
     values, groups = reference.quantize(x, parsed, threshold, random)
     sample = counting.per_sample(groups, layout[1]) if wanted[2] else groups.new_empty(0, dtype=torch.int32)
     half = values.half() if wanted[1] else values.new_empty(0, dtype=torch.float16)
-    runs = lanes.runs_of(values) if wanted[3] else values.new_empty(0, dtype=torch.uint8)
-    return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample, runs
+    profile = lanes.profile(lanes.runs_of(values)) if wanted[3] else values.new_empty(0, dtype=torch.int64)
+    return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample, profile
 
 
 @fake("round_and_count")
@@ -102,8 +102,8 @@ def _(
     values = [
         torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
     ]
-    runs = x.new_empty(runs_shape(x.shape) if wanted[3] else (0,), dtype=torch.uint8)
-    return values[0], values[1], *_empty_counts(x, layout, wanted[2]), runs
+    profile = x.new_empty(len(MEMBERS) if wanted[3] else 0, dtype=torch.int64)
+    return values[0], values[1], *_empty_counts(x, layout, wanted[2]), profile
 
 
 @op()
@@ -183,23 +183,54 @@ def commit_thresholds(states: Tensor) -> None:
     states[..., 0] = states[..., 1]
 
 
-@op(["counters", "sizes"])
+@op(["counters", "sizes", "lanes"])
 def count_weight_step(
-    counters: Tensor, sizes: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
+    counters: Tensor,
+    sizes: Tensor,
+    lanes: Tensor,
+    step: int,
+    position: Tensor,
+    weight: Tensor,
+    profile: Tensor | None,
+    geometry: Sequence[int],
+    side: str,
 ) -> None:
-    """Add `counting.weight_step` to the row of a step's counters, int64 [ROWS, WIDTH], that `counting.row_of` tells."""
-    row = counting.row_of(sizes, _call_sizes(tuple(geometry), side, "weight"))
-    _counting(position).add_weight_step(counters[row], position, weight, geometry, side)
+    """Count one of a layer's steps by `counting.weight_step`, and the lane profile of the operand that it streams.
+
+    Args:
+        counters: int64 [steps, ROWS, WIDTH], to the row of which that `counting.row_of` tells.
+        sizes: int64 [steps, SIZES + 1, 3], on the host.
+        lanes: int64 [steps, operands, MEMBERS].
+    """
+    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), side, "weight"))
+    _counting(position).add_weight_step(counters[step, row], position, weight, geometry, side)
+    _add_lanes(lanes, step, profile)
 
 
-@op(["counters", "sizes"])
+@op(["counters", "sizes", "lanes"])
 def count_grid_step(
-    counters: Tensor, sizes: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+    counters: Tensor,
+    sizes: Tensor,
+    lanes: Tensor,
+    step: int,
+    big: Sequence[Tensor],
+    small: Sequence[Tensor],
+    first_profile: Tensor | None,
+    second_profile: Tensor | None,
+    geometry: Sequence[int],
+    first: str,
 ) -> None:
-    """Add `counting.grid_step` to a step's counters, as `count_weight_step` does."""
+    """Count a step by `counting.grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
     second = "small" if first == "big" else "big"
-    row = counting.row_of(sizes, _call_sizes(tuple(geometry), first, second))
-    _counting(big[0]).add_grid_step(counters[row], big, small, geometry, first)
+    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
+    _counting(big[0]).add_grid_step(counters[step, row], big, small, geometry, first)
+    _add_lanes(lanes, step, first_profile, second_profile)
+
+
+def _add_lanes(lanes: Tensor, step: int, *profiles: Tensor | None) -> None:
+    for operand, profile in enumerate(profiles):
+        if profile is not None:
+            lanes[step, operand].add_(profile)
 
 
 @lru_cache(maxsize=1024)
@@ -213,6 +244,6 @@ def _counting(sums: Tensor) -> ModuleType:
 
 
 @op(["counters"])
-def count_not_run(counters: Tensor, slots: int) -> None:
-    """Add a step that nobody asked for, such as the first layer's grad_input, to that step's counters."""
-    counters[counting.NOT_RUN, :4] += counters.new_tensor((1, slots, 0, slots))
+def count_not_run(counters: Tensor, step: int, slots: int) -> None:
+    """Count a step that nobody asked for, such as the first layer's grad_input."""
+    counters[step, counting.NOT_RUN, :4] += counters.new_tensor((1, slots, 0, slots))

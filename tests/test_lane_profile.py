@@ -12,7 +12,7 @@ from handmade import counts, lanes, network, step, variant, with_lanes
 from pydantic import ValidationError
 
 import lnpu_torch as lnpu
-from lnpu_torch import lane_ops
+from lnpu_torch import cpu_lanes
 from lnpu_torch.chip import chip
 from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts, StepCounts
@@ -160,8 +160,8 @@ def test_more_lanes_that_do_more_take_no_longer() -> None:
 def test_an_operand_that_two_steps_read_alike_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     measured = []
-    profile_of = lane_ops.lane_profile
-    monkeypatch.setattr(lane_ops, "lane_profile", lambda runs: measured.append(runs) or profile_of(runs))
+    profile_of = cpu_lanes.profile
+    monkeypatch.setattr(cpu_lanes, "profile", lambda runs: measured.append(runs) or profile_of(runs))
     for precision, times in ((lnpu.Precision(input="fp8", grad_output="fp8"), 2), (APART, 4)):
         measured.clear()
         layers = [torch.nn.Linear(40, 30), torch.nn.Linear(30, 20)]

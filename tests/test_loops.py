@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_formats import scalar
 
-from lnpu_torch import cpu, loops, ops, reference
+from lnpu_torch import cpu, lanes, loops, ops, reference
 from lnpu_torch.precision import Rule
 
 LIES = ["contiguous", "channels_last", "turned"]
@@ -20,9 +20,10 @@ def test_counters_at_their_limits(dimension, count, lies):
     for value in (1.0, 100.0):
         x = torch.full(shape, value).contiguous(memory_format=channels_last)
         rest = (scalar(4), None, Rule().model_dump_json(), 0, (shape[0], 1), [True] * 4, lies == "turned")
-        *_, position, sample, runs = ops.round_and_count(x, *rest)
+        *_, position, sample, profile = ops.round_and_count(x, *rest)
         group = int(value == 100.0)
-        assert (position[group] == shape[0]).all() and (sample[group] == shape[1]).all() and (runs == shape[3]).all()
+        assert (position[group] == shape[0]).all() and (sample[group] == shape[1]).all()
+        assert torch.equal(profile, lanes.profile(torch.full((*shape[:2], 1), shape[3], dtype=torch.uint8)))
         assert not position[1 - group].any() and not sample[1 - group].any()
 
 

@@ -73,10 +73,10 @@ def test_other_dtypes(dtype):
     x = torch.randn(5, 6, 7).to(dtype)
     arguments = (x, scalar(1), None, Rule().model_dump_json(), 0, (5, 1), EVERYTHING)
     expected, groups = reference.quantize(x, Rule(), scalar(1))
-    values, half, position, sample, runs = ops.round_and_count(*arguments)
+    values, half, position, sample, profile = ops.round_and_count(*arguments)
     assert torch.equal(values, expected) and torch.equal(half.to(values.dtype), expected)
     assert torch.equal(position[:, 0], per_position(groups)) and torch.equal(sample, counting.per_sample(groups, 1))
-    assert torch.equal(runs, lanes.runs_of(expected))
+    assert torch.equal(profile, lanes.profile(lanes.runs_of(expected)))
 
 
 def test_more_rows_than_a_packed_counter_holds():
@@ -111,12 +111,15 @@ def test_counted_steps(geometry):
         sizes = torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64)
         with ops.backend(name):
             weights = (over_small(weight, geometry.groups), over_big(weight))
-            ops.count_weight_step(counter[0], sizes[0], grids[0][0], weights[0], geometry.pack(), "big")
-            ops.count_weight_step(counter[1], sizes[1], grids[1][0], weights[1], geometry.pack(), "small")
-            ops.count_grid_step(counter[2], sizes[2], grids[0], grids[1], geometry.pack(), "small")
+            lanes = torch.zeros(3, 2, 4, dtype=torch.int64)
+            table, packed, profiles = (counter, sizes, lanes), geometry.pack(), torch.arange(8).view(2, 4)
+            ops.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
+            ops.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")
+            ops.count_grid_step(*table, 2, grids[0], grids[1], *profiles, packed, "small")
+        assert lanes.tolist() == [[[4, 5, 6, 7], [0] * 4], [[0] * 4] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]]]
         counters.append(counter)
     assert torch.equal(*counters)
-    assert counters[0].sum() > 0
+    assert counters[0].sum((1, 2)).all()
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (40, 64, 32, 9)])
@@ -145,8 +148,9 @@ def test_opcheck():
     g = GEOMETRIES["groups"]
     big, small, weight = operands(g)
     grids = [[per_position(groups), counting.per_sample(groups, g.groups)] for groups in (big, small)]
-    counter = torch.zeros(counting.ROWS, counting.WIDTH, dtype=torch.int64)
-    sizes = torch.zeros(counting.SIZES + 1, 3, dtype=torch.int64)
+    counter = torch.zeros(3, counting.ROWS, counting.WIDTH, dtype=torch.int64)
+    table = counter, torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(3, 2, 4, dtype=torch.int64)
+    profile = torch.arange(4)
     calls = {
         ops.quantize: [
             (x, scalar(1), None, text, 0, True),
@@ -160,9 +164,11 @@ def test_opcheck():
         ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
-        ops.count_weight_step: [(counter, sizes, grids[0][0], over_small(weight, g.groups), g.pack(), "big")],
-        ops.count_grid_step: [(counter, sizes, grids[0], grids[1], g.pack(), "big")],
-        ops.count_not_run: [(counter, 10)],
+        ops.count_weight_step: [
+            (*table, 1, grids[0][0], over_small(weight, g.groups), lanes, g.pack(), "big") for lanes in (profile, None)
+        ],
+        ops.count_grid_step: [(*table, 2, grids[0], grids[1], profile, profile, g.pack(), "big")],
+        ops.count_not_run: [(counter, 1, 10)],
     }
     for op, arguments in calls.items():
         for each in arguments:
