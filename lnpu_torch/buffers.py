@@ -110,8 +110,8 @@ class _Lease:
         self._returned.append(self._place)
 
 
-OPERANDS = Pool()
-"""For rounded values, in float32 for a product at hand, in binary16 for one in backward."""
+POOL = Pool()
+"""For rounded operands, in float32 for a product at hand, in binary16 for one in backward; and for results."""
 
 
 def is_dense(x: Tensor) -> bool:
@@ -121,4 +121,4 @@ def is_dense(x: Tensor) -> bool:
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`torch.empty_like` of a dense tensor."""
-    return OPERANDS.empty(x.shape, dtype, last=not x.is_contiguous())
+    return POOL.empty(x.shape, dtype, last=not x.is_contiguous())

@@ -55,8 +55,8 @@ def quantize(
     turns = last and not lies_last and min(channels, positions) > 1
     last = last or lies_last
     # binary16 first: what is kept for backward leaves no gaps between what is not
-    half = buffers.OPERANDS.empty(x.shape, torch.float16, last) if wanted[1] else None
-    single = buffers.OPERANDS.empty(x.shape, torch.float32, last) if wanted[0] else None
+    half = buffers.POOL.empty(x.shape, torch.float16, last) if wanted[1] else None
+    single = buffers.POOL.empty(x.shape, torch.float32, last) if wanted[0] else None
     position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32)
     sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=torch.int32)
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows

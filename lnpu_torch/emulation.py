@@ -92,7 +92,7 @@ class Emulation:
         self.thresholds = new_thresholds().to(device)
         self.counters, self.lanes = new_counters().to(device), new_lanes().to(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
-        buffers.OPERANDS.serve(self)
+        buffers.POOL.serve(self)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors, as `nn.Module._apply` does."""

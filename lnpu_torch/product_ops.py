@@ -192,7 +192,7 @@ def rounded_result(x: Tensor, form: str, dtype: torch.dtype, turned: bool = Fals
 
     Args:
         turned: whether it lies in channels_last, and shall be contiguous.
-        lent: whether it may lie in `buffers.OPERANDS`.
+        lent: whether it may lie in `buffers.POOL`.
     """
     module = backends.gpu_module(x)
     if module is not None and module.rounds_results(x, dtype):
@@ -222,8 +222,10 @@ def place(x: Tensor, turned: bool, lent: bool) -> Tensor:
 
 
 def _lent(x: Tensor, turned: bool) -> Tensor:
-    last = not turned and backends.memory_format(x) == torch.channels_last
-    return buffers.OPERANDS.empty(x.shape, x.dtype, last)
+    """Memory for a result, which lies as x does unless it is `turned`."""
+    if turned:
+        return buffers.POOL.empty(x.shape, x.dtype)
+    return buffers.empty_like(x, x.dtype) if buffers.is_dense(x) else torch.empty_like(x)
 
 
 def _round(x: Tensor, out: Tensor, form: str) -> None:

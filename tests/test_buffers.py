@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lnpu_torch as lnpu
-from lnpu_torch.buffers import LARGE, LATELY, OPERANDS, Pool
+from lnpu_torch.buffers import LARGE, LATELY, POOL, Pool
 
 
 def empty(pool, size):
@@ -123,13 +123,13 @@ def test_memory_is_given_back_with_the_last_user():
 
 def test_layers_are_users():
     gc.collect()
-    before, x = OPERANDS.users, torch.randn(64, 64, 16, 16)
+    before, x = POOL.users, torch.randn(64, 64, 16, 16)
     layer = lnpu.nn.Conv2d(64, 8, 3)
     layer(x).sum().backward()
-    assert OPERANDS.users == before + 1 and OPERANDS.kept() >= x.numel() * 4
+    assert POOL.users == before + 1 and POOL.kept() >= x.numel() * 4
     del layer
     gc.collect()
-    assert OPERANDS.users == before
+    assert POOL.users == before
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -108,6 +108,18 @@ def test_a_strided_result():
     assert torch.equal(strided, expected)
 
 
+@pytest.mark.parametrize("large", [1, 2**62])
+def test_results_keep_other_orders(monkeypatch, large):
+    monkeypatch.setattr(product_ops.buffers, "LARGE", large)
+    x = torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)
+    expected = x.half().float()
+    out = product_ops.place(x, False, True)
+    product_ops.round_result(x, out, "fp16")
+    whole = product_ops.rounded_result(x, "fp16", torch.float32, False, True)
+    for found in (out, whole):
+        assert torch.equal(found, expected) and found.stride() == x.stride()
+
+
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.skipif(not products.ONEDNN, reason="torch is built without oneDNN")
 @pytest.mark.parametrize("enabled", [True, False])
