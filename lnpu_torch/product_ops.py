@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch import accumulate as accumulating
 from lnpu_torch import backends, buffers, reference
@@ -60,6 +62,12 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @fake("onednn_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@register_flop_formula(torch.ops.lnpu.onednn_linear)
+def _(x: torch.Size, weight: torch.Size, bias: torch.Size | None, **_: Any) -> int:
+    """Torch's FlopCounterMode gives the shapes."""
+    return 2 * x.numel() * weight[0]
 
 
 @op()
