@@ -7,9 +7,9 @@ Counts come as [2, ...], FP8 and wide; grids have three dimensions.
 from __future__ import annotations
 
 import numpy as np
-from numba import int32, uint64
+from numba import uint64
 
-from lnpu_torch.jit import compiled
+from lnpu_torch.jit import compiled, inlined
 
 
 @compiled
@@ -22,14 +22,15 @@ def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
     """
     others, batch = sizes[2], sizes[3]
     both, first, second = sums[:2], sums[2], sums[3]
-    reached = np.empty((2, *met.shape), np.int64)
-    rows = np.empty((*met.shape[:2], position.shape[4]), np.int64)
+    reached, row = np.empty((2, *met.shape), np.int64), np.empty(position.shape[4], np.int64)
+    counts, size = position.ravel(), position.shape[2] * position.shape[3] * position.shape[4]
     for a in range(2):
         sums[4, a] += _total(position[a], channels)
         sums[5, a] += _total(weight[a], channels)
     for channel in range(channels[0], channels[1]):
         for a in range(2):
-            _reached(position[a, channel], meets, strides, rows, reached[a])
+            start = (a * position.shape[1] + channel) * size
+            _reached(counts, start, position.shape[3], meets, strides, row, reached[a])
         for b in range(2):
             for r in range(met.shape[0]):
                 for s in range(met.shape[1]):
@@ -80,12 +81,11 @@ def _total(counts, channels):
 def met_in_all(position, meets, strides, totals):
     """Elements of each group of position [2, C, D, H, W], and how many of them the offsets meet, into totals [2, 2]."""
     kernel = (_offsets(meets[0]), _offsets(meets[1]), _offsets(meets[2]))
-    sums = np.empty(kernel, np.int64)
-    rows = np.empty((kernel[0], kernel[1], position.shape[4]), np.int64)
+    sums, row = np.empty(kernel, np.int64), np.empty(position.shape[4], np.int64)
     plane = np.empty(position.shape[2:], np.int64)
     for a in range(2):
         _sum_channels(position[a].ravel(), plane.ravel())
-        _reached(plane, meets, strides, rows, sums)
+        _reached(plane.ravel(), 0, plane.shape[1], meets, strides, row, sums)
         totals[0, a], totals[1, a] = plane.sum(), sums.sum()
 
 
@@ -108,85 +108,80 @@ def _offsets(meets):
 
 
 @compiled
-def _reached(plane, meets, strides, rows, sums):
-    """Sum a channel [D, H, W] over the window of each kernel offset, into `sums` [R, S, T]; `rows` is for use here."""
-    rows[:] = 0
+def _reached(counts, start, height, meets, strides, row, sums):
+    """Sum the channel [D, H, W] from `start` on over each kernel offset's window, into `sums` [R, S, T].
+
+    `row`, as long as one of the channel's, is for use here.
+    """
     for r in range(sums.shape[0]):
         for s in range(sums.shape[1]):
-            row = rows[r, s]
+            row[:] = 0
             for i in range(meets[0, r, 1]):
+                plane = (meets[0, r, 0] + i * strides[0]) * height + meets[1, s, 0]
                 for j in range(meets[1, s, 1]):
-                    source = plane[meets[0, r, 0] + i * strides[0], meets[1, s, 0] + j * strides[1]]
-                    for k in range(len(row)):
-                        row[k] += source[k]
+                    _add(row, 0, counts, start + (plane + j * strides[1]) * len(row), len(row), 1)
             for t in range(sums.shape[2]):
-                total, start = 0, meets[2, t, 0]
+                total, first = 0, meets[2, t, 0]
                 for k in range(meets[2, t, 1]):
-                    total += row[start + k * strides[2]]
+                    total += row[uint64(first + k * strides[2])]
                 sums[r, s, t] = total
 
 
 @compiled
-def meetings(big, small, big_meets, small_meets, strides, both):
-    """Pairs of non-zeros of two grids [2, samples, D, H, W] under all kernel offsets, added to `both` [2, 2].
+def meetings(big, small, samples, big_meets, small_meets, strides, both):
+    """Pairs of non-zeros of two grids [2, N, D, H, W] in a range of samples under all offsets, added to `both` [2, 2].
 
     What each small position's window holds of the big grid is summed up first: over depth and height into rows as long
     as the big grid's, then along them.
     """
-    shape = small.shape[2:]
-    rows = np.empty((2, shape[0], shape[1], big.shape[4]), np.int32)
-    seen = np.empty((2, *shape), np.int32)
-    for n in range(big.shape[1]):
-        rows[:] = 0
-        seen[:] = 0
+    offsets = (_offsets(big_meets[0]), _offsets(big_meets[1]), _offsets(big_meets[2]))
+    depth, height, width = small.shape[2:]
+    length, plane = big.shape[4], big.shape[3] * big.shape[4]
+    bigs, smalls, size = big.ravel(), small.ravel(), depth * height * width
+    rows, seen = np.empty(depth * height * length, np.int32), np.empty((2, size), np.int32)
+    for n in range(samples[0], samples[1]):
         for a in range(2):
-            for r in range(_offsets(big_meets[0])):
+            rows[:] = 0
+            seen[a] = 0
+            for r in range(offsets[0]):
                 for i in range(small_meets[0, r, 1]):
-                    p, d = small_meets[0, r, 0] + i, big_meets[0, r, 0] + i * strides[0]
-                    for s in range(_offsets(big_meets[1])):
-                        _add_rows(rows[a, p], big[a, n, d], small_meets[1, s], big_meets[1, s, 0], strides[1])
-            for t in range(_offsets(big_meets[2])):
-                _add_columns(seen[a], rows[a], small_meets[2, t], big_meets[2, t, 0], strides[2])
+                    source = (a * big.shape[1] + n) * big.shape[2] + big_meets[0, r, 0] + i * strides[0]
+                    target = (small_meets[0, r, 0] + i) * height * length
+                    for s in range(offsets[1]):
+                        first, start = (
+                            target + small_meets[1, s, 0] * length,
+                            source * plane + big_meets[1, s, 0] * length,
+                        )
+                        if strides[1] == 1:
+                            _add(rows, first, bigs, start, small_meets[1, s, 1] * length, 1)
+                        else:
+                            for j in range(small_meets[1, s, 1]):
+                                _add(rows, first + j * length, bigs, start + j * strides[1] * length, length, 1)
+            for t in range(offsets[2]):
+                first, start, count = small_meets[2, t, 0], big_meets[2, t, 0], small_meets[2, t, 1]
+                for j in range(depth * height):
+                    _add(seen[a], j * width + first, rows, j * length + start, count, strides[2])
         for b in range(2):
-            _multiply(seen[0], seen[1], small[b, n], both[:, b])
+            start = (b * small.shape[1] + n) * size
+            for a in range(2):
+                both[a, b] += _products(seen[a], smalls, start)
 
 
-@compiled
-def _add_rows(rows, source, met, start, stride):
-    """Add rows from `start` on, a stride apart, to those that are met."""
+@inlined
+def _add(sums, place, terms, start, count, stride):
+    """Add so many terms from `start` on, a stride apart, to sums from `place` on."""
     if stride == 1:
-        _add(rows[met[0] : met[0] + met[1]].ravel(), source[start : start + met[1]].ravel())
+        for i in range(count):
+            sums[uint64(place + i)] += terms[uint64(start + i)]
     else:
-        for i in range(met[1]):
-            _add(rows[met[0] + i], source[start + i * stride])
+        for i in range(count):
+            sums[uint64(place + i)] += terms[uint64(start + i * stride)]
 
 
 @compiled
-def _add(sums, terms):
-    for i in range(len(sums)):
-        sums[i] = int32(sums[i] + terms[i])
-
-
-@compiled
-def _add_columns(seen, rows, met, start, stride):
-    """Add columns from `start` on, a stride apart, to those that are met."""
-    for p in range(seen.shape[0]):
-        for q in range(seen.shape[1]):
-            target, source = seen[p, q, met[0] : met[0] + met[1]], rows[p, q, start:]
-            if stride == 1:
-                _add(target, source)
-            else:
-                for k in range(len(target)):
-                    target[k] = int32(target[k] + source[k * stride])
-
-
-@compiled
-def _multiply(first, second, small, both):
-    """Add the products of two grids with a third to `both` [2]."""
-    a, b, other = first.ravel(), second.ravel(), small.ravel()
-    x, y = np.int64(0), np.int64(0)
-    for k in range(len(other)):
-        x += np.int64(a[k]) * np.int64(other[k])
-        y += np.int64(b[k]) * np.int64(other[k])
-    both[0] += x
-    both[1] += y
+def _products(seen, counts, start):
+    """The sum of the products of counts with as many others from `start` on."""
+    total = np.int64(0)
+    for i in range(len(seen)):
+        total += np.int64(seen[i]) * np.int64(counts[uint64(start + i)])
+    return total

@@ -192,8 +192,8 @@ def _add_grids(share, shares, big, small, big_samples, small_samples, meets, bot
     elif share == 1:
         count_loops.met_in_all(small, meets[1], np.ones(3, np.int64), alone[1])
     else:
-        a, b = bounds(big_samples.shape[1], share - 2, shares - 2)
-        count_loops.meetings(big_samples[:, a:b], small_samples[:, a:b], *meets, both[share - 2])
+        samples = bounds(big_samples.shape[1], share - 2, shares - 2)
+        count_loops.meetings(big_samples, small_samples, samples, *meets, both[share - 2])
 
 
 @compiled
