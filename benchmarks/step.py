@@ -28,7 +28,7 @@ from rows import add_options, alternate, cpu_name, origin, ratio, write
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import backends, lanes, ops
+from lnpu_torch import lane_ops, ops
 from lnpu_torch.recipes.models import ModelConfig, build
 
 MODELS = ("resnet18_cifar", "vgg16_cifar", "alexnet_cifar")
@@ -139,8 +139,8 @@ def counting_share(model: nn.Module, batch: int) -> float:
     """The part of a step that counting takes, beside what rounding sums up anyway: the median of five steps."""
     step, shares = stepper(model, batch), []
     with ExitStack() as stack:
-        profiles = backends.fast_module(torch.ones(1), "cpu_lanes", "gpu_lanes") or lanes
-        spent = [stack.enter_context(timed(*each)) for each in (*COUNTING, (profiles, "profile"))]
+        lanes = lane_ops.implementation(torch.ones(1))
+        spent = [stack.enter_context(timed(*each)) for each in (*COUNTING, (lanes, "profile"))]
         for _ in range(5):
             before, started = sum(map(sum, spent)), time.perf_counter()
             step()

@@ -24,7 +24,7 @@ from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
 
-KINDS = {torch.float32: "=f4", torch.float16: "=u2", torch.uint8: "=u1"}
+KINDS = {**buffers.KINDS, torch.float16: "=u2"}
 """Numpy's names of dtypes, as the loops see them: binary16 as its bits."""
 CHANNELS = 2**15 - 1
 """The most over which one packed sum can reach: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""

@@ -12,7 +12,8 @@ from lnpu_torch.lane_family import MEMBERS, runs_shape
 from lnpu_torch.registry import fake, op
 
 
-def _module(x: Tensor) -> ModuleType:
+def implementation(x: Tensor) -> ModuleType:
+    """The module whose `runs_of` and `profile` a tensor gets."""
     return backends.fast_module(x, "cpu_lanes", "gpu_lanes") or lanes
 
 
@@ -20,7 +21,7 @@ def _module(x: Tensor) -> ModuleType:
 def count_runs(values: Tensor) -> Tensor:
     """`lanes.runs_of` an operand [N, C, *grid] or [rows, C]: uint8 [N, C, T] or [1, C, T]."""
     dense = values.contiguous(memory_format=backends.memory_format(values))
-    return _module(dense).runs_of(dense)  # type: ignore[no-any-return]
+    return implementation(dense).runs_of(dense)  # type: ignore[no-any-return]
 
 
 @fake("count_runs")
@@ -31,7 +32,7 @@ def _(values: Tensor) -> Tensor:
 @op()
 def lane_profile(runs: Tensor) -> Tensor:
     """`lanes.profile`: int64 [len(MEMBERS)], on the device of the runs; the host waits for nothing."""
-    return _module(runs).profile(runs)  # type: ignore[no-any-return]
+    return implementation(runs).profile(runs)  # type: ignore[no-any-return]
 
 
 @fake("lane_profile")

@@ -206,7 +206,7 @@ def rounded_result(x: Tensor, form: str, dtype: torch.dtype, turned: bool = Fals
     if module is not None and module.rounds_results(x, dtype):
         out: Tensor = module.round_result(x, None, form, dtype)
         return out.clone() if out is x else out
-    out = _lent(x, turned) if lent and x.is_cpu else x.new_empty(x.shape) if turned else torch.empty_like(x)
+    out = _fresh(x, turned, lent)
     _round(x, out, form)
     return out.to(dtype)
 
@@ -225,15 +225,15 @@ def round_result(x: Tensor, out: Tensor, form: str) -> None:
 def place(x: Tensor, turned: bool, lent: bool) -> Tensor:
     """Where a step's result x may be written to: in its own memory, unless it is large and `lent`."""
     if lent and x.is_cpu and x.nbytes >= buffers.LARGE:
-        return _lent(x, turned)
+        return _fresh(x, turned, lent)
     return torch.ops.aten._unsafe_view(x.permute(0, 2, 3, 1), x.shape) if turned else x
 
 
-def _lent(x: Tensor, turned: bool) -> Tensor:
-    """Memory for a result, which lies as x does unless it is `turned`."""
-    if turned:
-        return buffers.POOL.empty(x.shape, x.dtype)
-    return buffers.empty_like(x, x.dtype) if buffers.is_dense(x) else torch.empty_like(x)
+def _fresh(x: Tensor, turned: bool, lent: bool) -> Tensor:
+    """Memory for a result, contiguous if `turned`, else in x's order."""
+    if lent and x.is_cpu and (turned or buffers.is_dense(x)):
+        return buffers.POOL.empty(x.shape, x.dtype, last=not (turned or x.is_contiguous()))
+    return x.new_empty(x.shape) if turned else torch.empty_like(x)
 
 
 def _round(x: Tensor, out: Tensor, form: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lnpu_torch as lnpu
+from lnpu_torch import buffers
 from lnpu_torch.buffers import LARGE, LATELY, POOL, Pool
 
 
@@ -49,14 +50,15 @@ def test_a_place_is_used_again_once_the_last_tensor_in_it_is_gone(pool):
     assert empty(pool, 3 * LARGE).data_ptr() == place
 
 
-def test_tensors_in_use_share_nothing():
+def test_tensors_in_use_share_nothing(monkeypatch):
+    monkeypatch.setattr(buffers, "LARGE", 2**20)
     pool = used()
     for _ in range(3):
         tensors: list[torch.Tensor] = []
-        for i in range(40):
+        for i in range(200):
             if i % 3 == 2:
                 del tensors[i % len(tensors)]
-            tensors.append(pool.empty((1 + i % 5, LARGE // 4), torch.float32).fill_(i))
+            tensors.append(pool.empty((1 + i % 5, 2**18), torch.float32).fill_(i))
             assert all(int(t.min()) == int(t.max()) for t in tensors)
             assert len({int(t.flatten()[0]) for t in tensors}) == len(tensors)
 

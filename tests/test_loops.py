@@ -44,12 +44,15 @@ def test_vectors_end_within_their_arrays(channels, positions, lies):
     else:
         loops.quantize(0, 1, x.reshape(-1), *targets, *rest, True if lies == "turned" else None)
     expected = reference.quantize(torch.from_numpy(x), Rule(), scalar(1))[0]
+    last = lies == "channels_last"
+    rounded = expected.unflatten(1, (positions, channels)).mT if last else expected.unflatten(1, (channels, positions))
     if lies == "turned":
         expected = expected.unflatten(1, (channels, positions)).mT
     expected = expected.reshape(-1).numpy()
     assert (targets[0] == expected).all() and (targets[1].view(np.float16) == expected).all()
     assert all((array[part] == 7).all() for array in (single, half) for part in (slice(edge), slice(-edge, None)))
     assert counts.sum() == samples.sum() == runs.sum() == np.count_nonzero(expected)
+    assert torch.equal(torch.from_numpy(runs), lanes.runs_of(rounded))
 
 
 @pytest.mark.parametrize("rows", [1, 9, 16, 25, 49])

@@ -111,12 +111,12 @@ def test_counted_steps(geometry):
         sizes = torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64)
         with ops.backend(name):
             weights = (over_small(weight, geometry.groups), over_big(weight))
-            lanes = torch.zeros(3, 2, 4, dtype=torch.int64)
-            table, packed, profiles = (counter, sizes, lanes), geometry.pack(), torch.arange(8).view(2, 4)
+            held = torch.zeros(3, 2, 4, dtype=torch.int64)
+            table, packed, profiles = (counter, sizes, held), geometry.pack(), torch.arange(8).view(2, 4)
             ops.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
             ops.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")
             ops.count_grid_step(*table, 2, grids[0], grids[1], *profiles, packed, "small")
-        assert lanes.tolist() == [[[4, 5, 6, 7], [0] * 4], [[0] * 4] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]]]
+        assert held.tolist() == [[[4, 5, 6, 7], [0] * 4], [[0] * 4] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]]]
         counters.append(counter)
     assert torch.equal(*counters)
     assert counters[0].sum((1, 2)).all()
@@ -165,7 +165,7 @@ def test_opcheck():
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
         ops.count_weight_step: [
-            (*table, 1, grids[0][0], over_small(weight, g.groups), lanes, g.pack(), "big") for lanes in (profile, None)
+            (*table, 1, grids[0][0], over_small(weight, g.groups), each, g.pack(), "big") for each in (profile, None)
         ],
         ops.count_grid_step: [(*table, 2, grids[0], grids[1], profile, profile, g.pack(), "big")],
         ops.count_not_run: [(counter, 1, 10)],
