@@ -1,4 +1,4 @@
-"""A ReLU that keeps one bit per element, and what autograd's functions of this package refuse. It knows no layers."""
+"""ReLUs that keep little for their backward, and what autograd's functions of this package refuse. No layers here."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ def refuse_double_backward() -> None:
 
 
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
-    """Torch's ReLU, bit for bit, which keeps one bit per element for its backward where it can."""
-    if (
-        torch.compiler.is_compiling()
-        or not (torch.is_grad_enabled() and x.requires_grad)
-        or not backends.dense_loops(x)
-    ):
+    """Torch's ReLU, bit for bit, which keeps one bit per element for its backward where it can; compiled, one byte."""
+    output: Tensor
+    if not (torch.is_grad_enabled() and x.requires_grad):
         return F.relu(x, inplace)
-    output: Tensor = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return F.relu(x, inplace)
+        output = _ByteReLU.apply(x)  # type: ignore[no-untyped-call]
+        return x.copy_(output) if inplace else output
+    if not backends.dense_loops(x):
+        return F.relu(x, inplace)
+    output = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -46,3 +50,19 @@ class _PackedReLU(torch.autograd.Function):
         refuse_double_backward()
         (signs,) = ctx.saved_tensors
         return relu_ops.packed_relu_backward(grad_output.contiguous(memory_format=ctx.format), signs), None
+
+
+class _ByteReLU(torch.autograd.Function):
+    """A float32 ReLU without truth values: inductor keeps those, and takes 20 times as long to write them on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = F.relu(x)
+        ctx.save_for_backward(torch.where(out <= 0, 0.0, 1.0).to(torch.uint8))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (signs,) = ctx.saved_tensors
+        passed: Tensor = grad_output.view(torch.int32) & -signs.to(torch.int32)
+        return passed.view(torch.float32)
