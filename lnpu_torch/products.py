@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import backends, product_ops
+from lnpu_torch import backends, product_ops, toeplitz
 from lnpu_torch.geometry import Geometry, part
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -136,6 +136,9 @@ class Convolution:
                 x, weight, bias, geometry, *lists, self.groups, self.transposed
             )
             return rounded
+        if sizes := self._toeplitz(x, x.shape, weight.shape, by):
+            dense: Tensor = toeplitz.toeplitz("small_from_big", x, weight, sizes)
+            return dense if bias is None else dense + bias.reshape(-1, 1, 1)
         if by.form == "fp32":
             module = product_ops if _is_opaque(x) else torch.ops.aten
             out: Tensor = module.convolution(x, weight, bias, *self._arguments)
@@ -145,6 +148,9 @@ class Convolution:
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
+        if sizes := self._toeplitz(error, shape, weight.shape, by):
+            dense: Tensor = toeplitz.toeplitz("big_from_small", error, weight, sizes)
+            return dense
         if by.form == "fp32":
             return self._backward(error, product_ops.unread(error, shape), weight, [True, False, False])[0]
         product = "small_from_big" if self.transposed else "big_from_small"
@@ -158,7 +164,9 @@ class Convolution:
             grads = iter(self._backward(error, x, product_ops.unread(x, shape), [False, *wanted]))
             return next(grads) if wanted[0] else None, next(grads) if wanted[1] else None
         weight_grad = None
-        if wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
+        if wanted[0] and (sizes := self._toeplitz(error, x.shape, shape, by)):
+            weight_grad = toeplitz.toeplitz("weight_from_both", x, error, sizes)
+        elif wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
             (weight_grad,) = self._backward(error, x, product_ops.unread(x, shape), [False, True, False])
         elif wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
@@ -175,12 +183,13 @@ class Convolution:
         return part(counts, [slice(0, -size or None) for size in self.margin])
 
     def last(self, x: Tensor, geometry: Geometry, by: Accumulator) -> bool:
-        """Whether operands are laid out in channels_last for the product: oneDNN is faster then, but on small grids."""
+        """Whether operands are laid out in channels_last: products are faster then, but on most small grids."""
         if not ONEDNN or x.device.type != "cpu" or backends.on_gpu(x) or x.dtype == torch.float64:
             return False
         if x.dim() != 4 or by.form != "fp32":
             return False
-        return backends.memory_format(x) == torch.channels_last or prod(geometry.small) >= LARGE
+        small = prod(geometry.small) < LARGE and (self.transposed or not toeplitz.suits(geometry))
+        return not small or backends.memory_format(x) == torch.channels_last
 
     def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> Geometry:
         """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""
@@ -213,6 +222,15 @@ class Convolution:
     def _arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
         lists = (list(self.stride), list(self.padding), list(self.dilation))
         return *lists, self.transposed, list(self.output_padding), self.groups
+
+    def _toeplitz(self, x: Tensor, shape: torch.Size, weight: torch.Size, by: Accumulator) -> list[int] | None:
+        """The sizes for products by the weight's Toeplitz matrix, if those are faster; x is one of their operands."""
+        if self.transposed or by.form != "fp32" or not by.reordered or 2 * prod(shape[2:]) > prod(weight[2:]):
+            return None
+        if not ONEDNN or x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
+            return None
+        geometry = self.geometry(shape, weight, margin=False)
+        return geometry.pack() if toeplitz.suits(geometry) else None
 
     def _backward(self, error: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
         """The gradients of x, weight and bias that the mask asks for."""

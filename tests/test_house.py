@@ -45,6 +45,7 @@ NUMERICS += [
     "backends",
     "ops",
     "product_ops",
+    "toeplitz",
     "relu_ops",
     "lane_ops",
     "products",
