@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
 from lnpu_torch import backends, ops, product_ops
-from lnpu_torch.emulation import STEPS, Emulation, Operand
+from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.hiding import hidden
 from lnpu_torch.products import Accumulator, Convolution, Linear
@@ -95,11 +95,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if wants[0]:
         grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
     elif emulation.counting:
-        ops.count_not_run(emulation.counters, STEPS.index("grad_input"), call.geometry.slots)
+        emulation.not_run("grad_input", call.geometry.slots)
     if wants[1] or wants[2]:
         grads[1:] = call.grad_weight(errors["grad_weight"], kept)
     if emulation.counting and not wants[1]:
-        ops.count_not_run(emulation.counters, STEPS.index("grad_weight"), call.geometry.slots)
+        emulation.not_run("grad_weight", call.geometry.slots)
     if emulation.training:
         ops.commit_thresholds(emulation.thresholds)
     return (*grads, None, None, None, None)

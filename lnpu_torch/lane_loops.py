@@ -50,7 +50,12 @@ def runs_of_last(bits, magnitude, runs):
 
 @compiled
 def profile(runs, entries):
-    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T]."""
+    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T].
+
+    Whole blocks of as many channels as there are lanes are as good as samples, and may lie side by side with them.
+    """
+    if runs.shape[1] % LANES == 0:
+        runs = np.ascontiguousarray(runs).reshape(-1, LANES, runs.shape[2])
     samples, channels, times = runs.shape
     share = len(entries) // len(RUNS)
     for first in range(0, channels, LANES):

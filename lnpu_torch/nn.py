@@ -33,7 +33,7 @@ class Emulated(nn.Module):
     def ready(self) -> Emulation:
         """The emulation for a call, where the weight is and in the module's mode."""
         device = self.weight.device
-        if self.emulation.counters.device != device:
+        if self.emulation.device != device:
             self.emulation.apply(lambda tensor: tensor.to(device))
         self.emulation.training = self.training
         return self.emulation

@@ -183,7 +183,7 @@ def commit_thresholds(states: Tensor) -> None:
     states[..., 0] = states[..., 1]
 
 
-@op(["counters", "sizes", "lanes"])
+@op(["counters", "sizes", "lanes"], later=True)
 def count_weight_step(
     counters: Tensor,
     sizes: Tensor,
@@ -207,7 +207,7 @@ def count_weight_step(
     _add_lanes(lanes, step, profile)
 
 
-@op(["counters", "sizes", "lanes"])
+@op(["counters", "sizes", "lanes"], later=True)
 def count_grid_step(
     counters: Tensor,
     sizes: Tensor,
@@ -243,7 +243,7 @@ def _counting(sums: Tensor) -> ModuleType:
     return backends.fast_module(sums, "cpu_counting", "gpu") or counting
 
 
-@op(["counters"])
+@op(["counters"], later=True)
 def count_not_run(counters: Tensor, step: int, slots: int) -> None:
     """Count a step that nobody asked for, such as the first layer's grad_input."""
     counters[step, counting.NOT_RUN, :4] += counters.new_tensor((1, slots, 0, slots))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from lnpu_torch.backlog import BACKLOG
+
 _LIBRARY = torch.library.Library("lnpu", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -22,12 +24,18 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def op(mutates: Sequence[str] = (), *tags: torch.Tag) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def op(
+    mutates: Sequence[str] = (), *tags: torch.Tag, later: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as `torch.ops.lnpu.<its name>`, for every device; the schema is read off its signature.
 
     `torch.library.custom_op` does the same and more, in 29 to 45 us a call instead of 5 to 8 (torch 2.13, measured):
     as long as the launches of several kernels. Within `direct` not even torch's dispatcher is asked: after a product,
     when the caches are full of its operands, that takes 50 to 100 us a call.
+
+    Args:
+        mutates: the arguments that it writes to.
+        later: within `direct`, on a CPU, a call may wait in `BACKLOG`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,9 +49,9 @@ def op(mutates: Sequence[str] = (), *tags: torch.Tag) -> Callable[[Callable[...,
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            if not torch.compiler.is_compiling() and _thread.direct:
-                return function(*args)
-            return registered(*args)
+            if torch.compiler.is_compiling() or not _thread.direct:
+                return registered(*args)
+            return BACKLOG.add(function, args) if later and args[0].is_cpu else function(*args)
 
         return call
 

@@ -41,6 +41,7 @@ NUMERICS += [
     "lanes",
     "gpu_lanes",
     "gpu",
+    "backlog",
     "registry",
     "backends",
     "ops",
