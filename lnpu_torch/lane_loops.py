@@ -1,13 +1,14 @@
 """The compiled inner loops of `cpu_lanes`: runs counted, joined, shared and compared. Numba sees only arrays here.
 
 A tile [channels, columns] holds the runs of one channel in each row; every loop runs along a row, over small integers
-that lie side by side. A column is one run of one sample. Sums fit in 16 bits: 16 lanes of 256 positions.
+that lie side by side. A column is one run of one sample. Sums fit in 16 bits: 16 lanes of 256 positions. Tiles are flat
+arrays: to slice them would take as long as to add up a row.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import int32, uint8, uint16
+from numba import int32, uint8, uint16, uint64
 
 from lnpu_torch.jit import compiled
 from lnpu_torch.lane_family import BALANCERS, JOIN, LANES, LEVELS, LONGEST, RUN, RUNS
@@ -72,114 +73,112 @@ def profile(runs, entries):
 def _add_tile(runs, entries, share):
     """`profile` of few enough runs. A run length that makes no longer runs than the one before is not measured anew."""
     samples, channels, times = runs.shape
-    work = np.empty((channels, samples * times), np.uint16)
+    columns = samples * times
+    work, own = np.empty(channels * columns, np.uint16), np.empty(share, np.int64)
     for c in range(channels):
         for n in range(samples):
+            place = c * columns + n * times
             for t in range(times):
-                work[c, n * times + t] = runs[n, c, t]
-    own = np.empty(share, np.int64)
+                work[uint64(place + t)] = runs[n, c, t]
     for i in range(len(RUNS)):
-        if i == 0 or times > JOIN ** (i - 1):
-            joined = _joined(work, samples)
+        if i == 0 or times > 1:
+            if i > 0:
+                work, times = _joined(work, times), (times + JOIN - 1) // JOIN
             own[:] = 0
-            _add_run(work, own)
-            work = joined
+            _add_run(work, channels, own)
         entries[i * share : (i + 1) * share] += own
 
 
 @compiled
-def _joined(work, samples):
-    """Sums of every JOIN runs of a sample, the last of which may be fewer."""
-    times = work.shape[1] // samples
+def _joined(work, times):
+    """Sums of every JOIN of the runs of a sample, so many in a row; the last of them may be fewer."""
     fewer = (times + JOIN - 1) // JOIN
-    rest = times - (fewer - 1) * JOIN
-    joined = np.empty((work.shape[0], samples * fewer), np.uint16)
-    for c in range(work.shape[0]):
-        for n in range(samples):
-            for t in range(fewer - 1):
-                total = int32(0)
-                for i in range(JOIN):
-                    total = int32(total + work[c, n * times + t * JOIN + i])
-                joined[c, n * fewer + t] = total
+    joined = np.empty(len(work) // times * fewer, np.uint16)
+    if times % JOIN == 0:
+        for i in range(len(joined)):
             total = int32(0)
-            for i in range(rest):
-                total = int32(total + work[c, (n + 1) * times - rest + i])
-            joined[c, (n + 1) * fewer - 1] = total
+            for j in range(JOIN):
+                total = int32(total + work[uint64(i * JOIN + j)])
+            joined[uint64(i)] = total
+    else:
+        for i in range(len(joined)):
+            total, sample, t = int32(0), i // fewer * times, i % fewer * JOIN
+            for j in range(t, min(t + JOIN, times)):
+                total = int32(total + work[uint64(sample + j)])
+            joined[uint64(i)] = total
     return joined
 
 
 @compiled
-def _add_run(work, entries):
-    """The entries of one run length, from the non-zeros of each run; writes over them."""
-    first = len(entries)
-    for i in range(len(BALANCERS) - 1, -1, -1):  # without balancer last, for it needs no copy of `work`
-        first -= LEVELS[i]
-        groups = _shared(work, BALANCERS[i]) if BALANCERS[i] > 1 else work
-        _add_lanes(groups, work.shape[0], BALANCERS[i], entries[first : first + LEVELS[i]])
+def _add_run(work, channels, entries):
+    """The entries of one run length, from the non-zeros of each run."""
+    columns, first = len(work) // channels, 0
+    sums, rows = work, channels
+    for i in range(len(BALANCERS)):
+        if i > 0:
+            sums, rows = _sums(sums, rows, columns, BALANCERS[i] // BALANCERS[i - 1])
+        groups = _shared(sums, channels, columns, BALANCERS[i]) if i > 0 else work
+        _add_lanes(groups, rows, channels, BALANCERS[i], entries[first : first + LEVELS[i]])
+        first += LEVELS[i]
 
 
 @compiled
-def _shared(work, size):
-    """The mean over every `size` rows, of which the last may be fewer, rounded up."""
-    shared = np.empty(((work.shape[0] + size - 1) // size, work.shape[1]), work.dtype)
-    sums = np.empty(work.shape[1], np.uint16)
-    for group in range(len(shared)):
-        lanes = work[group * size : (group + 1) * size]
-        sums[:] = len(lanes) - 1
-        for lane in range(len(lanes)):
-            _accumulate(lanes[lane], sums)
-        _divide(sums, len(lanes), shared[group])
+def _sums(work, rows, columns, size):
+    """Sums over every `size` rows, of which the last may be fewer; and how many they are."""
+    fewer = (rows + size - 1) // size
+    sums = np.zeros(fewer * columns, np.uint16)
+    for row in range(rows):
+        source, target = row * columns, row // size * columns
+        for t in range(columns):
+            sums[uint64(target + t)] += work[uint64(source + t)]
+    return sums, fewer
+
+
+@compiled
+def _shared(sums, channels, columns, size):
+    """Sums over so many channels -> their means, rounded up. `size` is a power of two; the last may be over fewer."""
+    shared, rest, shift = np.empty(len(sums), np.uint16), (channels - 1) % size + 1, 0
+    while 1 << shift < size:
+        shift += 1
+    for i in range(len(sums) - columns):
+        shared[uint64(i)] = (sums[uint64(i)] + uint16(size - 1)) >> uint16(shift)
+    for i in range(len(sums) - columns, len(sums)):
+        shared[i] = (sums[i] + rest - 1) // rest
     return shared
 
 
 @compiled
-def _accumulate(row, sums):
-    for t in range(len(sums)):
-        sums[t] = uint16(sums[t] + row[t])
-
-
-@compiled
-def _divide(sums, by, out):
-    shift = 0
-    while (2 << shift) <= by:
-        shift += 1
-    if by == 1 << shift:
-        for t in range(len(out)):
-            out[t] = sums[t] >> uint16(shift)
-    else:
-        for t in range(len(out)):
-            out[t] = sums[t] // by
-
-
-@compiled
-def _add_lanes(groups, channels, lanes, entries):
+def _add_lanes(groups, rows, channels, lanes, entries):
     """The entries for `lanes` and its doubles, by a tree of maxima over rows that begin as `lanes` channels each.
 
-    Writes over `groups`. The last row may stand for fewer channels than the others.
+    The last row may stand for fewer channels than the others.
     """
-    spare = np.empty(((len(groups) + 1) // 2, groups.shape[1]), groups.dtype)
+    columns = len(groups) // rows
     for level in range(len(entries)):
-        cycles, last = 0, 0
-        for group in range(len(groups)):
-            last = _sum(groups[group])
-            cycles += last
-        entries[level] += lanes * cycles - (-channels % lanes) * last
-        if len(groups) > 1:
-            for group in range(0, len(groups), 2):  # an odd last one is compared with itself
-                _larger(groups[group], groups[min(group + 1, len(groups) - 1)], spare[group // 2])
-            groups, spare = spare[: (len(groups) + 1) // 2], groups
+        last = _sum(groups, len(groups) - columns, len(groups))
+        entries[level] += lanes * _sum(groups, 0, len(groups)) - (-channels % lanes) * last
+        if rows > 1:
+            groups, rows = _maxima(groups, rows, columns), (rows + 1) // 2
         lanes *= 2
 
 
 @compiled
-def _sum(row):
-    total = int32(0)
-    for t in range(len(row)):
-        total = int32(total + row[t])
-    return total
+def _maxima(groups, rows, columns):
+    """The larger of every two rows; an odd last one stays."""
+    maxima = np.empty((rows + 1) // 2 * columns, np.uint16)
+    for pair in range(rows // 2):
+        first, target = 2 * pair * columns, pair * columns
+        for t in range(columns):
+            a, b = groups[uint64(first + t)], groups[uint64(first + columns + t)]
+            maxima[uint64(target + t)] = max(a, b)
+    if rows % 2:
+        maxima[-columns:] = groups[-columns:]
+    return maxima
 
 
 @compiled
-def _larger(a, b, out):
-    for t in range(len(out)):
-        out[t] = max(a[t], b[t])
+def _sum(row, start, stop):
+    total = int32(0)
+    for t in range(start, stop):
+        total = int32(total + row[uint64(t)])
+    return total
