@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import buffers
+from lnpu_torch.backlog import BACKLOG
 from lnpu_torch.config import listed
 from lnpu_torch.precision import Rule
 
@@ -33,10 +34,12 @@ def backend(name: Backend) -> Iterator[None]:
     """
     if name not in get_args(Backend):
         raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Backend))}")
+    BACKLOG.settle()
     _chosen.append(name)
     try:
         yield
     finally:
+        BACKLOG.settle()
         _chosen.pop()
 
 

@@ -58,6 +58,11 @@ def per_sample(groups: Tensor, channel_groups: int) -> Tensor:
     return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=torch.int32).contiguous()
 
 
+def sample_dtype(channels: int, channel_groups: int) -> torch.dtype:
+    """Of counts by sample on a CPU: of few channels in many groups they are as many as the elements, but small."""
+    return torch.uint8 if channel_groups > 1 and channels // channel_groups <= 255 else torch.int32
+
+
 def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: str) -> Tensor:
     """The counts of a step that multiplies one grid by the weight (forward, grad_input): int64 [WIDTH].
 
@@ -81,10 +86,10 @@ def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry
 
     Args:
         big, small: each grid's elements of each group over the batch, int32 [2, channels, *grid], and over the
-            channels of a channel group, int32 [2, N, g, *grid].
+            channels of a channel group, int32 (or `sample_dtype`) [2, N, g, *grid].
         first: which grid is the step's first operand.
     """
-    seen = _seen(big[1], geometry).flatten(1).to(torch.float64)
+    seen = _seen(big[1].to(torch.int32), geometry).flatten(1).to(torch.float64)
     both = (seen @ small[1].flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53
     big_only = _reached(big[0], geometry, "big").sum((1, 2)) * (geometry.small_channels // geometry.groups)
     small_only = _reached(small[0], geometry, "small").sum((1, 2)) * (geometry.big_channels // geometry.groups)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers, cpu_lanes, reference, shared_loops, vectors
+from lnpu_torch import buffers, counting, cpu_lanes, reference, shared_loops, vectors
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.lane_family import runs_shape
 from lnpu_torch.precision import Rule
@@ -58,7 +58,8 @@ def quantize(
     half = buffers.POOL.empty(x.shape, torch.float16, last) if wanted[1] else None
     single = buffers.POOL.empty(x.shape, torch.float32, last) if wanted[0] else None
     position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32)
-    sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=torch.int32)
+    sample_dtype = counting.sample_dtype(channels, channel_groups)
+    sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=sample_dtype)
     fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
     runs = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
     shared_loops.quantize(

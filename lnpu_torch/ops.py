@@ -80,7 +80,7 @@ def round_and_count(
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
     values, groups = reference.quantize(x, parsed, threshold, random)
-    sample = counting.per_sample(groups, layout[1]) if wanted[2] else groups.new_empty(0, dtype=torch.int32)
+    sample = _per_sample(groups, layout[1], wanted[2])
     half = values.half() if wanted[1] else values.new_empty(0, dtype=torch.float16)
     profile = lanes.profile(lanes.runs_of(values)) if wanted[3] else values.new_empty(0, dtype=torch.int64)
     return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample, profile
@@ -110,8 +110,7 @@ def _(
 def count_float(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
     """Counts of an operand left in float, as `round_and_count` gives them: its non-zeros are in the wide group."""
     groups = reference.float_groups(x)
-    by_sample = counting.per_sample(groups, layout[1]) if sample else groups.new_empty(0, dtype=torch.int32)
-    return counting.per_position(groups, layout[0]), by_sample
+    return counting.per_position(groups, layout[0]), _per_sample(groups, layout[1], sample)
 
 
 @fake("count_float")
@@ -123,7 +122,19 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
     batch, channels, *grid = x.shape
     shape = (2, batch, layout[1], *grid) if sample else (0,)
     blocks = batch // layout[0] if layout[0] else 1
-    return x.new_empty((2, blocks, channels, *grid), dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
+    position = x.new_empty((2, blocks, channels, *grid), dtype=torch.int32)
+    return position, x.new_empty(shape, dtype=_sample_dtype(x, layout[1]))
+
+
+def _per_sample(groups: Tensor, channel_groups: int, wanted: bool) -> Tensor:
+    dtype = _sample_dtype(groups, channel_groups)
+    return counting.per_sample(groups, channel_groups).to(dtype) if wanted else groups.new_empty(0, dtype=dtype)
+
+
+def _sample_dtype(x: Tensor, channel_groups: int) -> torch.dtype:
+    """The kernels' counts are int32 throughout."""
+    kernels = x.device.type != "cpu" or backends.on_gpu(x)
+    return torch.int32 if kernels else counting.sample_dtype(x.shape[1], channel_groups)
 
 
 @op((), torch.Tag.nondeterministic_seeded)

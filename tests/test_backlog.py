@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import backlog
+from lnpu_torch import backends, backlog, ops
 from lnpu_torch.backlog import BACKLOG, Backlog
 
 
@@ -119,6 +119,18 @@ def test_copies_take_along_what_was_counted(how: str, expected: list[Tensor]) ->
     assert alike(found(model), expected)
     twice = found(other)
     assert torch.equal(twice[0], 2 * expected[0]) and torch.equal(twice[1], expected[1])
+
+
+def test_each_backend_counts_its_own(monkeypatch: pytest.MonkeyPatch, expected: list[Tensor]) -> None:
+    model, chosen, count = network(), [], ops._counting
+    monkeypatch.setattr(ops, "_counting", lambda sums: chosen.append(backends._chosen[-1]) or count(sums))
+    step(model)
+    with backends.backend("reference"):
+        assert waiting() == 0
+        step(model)
+        assert waiting() > 0
+    assert waiting() == 0 and chosen == ["auto"] * 5 + ["reference"] * 5
+    assert torch.equal(found(model)[0], 2 * expected[0])
 
 
 def test_no_mode_sees_it(expected: list[Tensor]) -> None:
