@@ -37,15 +37,25 @@ def suits(geometry: Geometry) -> bool:
 
 @op()
 def toeplitz(product: str, a: Tensor, b: Tensor, geometry: Sequence[int]) -> Tensor:
-    """A product of float32 operands named as in `accumulate`, where `suits`; in channels_last."""
+    """A product of float32 operands named as in `accumulate`, where `suits`; in channels_last.
+
+    The matrix is written for one small position at a time: that much of it stays in the caches.
+    """
     shape = Geometry.unpack(geometry)
-    taps = _taps(shape)
+    offsets = _offsets(shape)
     if product == "weight_from_both":
-        return _sums(onednn_linear(_rows(b).T, _rows(a).T, None), taps, shape)
-    matrix = _matrix(b, taps)
+        return _weight_from_both(a, b, offsets, shape)
+    kernels = b.permute(0, 2, 3, 1).flatten(1, 2)
+    matrix = buffers.POOL.empty((len(b), len(offsets[0]), b.shape[1]), torch.float32)
     if product == "small_from_big":
-        return _grid(onednn_linear(_rows(a), matrix, None), shape.shape("small"))
-    return _grid(onednn_linear(_rows(a), matrix.T, None), shape.shape("big"))
+        small, x = a.new_empty(len(offsets), len(a), len(b)), _rows(a)
+        for out, each in zip(small, offsets, strict=True):
+            out.copy_(onednn_linear(x, _block(kernels, each, matrix), None))
+        return small.view(*shape.small, len(a), len(b)).permute(2, 3, 0, 1).contiguous(memory_format=LAST)
+    errors = _rows(a).view(len(a), len(offsets), -1).unbind(1)
+    parts = [onednn_linear(e, _block(kernels, each, matrix).T, None) for e, each in zip(errors, offsets, strict=True)]
+    big = torch.stack(parts).sum(0)
+    return big.view(len(a), *shape.big, -1).permute(0, 3, 1, 2).clone()
 
 
 @fake("toeplitz")
@@ -60,10 +70,10 @@ def _(product: str, a: Any, b: Any, geometry: Sequence[int], **_: Any) -> int:
 
 
 @lru_cache(maxsize=256)
-def _taps(geometry: Geometry) -> tuple[Tensor, ...]:
+def _offsets(geometry: Geometry) -> tuple[Tensor, ...]:
     """For each small position: which kernel offset joins it with each big one, int64."""
 
-    def offset(small: Sequence[int], big: Sequence[int]) -> int:
+    def joining(small: Sequence[int], big: Sequence[int]) -> int:
         place = 0
         for p, h, size, stride, before, dilation in zip(
             small, big, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
@@ -72,33 +82,23 @@ def _taps(geometry: Geometry) -> tuple[Tensor, ...]:
         return place
 
     bigs = list(itertools.product(*map(range, geometry.big)))
-    return tuple(torch.tensor([offset(p, h) for h in bigs]) for p in itertools.product(*map(range, geometry.small)))
+    return tuple(torch.tensor([joining(p, h) for h in bigs]) for p in itertools.product(*map(range, geometry.small)))
 
 
-def _matrix(weight: Tensor, taps: Sequence[Tensor]) -> Tensor:
-    """[small positions * channels, big positions * channels]."""
-    kernels = weight.permute(0, 2, 3, 1).flatten(1, 2)
-    matrix = buffers.POOL.empty((len(taps), len(weight), len(taps[0]), weight.shape[1]), torch.float32)
-    for rows, offsets in zip(matrix, taps, strict=True):
-        torch.index_select(kernels, 1, offsets, out=rows)
-    return matrix.flatten(2).flatten(0, 1)
+def _block(kernels: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+    """The rows of the matrix for one small position: kernels [K, offsets, C] -> [K, big positions * C], in `out`."""
+    return torch.index_select(kernels, 1, offsets, out=out).flatten(1)
 
 
-def _sums(matrix: Tensor, taps: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    """The gradient of a weight from that of its matrix: sums over the pairs of positions that an offset joins."""
-    small, big = geometry.small_channels, geometry.big_channels
-    sums = matrix.new_zeros(small, prod(geometry.kernel), big)
-    for rows, offsets in zip(matrix.view(len(taps), small, -1, big), taps, strict=True):
-        sums.index_add_(1, offsets, rows)
-    return sums.view(small, *geometry.kernel, big).permute(0, 3, 1, 2)
+def _weight_from_both(big: Tensor, small: Tensor, offsets: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    """The gradient of a weight: that of each block of the matrix, added where its elements came from."""
+    x, errors = _rows(big).T, _rows(small).view(len(small), len(offsets), -1).unbind(1)
+    sums = big.new_zeros(geometry.small_channels, prod(geometry.kernel), geometry.big_channels)
+    for error, each in zip(errors, offsets, strict=True):
+        sums.index_add_(1, each, onednn_linear(error.T, x, None).view(len(sums), len(each), -1))
+    return sums.view(len(sums), *geometry.kernel, -1).permute(0, 3, 1, 2)
 
 
 def _rows(grid: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, positions * C]."""
     return grid.permute(0, 2, 3, 1).flatten(1)
-
-
-def _grid(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse, in memory of its own: no view, which autograd would mind."""
-    batch, channels, *grid = shape
-    return rows.view(batch, *grid, channels).permute(0, 3, 1, 2).clone()
