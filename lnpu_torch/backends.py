@@ -39,8 +39,10 @@ def backend(name: Backend) -> Iterator[None]:
     try:
         yield
     finally:
-        BACKLOG.settle()
-        _chosen.pop()
+        try:
+            BACKLOG.settle()
+        finally:
+            _chosen.pop()
 
 
 @cache

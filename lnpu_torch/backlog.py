@@ -1,6 +1,6 @@
-"""Work put off until there is enough to do at once: code that comes back to cold caches takes ten times as long.
+"""Counting put off until several steps can be counted at once: from cold caches each takes three times as long.
 
-So do the sums of `counting` between two products. Whoever reads what they add to settles first. It knows no ops.
+Whoever reads what is added to settles first. It knows none of the ops.
 """
 
 from __future__ import annotations
@@ -31,25 +31,29 @@ class Backlog:
 
     def add(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
         """Put off a call, on real tensors of the CPU."""
-        with self._lock:
+        with self.lock:
             self._calls.append((function, args))
             self._bytes += sum(_bytes(args))
             if len(self._calls) >= LONGEST or self._bytes >= LARGEST:
                 self.settle()
 
     def settle(self) -> None:
-        """Do whatever waits, in order, seen by none of torch's modes."""
-        if not self._calls:
-            return
-        with self._lock, _disable_current_modes(), torch.no_grad():
-            self._bytes = 0
+        """Do whatever waits, in order, seen by none of torch's modes; and wait for what other threads are at."""
+        with self.lock:
+            if self._calls:
+                self._settle()
+
+    def _settle(self) -> None:
+        # in inference mode tensors of either kind can be written to
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.inference_mode():
             while self._calls:
                 function, args = self._calls.popleft()
                 function(*args)
+        self._bytes = 0
 
     def _renew(self) -> None:
         """A forked process has the calls of its parent, but may have a lock that nobody will release."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
 
 def _bytes(args: Iterable[Any]) -> Iterable[int]:

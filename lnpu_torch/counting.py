@@ -34,10 +34,10 @@ def row_of(sizes: Tensor, call: Sequence[int]) -> int:
     """
     for row, known in enumerate(sizes.tolist()[:SIZES]):
         if not any(known):
-            sizes[row] = torch.tensor(call)
+            sizes[row] = sizes.new_tensor(call)
         if known == [*call] or not any(known):
             return row
-    sizes[MIXED] += torch.tensor(call)
+    sizes[MIXED] += sizes.new_tensor(call)
     return MIXED
 
 
@@ -53,13 +53,16 @@ def per_position(groups: Tensor, share: int) -> Tensor:
     )
 
 
-def per_sample(groups: Tensor, channel_groups: int) -> Tensor:
-    """Elements of each group over the channels of a channel group: [N, C, *grid] -> int32 [2, N, g, *grid]."""
-    return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=torch.int32).contiguous()
+def per_sample(groups: Tensor, channel_groups: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Elements of each group over the channels of a channel group: [N, C, *grid] -> [2, N, g, *grid]."""
+    return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=dtype).contiguous()
 
 
 def sample_dtype(channels: int, channel_groups: int) -> torch.dtype:
-    """Of counts by sample on a CPU: of few channels in many groups they are as many as the elements, but small."""
+    """Of counts by sample on a CPU: uint8 where there are several groups of at most 255 channels, else int32.
+
+    Depthwise, there are twice as many of them as elements.
+    """
     return torch.uint8 if channel_groups > 1 and channels // channel_groups <= 255 else torch.int32
 
 

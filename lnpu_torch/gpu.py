@@ -21,7 +21,15 @@ PRODUCTS = {
     "weight_from_both": matmul.weight_from_both,
 }
 
-add_weight_step, add_grid_step = count.add_weight_step, count.add_grid_step
+add_weight_step = count.add_weight_step
+
+
+def add_grid_step(
+    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+) -> None:
+    """`counting.add_grid_step`; what was counted on a CPU may be in bytes."""
+    grids = ([position, sample.to(torch.int32)] for position, sample in (big, small))
+    count.add_grid_step(counter, *grids, geometry, first)
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:

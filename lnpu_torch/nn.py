@@ -139,7 +139,7 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 
 
 class ReLU(nn.ReLU):
-    """`torch.nn.ReLU`, bit for bit, which keeps one bit per element for its backward instead of its output.
+    """`torch.nn.ReLU`, bit for bit, which keeps one bit per element for its backward (compiled, a byte), and no output.
 
     Torch's own keeps an output that the next layer keeps as well; an emulated one keeps rounded operands instead.
     """

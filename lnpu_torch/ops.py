@@ -128,7 +128,7 @@ def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tenso
 
 def _per_sample(groups: Tensor, channel_groups: int, wanted: bool) -> Tensor:
     dtype = _sample_dtype(groups, channel_groups)
-    return counting.per_sample(groups, channel_groups).to(dtype) if wanted else groups.new_empty(0, dtype=dtype)
+    return counting.per_sample(groups, channel_groups, dtype) if wanted else groups.new_empty(0, dtype=dtype)
 
 
 def _sample_dtype(x: Tensor, channel_groups: int) -> torch.dtype:

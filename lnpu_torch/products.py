@@ -5,7 +5,7 @@ Where the accumulator is float32 they are torch's own products. In steps without
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -184,12 +184,11 @@ class Convolution:
 
     def last(self, x: Tensor, geometry: Geometry, by: Accumulator) -> bool:
         """Whether operands are laid out in channels_last: products are faster then, but on most small grids."""
-        if not ONEDNN or x.device.type != "cpu" or backends.on_gpu(x) or x.dtype == torch.float64:
+        if not self._by_onednn(x, by):
             return False
-        if x.dim() != 4 or by.form != "fp32":
-            return False
-        small = prod(geometry.small) < LARGE and (self.transposed or not toeplitz.suits(geometry))
-        return not small or backends.memory_format(x) == torch.channels_last
+        if prod(geometry.small) >= LARGE or backends.memory_format(x) == torch.channels_last:
+            return True
+        return not self.transposed and toeplitz.suits(replace(geometry, big=tuple(x.shape[2:])))
 
     def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> Geometry:
         """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""
@@ -223,11 +222,16 @@ class Convolution:
         lists = (list(self.stride), list(self.padding), list(self.dilation))
         return *lists, self.transposed, list(self.output_padding), self.groups
 
+    def _by_onednn(self, x: Tensor, by: Accumulator) -> bool:
+        """Whether oneDNN computes two-dimensional products, of an operand such as x."""
+        cpu = ONEDNN and x.device.type == "cpu" and not backends.on_gpu(x)
+        return cpu and x.dim() == 4 and by.form == "fp32" and x.dtype != torch.float64
+
     def _toeplitz(self, x: Tensor, shape: torch.Size, weight: torch.Size, by: Accumulator) -> list[int] | None:
         """The sizes for products by the weight's Toeplitz matrix, if those are faster; x is one of their operands."""
-        if self.transposed or by.form != "fp32" or not by.reordered or 2 * prod(shape[2:]) > prod(weight[2:]):
+        if 2 * prod(shape[2:]) > prod(weight[2:]):  # of most, which is known at once
             return None
-        if not ONEDNN or x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
+        if self.transposed or not by.reordered or x.dtype != torch.float32 or not self._by_onednn(x, by):
             return None
         geometry = self.geometry(shape, weight, margin=False)
         return geometry.pack() if toeplitz.suits(geometry) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -35,7 +35,7 @@ def op(
 
     Args:
         mutates: the arguments that it writes to.
-        later: within `direct`, on a CPU, a call may wait in `BACKLOG`.
+        later: within `direct`, on a CPU, a call may wait in `BACKLOG`, unless other processes see what it writes to.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,9 +49,12 @@ def op(
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or not _thread.direct:
+            if torch.compiler.is_compiling():
                 return registered(*args)
-            return BACKLOG.add(function, args) if later and args[0].is_cpu else function(*args)
+            if later and _thread.direct and args[0].is_cpu and not args[0].is_shared():
+                return BACKLOG.add(function, args)
+            with BACKLOG.lock if later else nullcontext():
+                return function(*args) if _thread.direct else registered(*args)
 
         return call
 

@@ -63,6 +63,7 @@ class _ByteReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        refuse_double_backward()
         (signs,) = ctx.saved_tensors
         passed: Tensor = grad_output.view(torch.int32) & -signs.to(torch.int32)
         return passed.view(torch.float32)

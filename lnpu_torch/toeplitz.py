@@ -22,6 +22,7 @@ from lnpu_torch.geometry import Geometry
 from lnpu_torch.product_ops import onednn_linear
 from lnpu_torch.registry import fake, op
 
+Sizes = tuple[int, ...]
 LAST = torch.channels_last
 FEW = 32
 """Samples from which on the products make up for writing the matrix (measured)."""
@@ -30,9 +31,9 @@ FEW = 32
 def suits(geometry: Geometry) -> bool:
     """Whether a two-dimensional convolution of float32 operands is faster so: by a quarter to six times (measured)."""
     positions = prod(geometry.big)
-    if geometry.groups > 1 or geometry.batch < FEW or 2 * positions > prod(geometry.kernel):
+    if geometry.groups > 1 or 2 * positions > prod(geometry.kernel):
         return False
-    return 0 < sum(geometry.meetings()) == prod(geometry.small) * positions
+    return 0 < sum(geometry.meetings()) == prod(geometry.small) * positions and geometry.batch >= FEW
 
 
 @op()
@@ -42,7 +43,7 @@ def toeplitz(product: str, a: Tensor, b: Tensor, geometry: Sequence[int]) -> Ten
     The matrix is written for one small position at a time: that much of it stays in the caches.
     """
     shape = Geometry.unpack(geometry)
-    offsets = _offsets(shape)
+    offsets = _offsets(shape.big, shape.small, shape.kernel, shape.stride, shape.padding, shape.dilation)
     if product == "weight_from_both":
         return _weight_from_both(a, b, offsets, shape)
     kernels = b.permute(0, 2, 3, 1).flatten(1, 2)
@@ -70,19 +71,17 @@ def _(product: str, a: Any, b: Any, geometry: Sequence[int], **_: Any) -> int:
 
 
 @lru_cache(maxsize=256)
-def _offsets(geometry: Geometry) -> tuple[Tensor, ...]:
+def _offsets(big: Sizes, small: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> list[Tensor]:
     """For each small position: which kernel offset joins it with each big one, int64."""
 
-    def joining(small: Sequence[int], big: Sequence[int]) -> int:
+    def joining(at: Sizes, reached: Sizes) -> int:
         place = 0
-        for p, h, size, stride, before, dilation in zip(
-            small, big, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-        ):
-            place = place * size + (h + before - p * stride) // dilation
+        for p, h, size, step, before, spread in zip(at, reached, kernel, stride, padding, dilation, strict=True):
+            place = place * size + (h + before - p * step) // spread
         return place
 
-    bigs = list(itertools.product(*map(range, geometry.big)))
-    return tuple(torch.tensor([joining(p, h) for h in bigs]) for p in itertools.product(*map(range, geometry.small)))
+    smalls, bigs = (list(itertools.product(*map(range, grid))) for grid in (small, big))
+    return [torch.tensor([joining(p, h) for h in bigs], device="cpu") for p in smalls]
 
 
 def _block(kernels: Tensor, offsets: Tensor, out: Tensor) -> Tensor:

@@ -91,6 +91,33 @@ def test_after_a_call_that_fails_the_others_still_wait() -> None:
     assert done == [2]
 
 
+def test_whoever_settles_waits_for_what_another_thread_is_at() -> None:
+    calls, begun, go_on, done = Backlog(), threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        go_on.wait()
+        done.append(1)
+
+    calls.add(slow, ())
+    threads = [threading.Thread(target=calls.settle) for _ in range(2)]
+    threads[0].start()
+    begun.wait()
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive() and not done
+    go_on.set()
+    threads[0].join()
+    threads[1].join()
+    assert done == [1]
+
+
+def test_a_backend_is_left_even_if_what_waits_fails() -> None:
+    with pytest.raises(ZeroDivisionError), backends.backend("reference"):
+        BACKLOG.add(lambda: 1 // 0, ())
+    assert backends._chosen == ["auto"]
+
+
 def test_readers_see_all(expected: list[Tensor]) -> None:
     model = network()
     step(model)
@@ -139,6 +166,24 @@ def test_no_mode_sees_it(expected: list[Tensor]) -> None:
     with FakeTensorMode(), FlopCounterMode(display=False) as flops:
         BACKLOG.settle()
     assert flops.get_total_flops() == 0 and alike(found(model), expected)
+    other = network()
+    step(other)
+    with torch.device("meta"):
+        BACKLOG.settle()
+    assert alike(found(other), expected)
+
+
+def test_counters_that_processes_share_are_added_to_at_once(expected: list[Tensor]) -> None:
+    model = network().share_memory()
+    step(model)
+    assert waiting() == 0 and alike(found(model), expected)
+
+
+def test_a_model_made_in_inference_mode_is_counted_out_of_it() -> None:
+    with torch.inference_mode():
+        model = network()
+        model(batch())
+    assert waiting() == 2 and found(model)[0].sum() > 0
 
 
 def test_calls_in_inference_mode_are_counted_out_of_it() -> None:
@@ -169,7 +214,7 @@ def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
     taken, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with BACKLOG._lock:
+        with BACKLOG.lock:
             taken.set()
             done.wait()
 

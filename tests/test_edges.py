@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
+from lnpu_torch.backends import Backend, backend
 from lnpu_torch.nn import emulated_layers
 from lnpu_torch.reference import UNSET
 
@@ -135,13 +136,17 @@ def test_counters_that_have_grown_beyond_int32() -> None:
 
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
 @pytest.mark.parametrize("channels", [1, 255, 256])
-def test_groups_of_as_many_channels_as_a_byte_counts_and_of_one_more(channels: int, precision: str) -> None:
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_groups_of_as_many_channels_as_a_byte_counts_and_of_one_more(
+    channels: int, precision: str, implementation: Backend
+) -> None:
     layer = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2, bias=False)
     nn.init.ones_(layer.weight)
     lnpu.convert(layer, precision)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.ones(2, 2 * channels, 3, 2).contiguous(memory_format=memory_format)
-        output, _, counts = step(layer, x, torch.ones_like(x))
+        with backend(implementation):
+            output, _, counts = step(layer, x, torch.ones_like(x))
         assert output.max() == 6 * channels
         group = 1 if precision == "fp8" else 2
         for entry in counts.steps:

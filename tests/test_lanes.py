@@ -13,10 +13,13 @@ SHAPES = {
     "prime channels": (2, 37, 5, 5),
     "wide": (2, 64, 17, 17),
     "more channels than lanes": (1, 1100, 5, 2),
+    "as many channels as lanes": (3, 1024, 5, 2),
+    "twice as many": (2, 2048, 37),
     "small planes": (5, 48, 2, 2),
     "1d": (2, 6, 300),
     "3d": (2, 9, 3, 5, 20),
     "linear": (63, 50),
+    "wide linear": (70, 2048),
     "long linear": (1000, 6),
 }
 

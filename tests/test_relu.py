@@ -20,9 +20,10 @@ def test_relu_is_torchs_bit_for_bit(inplace, shape):
         results = []
         for layer in (nn.ReLU(inplace), lnpu.nn.ReLU(inplace)):
             leaf = memory.clone().requires_grad_()
-            output = layer(leaf * 1)
+            inner = leaf * 1
+            output = layer(inner)
             output.backward(torch.arange(output.numel()).reshape(shape).float())
-            results.append((output.detach(), leaf.grad))
+            results.append((output.detach(), leaf.grad, inner.detach()))
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*results, strict=True))
 
 
@@ -37,10 +38,14 @@ def test_a_compiled_relu_is_torchs_bit_for_bit(inplace):
     results = []
     for layer, backend in ((nn.ReLU(inplace), "eager"), (lnpu.nn.ReLU(inplace), "inductor")):
         leaf = x.clone().requires_grad_()
-        call = torch.compile(lambda leaf, layer=layer: layer(leaf * 1), backend=backend, fullgraph=True)
-        output = call(leaf)
+
+        def call(leaf, layer=layer):
+            inner = leaf * 1
+            return layer(inner), inner.detach()
+
+        output, inner = torch.compile(call, backend=backend, fullgraph=True)(leaf)
         output.backward(errors)
-        results.append((output.detach(), leaf.grad))
+        results.append((output.detach(), leaf.grad, inner.detach()))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.nan_to_num(7).view(torch.int32), b.nan_to_num(7).view(torch.int32))
@@ -57,3 +62,13 @@ def test_relu_keeps_a_bit_per_element_or_compiled_a_byte(compiled):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.nbytes, t.dtype)) or t, lambda t: t):
         call(torch.randn(64, 1024, requires_grad=True))
     assert kept == [(64 * 1024, torch.uint8) if compiled else (64 * 1024 // 8, torch.uint16)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_compiled_relu_refuses_second_derivatives():
+    torch.compiler.reset()
+    layer, x = lnpu.nn.ReLU(), torch.ones(3, requires_grad=True)
+    call = torch.compile(lambda x: layer(x**3) ** 2, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        (first,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
+        torch.autograd.grad(first.sum(), x)

@@ -115,11 +115,13 @@ def test_opcheck_and_flops() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_emulated_layers_take_it_and_count_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    found, calls, op = [], [], toeplitz.toeplitz
     for few in (toeplitz.FEW, 2**62):
         for compiled in (False, True):
             torch.compiler.reset()
             monkeypatch.setattr(toeplitz, "FEW", few)
+            noted = op if compiled else lambda *a: calls.append(a[0]) or op(*a)
+            monkeypatch.setattr(toeplitz, "toeplitz", noted)
             layer = nn.Conv2d(3, 5, 3, padding=1)
             with torch.no_grad():
                 layer.weight.copy_(integers(5, 3, 3, 3, seed=0))
@@ -131,8 +133,30 @@ def test_emulated_layers_take_it_and_count_as_ever(monkeypatch: pytest.MonkeyPat
                 out = run(x)
                 out.backward(integers(*out.shape, seed=2))
             assert out.is_contiguous()
+            assert compiled or len(calls) == 3 * (few < BATCH)
+            calls.clear()
             found.append((cost.counts.steps, out, x.grad, layer.weight.grad, layer.bias.grad))
     torch.compiler.reset()
     for steps_, *tensors in found[1:]:
         assert steps_ == found[0][0]
         assert all(torch.equal(*pair) for pair in zip(tensors, found[0][1:], strict=True))
+
+
+def test_a_step_in_float_stays_torchs_own() -> None:
+    layer = lnpu.nn.Conv2d(8, 8, 3, padding=1, precision=lnpu.Precision())
+    x = torch.randn(BATCH, 8, 2, 2)
+    assert torch.equal(layer(x), nn.functional.conv2d(x, layer.weight, layer.bias, padding=1))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+def test_same_padding(kernel: int) -> None:
+    """Of an even kernel some is put there beforehand."""
+    layer = lnpu.nn.Conv2d(3, 5, kernel, padding="same", bias=False, precision="fp16")
+    weight = integers(5, 3, kernel, kernel, seed=0)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    x = integers(BATCH, 3, 2, 2, seed=1)
+    expected = nn.functional.conv2d(x, weight, padding="same")
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), expected)
