@@ -51,7 +51,7 @@ def op(
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return registered(*args)
-            if later and _thread.direct and args[0].is_cpu and not args[0].is_shared():
+            if later and _thread.direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
                 return BACKLOG.add(function, args)
             with BACKLOG.lock if later else nullcontext():
                 return function(*args) if _thread.direct else registered(*args)
