@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -51,10 +51,13 @@ def op(
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return registered(*args)
-            if later and _thread.direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
+            run = function if _thread.direct else registered
+            if not later:
+                return run(*args)
+            if _thread.direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
                 return BACKLOG.add(function, args)
-            with BACKLOG.lock if later else nullcontext():
-                return function(*args) if _thread.direct else registered(*args)
+            with BACKLOG.lock:
+                return run(*args)
 
         return call
 
