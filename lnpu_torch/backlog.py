@@ -27,7 +27,8 @@ class Backlog:
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._bytes = 0
         self._renew()
-        os.register_at_fork(after_in_child=self._renew)
+        if hasattr(os, "register_at_fork"):  # as on all but Windows
+            os.register_at_fork(after_in_child=self._renew)
 
     def add(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
         """Put off a call, on real tensors of the CPU."""

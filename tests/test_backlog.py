@@ -209,6 +209,7 @@ def test_threads_share_it(expected: list[Tensor]) -> None:
         assert torch.equal(found(model)[0], 20 * expected[0])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
 @pytest.mark.filterwarnings("ignore:This process")  # is multi-threaded
 def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
     taken, done = threading.Event(), threading.Event()
