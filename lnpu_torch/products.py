@@ -136,15 +136,16 @@ class Convolution:
                 x, weight, bias, geometry, *lists, self.groups, self.transposed
             )
             return rounded
+        out: Tensor
         if sizes := self._toeplitz(x, x.shape, weight.shape, by):
-            dense: Tensor = toeplitz.toeplitz("small_from_big", x, weight, sizes)
-            return dense if bias is None else dense + bias.reshape(-1, 1, 1)
-        if by.form == "fp32":
+            out = toeplitz.toeplitz("small_from_big", x, weight, sizes)
+        elif by.form == "fp32":
             module = product_ops if _is_opaque(x) else torch.ops.aten
-            out: Tensor = module.convolution(x, weight, bias, *self._arguments)
+            out = module.convolution(x, weight, bias, *self._arguments)
             return out
-        product = "big_from_small" if self.transposed else "small_from_big"
-        out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
+        else:
+            product = "big_from_small" if self.transposed else "small_from_big"
+            out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
 
     def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
@@ -229,9 +230,9 @@ class Convolution:
 
     def _toeplitz(self, x: Tensor, shape: torch.Size, weight: torch.Size, by: Accumulator) -> list[int] | None:
         """The sizes for products by the weight's Toeplitz matrix, if those are faster; x is one of their operands."""
-        if 2 * prod(shape[2:]) > prod(weight[2:]):  # of most, which is known at once
+        if not toeplitz.is_small(shape[2:], weight[2:]) or self.transposed:  # as most are, which takes no geometry
             return None
-        if self.transposed or not by.reordered or x.dtype != torch.float32 or not self._by_onednn(x, by):
+        if not by.reordered or x.dtype != torch.float32 or not self._by_onednn(x, by):
             return None
         geometry = self.geometry(shape, weight, margin=False)
         return geometry.pack() if toeplitz.suits(geometry) else None

@@ -23,17 +23,20 @@ from lnpu_torch.product_ops import onednn_linear
 from lnpu_torch.registry import fake, op
 
 Sizes = tuple[int, ...]
-LAST = torch.channels_last
 FEW = 32
 """Samples from which on the products make up for writing the matrix (measured)."""
 
 
+def is_small(big: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether a grid has at most half as many positions as a kernel."""
+    return 2 * prod(big) <= prod(kernel)
+
+
 def suits(geometry: Geometry) -> bool:
     """Whether a two-dimensional convolution of float32 operands is faster so: by a quarter to six times (measured)."""
-    positions = prod(geometry.big)
-    if geometry.groups > 1 or 2 * positions > prod(geometry.kernel):
+    if geometry.groups > 1 or not is_small(geometry.big, geometry.kernel):
         return False
-    return 0 < sum(geometry.meetings()) == prod(geometry.small) * positions and geometry.batch >= FEW
+    return 0 < sum(geometry.meetings()) == prod(geometry.small) * prod(geometry.big) and geometry.batch >= FEW
 
 
 @op()
@@ -49,19 +52,20 @@ def toeplitz(product: str, a: Tensor, b: Tensor, geometry: Sequence[int]) -> Ten
     kernels = b.permute(0, 2, 3, 1).flatten(1, 2)
     matrix = buffers.POOL.empty((len(b), len(offsets[0]), b.shape[1]), torch.float32)
     if product == "small_from_big":
-        small, x = a.new_empty(len(offsets), len(a), len(b)), _rows(a)
-        for out, each in zip(small, offsets, strict=True):
+        small, x = _empty(a, shape.shape("small")), _rows(a)
+        for out, each in zip(_positions(small), offsets, strict=True):
             out.copy_(onednn_linear(x, _block(kernels, each, matrix), None))
-        return small.view(*shape.small, len(a), len(b)).permute(2, 3, 0, 1).contiguous(memory_format=LAST)
-    errors = _rows(a).view(len(a), len(offsets), -1).unbind(1)
-    parts = [onednn_linear(e, _block(kernels, each, matrix).T, None) for e, each in zip(errors, offsets, strict=True)]
-    big = torch.stack(parts).sum(0)
-    return big.view(len(a), *shape.big, -1).permute(0, 3, 1, 2).clone()
+        return small
+    big = _empty(a, shape.shape("big")).zero_()
+    rows = _rows(big)
+    for error, each in zip(_positions(a), offsets, strict=True):
+        rows += onednn_linear(error, _block(kernels, each, matrix).T, None)
+    return big
 
 
 @fake("toeplitz")
 def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int]) -> Tensor:
-    return a.new_empty(Geometry.unpack(geometry).shape(product.split("_")[0])).contiguous(memory_format=LAST)
+    return _empty(a, Geometry.unpack(geometry).shape(product.split("_")[0]))
 
 
 @register_flop_formula(torch.ops.lnpu.toeplitz)
@@ -91,13 +95,23 @@ def _block(kernels: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
 
 def _weight_from_both(big: Tensor, small: Tensor, offsets: Sequence[Tensor], geometry: Geometry) -> Tensor:
     """The gradient of a weight: that of each block of the matrix, added where its elements came from."""
-    x, errors = _rows(big).T, _rows(small).view(len(small), len(offsets), -1).unbind(1)
+    x = _rows(big).T
     sums = big.new_zeros(geometry.small_channels, prod(geometry.kernel), geometry.big_channels)
-    for error, each in zip(errors, offsets, strict=True):
+    for error, each in zip(_positions(small), offsets, strict=True):
         sums.index_add_(1, each, onednn_linear(error.T, x, None).view(len(sums), len(each), -1))
     return sums.view(len(sums), *geometry.kernel, -1).permute(0, 3, 1, 2)
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A grid in channels_last that is written to by its `_rows` or `_positions`, and itself no view."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _rows(grid: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, positions * C]."""
     return grid.permute(0, 2, 3, 1).flatten(1)
+
+
+def _positions(grid: Tensor) -> Sequence[Tensor]:
+    """[N, C, H, W] -> [N, C] at each position."""
+    return grid.permute(0, 2, 3, 1).flatten(1, 2).unbind(1)

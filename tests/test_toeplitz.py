@@ -160,3 +160,21 @@ def test_same_padding(kernel: int) -> None:
     expected = nn.functional.conv2d(x, weight, padding="same")
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("result", ["fp16", "fp32"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("last", [False, True])
+def test_an_output_may_be_changed_in_place(result: str, stride: int, last: bool) -> None:
+    """Of one position, too, where a turned grid lies in memory as the grid itself."""
+    precision = lnpu.Precision(input=lnpu.Rule(), weight=lnpu.Rule(), grad_output=lnpu.Rule(), result=result)
+    x = integers(BATCH, 3, 2, 2, seed=0)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 5, 3, stride=stride, padding=1, bias=False), nn.ReLU(inplace)]
+        model = lnpu.convert(nn.Sequential(*layers), precision)
+        model(x).sum().backward()
+        gradients.append(model[0].weight.grad)
+    assert torch.equal(*gradients)
