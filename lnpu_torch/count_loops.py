@@ -148,10 +148,8 @@ def meetings(big, small, samples, big_meets, small_meets, strides, both):
                     source = (a * big.shape[1] + n) * big.shape[2] + big_meets[0, r, 0] + i * strides[0]
                     target = (small_meets[0, r, 0] + i) * height * length
                     for s in range(offsets[1]):
-                        first, start = (
-                            target + small_meets[1, s, 0] * length,
-                            source * plane + big_meets[1, s, 0] * length,
-                        )
+                        first = target + small_meets[1, s, 0] * length
+                        start = source * plane + big_meets[1, s, 0] * length
                         if strides[1] == 1:
                             _add(rows, first, bigs, start, small_meets[1, s, 1] * length, 1)
                         else:

@@ -112,12 +112,12 @@ def _joined(work, times):
 @compiled
 def _add_run(work, channels, entries):
     """The entries of one run length, from the non-zeros of each run."""
-    columns, first = len(work) // channels, 0
+    columns, first = len(work) // channels, LEVELS[0]
+    _add_lanes(work, channels, channels, BALANCERS[0], entries[:first])  # of one lane, which shares with none
     sums, rows = work, channels
-    for i in range(len(BALANCERS)):
-        if i > 0:
-            sums, rows = _sums(sums, rows, columns, BALANCERS[i] // BALANCERS[i - 1])
-        groups = _shared(sums, channels, columns, BALANCERS[i]) if i > 0 else work
+    for i in range(1, len(BALANCERS)):
+        sums, rows = _sums(sums, rows, columns, BALANCERS[i] // BALANCERS[i - 1])
+        groups = _shared(sums, channels, columns, BALANCERS[i])
         _add_lanes(groups, rows, channels, BALANCERS[i], entries[first : first + LEVELS[i]])
         first += LEVELS[i]
 

@@ -22,17 +22,14 @@ def refuse_double_backward() -> None:
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """Torch's ReLU, bit for bit, which keeps one bit per element for its backward where it can; compiled, one byte."""
     output: Tensor
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return F.relu(x, inplace)
-    if torch.compiler.is_compiling():
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            return F.relu(x, inplace)
+    trained, compiled = torch.is_grad_enabled() and x.requires_grad, torch.compiler.is_compiling()
+    if trained and compiled and x.dtype == torch.float32 and x.device.type == "cpu":
         output = _ByteReLU.apply(x)  # type: ignore[no-untyped-call]
         return x.copy_(output) if inplace else output
-    if not backends.dense_loops(x):
-        return F.relu(x, inplace)
-    output = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
-    return output
+    if trained and not compiled and backends.dense_loops(x):
+        output = _PackedReLU.apply(x, inplace)  # type: ignore[no-untyped-call]
+        return output
+    return F.relu(x, inplace)
 
 
 class _PackedReLU(torch.autograd.Function):
