@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,17 @@ from lnpu_torch import backends, buffers, reference
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.registry import fake, op
+
+
+def _vendor() -> str:
+    """Text in which the CPU's vendor stands."""
+    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        return "".join(islice(lines, 2))
+    return platform.processor()
+
+
+INTEL = "GenuineIntel" in _vendor()
+"""MKL, which torch takes for linear layers, is slow on others' CPUs."""
 
 
 @op()
@@ -49,6 +64,12 @@ def half_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 @fake("half_matmul")
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+
+
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] by weight [N, K], and a bias [N], float32 on a CPU, large: by MKL or oneDNN, whichever is faster."""
+    out: Tensor = F.linear(x, weight, bias) if INTEL else onednn_linear(x, weight, bias)
+    return out
 
 
 @op()

@@ -257,7 +257,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> 
     if by.widens(x):
         sums: Tensor = product_ops.half_matmul(x.reshape(-1, x.shape[-1]), weight.T, bias)
     elif many and by.reordered and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        sums = product_ops.onednn_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        sums = product_ops.fast_linear(x.reshape(-1, x.shape[-1]), weight, bias)
     else:
         return F.linear(x, weight, bias)
     return sums.reshape(*x.shape[:-1], -1)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch import buffers
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.product_ops import onednn_linear
+from lnpu_torch.product_ops import fast_linear
 from lnpu_torch.registry import fake, op
 
 Sizes = tuple[int, ...]
@@ -54,12 +54,12 @@ def toeplitz(product: str, a: Tensor, b: Tensor, geometry: Sequence[int]) -> Ten
     if product == "small_from_big":
         small, x = _empty(a, shape.shape("small")), _rows(a)
         for out, each in zip(_positions(small), offsets, strict=True):
-            out.copy_(onednn_linear(x, _block(kernels, each, matrix), None))
+            out.copy_(fast_linear(x, _block(kernels, each, matrix)))
         return small
     big = _empty(a, shape.shape("big")).zero_()
     rows = _rows(big)
     for error, each in zip(_positions(a), offsets, strict=True):
-        rows += onednn_linear(error, _block(kernels, each, matrix).T, None)
+        rows += fast_linear(error, _block(kernels, each, matrix).T)
     return big
 
 
@@ -98,7 +98,7 @@ def _weight_from_both(big: Tensor, small: Tensor, offsets: Sequence[Tensor], geo
     x = _rows(big).T
     sums = big.new_zeros(geometry.small_channels, prod(geometry.kernel), geometry.big_channels)
     for error, each in zip(_positions(small), offsets, strict=True):
-        sums.index_add_(1, each, onednn_linear(error.T, x, None).view(len(sums), len(each), -1))
+        sums.index_add_(1, each, fast_linear(error.T, x).view(len(sums), len(each), -1))
     return sums.view(len(sums), *geometry.kernel, -1).permute(0, 3, 1, 2)
 
 
