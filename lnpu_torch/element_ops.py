@@ -176,6 +176,8 @@ OWN: dict[str, Formula] = {
         "activation", lambda call: (call.args[0].numel(), 0), lambda call: call.args[0], lambda call: call.args[1]
     ),
     "packed_relu_backward": each("activation", 1),
+    "coded_max_pool": layer.max_pool(2),
+    "coded_max_pool_backward": scatter_add("pooling"),
 }
 """What our own ops stand for; all others are the datapath of the multiply-accumulates, or emulation."""
 

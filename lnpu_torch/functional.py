@@ -23,6 +23,7 @@ from lnpu_torch import backends, ops, product_ops
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.hiding import hidden
+from lnpu_torch.pooling import max_pool2d as max_pool2d
 from lnpu_torch.products import Accumulator, Convolution, Linear
 from lnpu_torch.relu import refuse_double_backward
 from lnpu_torch.relu import relu as relu

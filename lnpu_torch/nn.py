@@ -151,11 +151,26 @@ class ReLU(nn.ReLU):
         return functional.relu(input, self.inplace)
 
 
+class MaxPool2d(nn.MaxPool2d):
+    """`torch.nn.MaxPool2d`, bit for bit, which keeps a byte per result for its backward instead of eight."""
+
+    torch_class = nn.MaxPool2d
+
+    def forward(self, input: Tensor) -> Any:
+        """As torch's, bit for bit: [N, C, H, W] or [C, H, W]."""
+        if self.return_indices:
+            return super().forward(input)
+        return functional.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
 LAYERS: dict[type[nn.Module], type[Emulated]] = {
     layer.torch_class: layer
     for layer in (Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 }
 """The emulated class of each torch class."""
+
+SPARING: dict[type[nn.Module], type[ReLU | MaxPool2d]] = {layer.torch_class: layer for layer in (ReLU, MaxPool2d)}
+"""The class that keeps less for its backward, of each torch class that is not emulated."""
 
 
 def emulated_layers(model: nn.Module) -> dict[str, Emulated]:

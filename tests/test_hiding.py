@@ -64,6 +64,8 @@ def test_the_ops_inside_layers_are_hidden_and_those_after_an_error_in_one_are_no
         assert {name for name in watch.names if name.startswith("lnpu::")} == {
             "lnpu::packed_relu",
             "lnpu::packed_relu_backward",
+            "lnpu::coded_max_pool",
+            "lnpu::coded_max_pool_backward",
         }
         watch.names.clear()
         with pytest.raises(RuntimeError):
