@@ -6,12 +6,8 @@ they could overflow. Arrays of them are a vector longer than what they count, so
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import float32, int32, types, uint64
-from numba.extending import intrinsic
+from numba import int32, uint64
 
 from lnpu_torch.jit import compiled, inlined
 from lnpu_torch.lane_family import RUN
@@ -20,6 +16,7 @@ from lnpu_torch.regions import bounds
 from lnpu_torch.vector_rounding import (
     MOST,
     add_to,
+    in_half,
     load,
     nothing,
     plus,
@@ -30,22 +27,12 @@ from lnpu_torch.vector_rounding import (
     store,
     total,
 )
-from lnpu_torch.vectors import LANES, half_bits, prefetch, turn, turn_rows
+from lnpu_torch.vectors import LANES, prefetch, turn, turn_rows
 
 CHUNK = 1024
 """Elements that are rounded before what is known of them is summed up: few enough to lie in the nearest cache."""
 STRIP = 2**16
 """Elements that are turned at once: few enough for the next cache."""
-
-
-@intrinsic
-def _single(context: Any, bits: Any) -> Any:
-    """The bits of a binary16 -> float32."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return float32(types.uint16), generate
 
 
 @inlined
@@ -185,8 +172,9 @@ def _power_of_two(n):
 @compiled
 def round_half(x, out):
     """Round float32 numbers to binary16, into `out` (which may be x)."""
-    for i in range(len(x)):
-        out[i] = _single(half_bits(x[i]))
+    for i in range(0, len(x), LANES):
+        count = len(x) - i
+        store(in_half(load(x, i, count)), out, i, count)
 
 
 @compiled
@@ -194,10 +182,9 @@ def turn_half(x, out, rounds, rows, columns):
     """Matrices [rows, columns] in a row -> [columns, rows] in `out` (which may be x), rounded to binary16 if asked."""
     matrix = np.empty(rows * columns, np.float32)
     for start in range(0, len(x), len(matrix)):
-        if rounds:
-            for i in range(len(matrix)):
-                matrix[i] = _single(half_bits(x[uint64(start + i)]))
-        else:
-            for i in range(len(matrix)):
-                matrix[i] = x[uint64(start + i)]
+        for i in range(0, len(matrix), LANES):
+            prefetch(out, start + i)  # which is written by leaps
+            count = len(matrix) - i
+            values = load(x, start + i, count)
+            store(in_half(values) if rounds else values, matrix, i, count)
         turn(matrix, out, start, rows, columns)

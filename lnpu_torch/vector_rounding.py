@@ -76,6 +76,17 @@ def store(context: Any, values: Any, array: Any, start: Any, count: Any) -> Any:
 
 
 @intrinsic
+def in_half(context: Any, x: Any) -> Any:
+    """A vector's values rounded to binary16."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        halves = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))
+        return builder.fpext(halves, VECTOR)
+
+    return FLOATS(FLOATS), generate
+
+
+@intrinsic
 def rounded(context: Any, x: Any, parameters: Any) -> Any:
     """A vector's rounded values, and their marks, by `cpu`'s parameters of a rule.
 
