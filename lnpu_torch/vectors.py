@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, types, uint16, uint64
+from numba import float32, types, uint16
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -63,16 +63,6 @@ def halved(builder: Any, values: Any) -> Any:
     """A vector of float32 -> the bits of the nearest binary16."""
     halves = builder.fptrunc(values, ir.VectorType(ir.HalfType(), LANES))
     return builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES))
-
-
-@intrinsic
-def half_bits(context: Any, x: Any) -> Any:
-    """float32 -> the bits of the nearest binary16."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return uint16(float32), generate
 
 
 def splat(builder: Any, value: Any) -> Any:
@@ -151,27 +141,40 @@ def _turned(builder: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic
 def _turn_block(
-    context: Any, source: Any, start: Any, stride: Any, single: Any, half: Any, place: Any, step: Any, columns: Any
+    context: Any,
+    source: Any,
+    start: Any,
+    stride: Any,
+    single: Any,
+    half: Any,
+    place: Any,
+    step: Any,
+    rows: Any,
+    columns: Any,
 ) -> Any:
-    """16 rows of up to 16 numbers, a stride apart, from `start` on -> columns, a step apart from `place` on.
+    """Up to 16 rows of up to 16 numbers, a stride apart, from `start` on -> columns, a step apart from `place` on.
 
     They are written to `single` and, rounded to binary16, to `half`; each may be None.
     """
-    kinds = (source, types.intp, types.intp, single, half, types.intp, types.intp, types.intp)
+    kinds = (source, types.intp, types.intp, single, half, *[types.intp] * 4)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, start, stride, single, half, place, step, width = args
+        source, start, stride, single, half, place, step, height, width = args
 
         def at(kind: Any, array: Any, start: Any, stride: Any, i: int) -> Any:
             return address(context, builder, kind, array, builder.add(start, builder.mul(stride, stride.type(i))))
 
-        rows = [load_leading(builder, at(kinds[0], source, start, stride, i), width) for i in range(LANES)]
+        def reaches(count: Any, i: int) -> Any:
+            return builder.icmp_signed(">", count, count.type(i))
+
+        lengths = (builder.select(reaches(height, i), width, width.type(0)) for i in range(LANES))
+        rows = [load_leading(builder, at(kinds[0], source, start, stride, i), n) for i, n in enumerate(lengths)]
         for i, column in enumerate(_turned(builder, rows)):
-            with builder.if_then(builder.icmp_signed(">", width, width.type(i))):
+            with builder.if_then(reaches(width, i)):
                 if kinds[3] != types.none:
-                    builder.store(column, at(kinds[3], single, place, step, i), align=_bytes(column.type))
+                    store_leading(builder, column, at(kinds[3], single, place, step, i), height)
                 if kinds[4] != types.none:
-                    builder.store(halved(builder, column), at(kinds[4], half, place, step, i), align=2)
+                    store_leading(builder, halved(builder, column), at(kinds[4], half, place, step, i), height)
         return context.get_dummy_value()
 
     return types.void(*kinds), generate
@@ -190,22 +193,16 @@ def turn_rows(source, rows, columns, single, half, place, step):
     They are written to `single` and, rounded to binary16, to `half`; each may be None. The last block of 16 rows or
     columns may do what the one before has done already.
     """
-    if rows < LANES:
-        for c in range(columns):
-            for r in range(rows):
-                if single is not None:
-                    single[uint64(place + c * step + r)] = source[uint64(r * columns + c)]
-                if half is not None:
-                    half[uint64(place + c * step + r)] = half_bits(source[uint64(r * columns + c)])
-        return
+    height, width = min(rows, LANES), min(columns, LANES)
     for c in range(0, columns, LANES):
-        c = max(0, min(c, columns - LANES))
+        c = min(c, columns - width)
         for r in range(0, rows, LANES):
-            r = min(r, rows - LANES)
-            if columns >= LANES:
-                _turn_block(source, r * columns + c, columns, single, half, place + c * step + r, step, LANES)
+            r = min(r, rows - height)
+            first, target = r * columns + c, place + c * step + r
+            if height == LANES and width == LANES:  # constants, for which there are no masks
+                _turn_block(source, first, columns, single, half, target, step, LANES, LANES)
             else:
-                _turn_block(source, r * columns, columns, single, half, place + r, step, columns)
+                _turn_block(source, first, columns, single, half, target, step, height, width)
 
 
 @compiled
