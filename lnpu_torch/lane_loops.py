@@ -35,18 +35,18 @@ def runs_of(bits, magnitude, runs):
 
 
 @compiled
-def runs_of_last(bits, magnitude, runs):
-    """The same of bits [samples, positions, channels]."""
+def runs_of_last(bits, magnitude, runs, first, stop):
+    """The same of bits [samples, positions, channels], for the runs from `first` to `stop` of all samples' in a row."""
     counts = np.empty(runs.shape[1], np.uint8)
-    for n in range(runs.shape[0]):
-        for t in range(runs.shape[2]):
-            counts[:] = 0
-            for position in range(t * RUN, min((t + 1) * RUN, bits.shape[1])):
-                row = bits[n, position]
-                for c in range(len(counts)):
-                    counts[c] = uint8(counts[c] + uint8((row[c] & magnitude) != 0))
+    for number in range(first, stop):
+        n, t = divmod(number, runs.shape[2])
+        counts[:] = 0
+        for position in range(t * RUN, min((t + 1) * RUN, bits.shape[1])):
+            row = bits[n, position]
             for c in range(len(counts)):
-                runs[n, c, t] = counts[c]
+                counts[c] = uint8(counts[c] + uint8((row[c] & magnitude) != 0))
+        for c in range(len(counts)):
+            runs[n, c, t] = counts[c]
 
 
 @compiled

@@ -157,16 +157,17 @@ def _max_pool_backward(share, shares, error, codes, grad, planes, results, windo
 @compiled
 def runs_of(team, bits, magnitude, runs, last):
     """`lane_loops.runs_of`, or `runs_of_last`: `last` is True or None."""
-    in_parallel(team, _shares(team, len(bits)), _runs_of, (bits, magnitude, runs, last))
+    parts = len(runs) * (1 if last is None else runs.shape[2])
+    in_parallel(team, _shares(team, parts), _runs_of, (bits, magnitude, runs, parts, last))
 
 
 @compiled
-def _runs_of(share, shares, bits, magnitude, runs, last):
-    a, b = bounds(len(bits), share, shares)
+def _runs_of(share, shares, bits, magnitude, runs, parts, last):
+    a, b = bounds(parts, share, shares)
     if last is None:
         lane_loops.runs_of(bits[a:b], magnitude, runs[a:b])
     else:
-        lane_loops.runs_of_last(bits[a:b], magnitude, runs[a:b])
+        lane_loops.runs_of_last(bits, magnitude, runs, a, b)
 
 
 @compiled
