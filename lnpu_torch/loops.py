@@ -27,7 +27,7 @@ from lnpu_torch.vector_rounding import (
     store,
     total,
 )
-from lnpu_torch.vectors import LANES, prefetch, turn, turn_rows
+from lnpu_torch.vectors import AHEAD, LANES, prefetch_to_read, prefetch_to_write, turn, turn_rows
 
 CHUNK = 1024
 """Elements that are rounded before what is known of them is summed up: few enough to lie in the nearest cache."""
@@ -41,6 +41,7 @@ def _round(x, start, single, half, place, count, parameters):
 
     If `count` is less than 16, only so many elements are left.
     """
+    prefetch_to_read(x, start + AHEAD)
     values, marks = rounded(load(x, start, count), parameters)
     if single is not None:
         store(values, single, place, count)
@@ -87,9 +88,9 @@ def quantize(part, parts, x, single, half, counts, samples, runs, share, sizes, 
                     marks = _round(x, place + i, single, half, place + i, count - i, parameters)
                 else:
                     if single is not None:  # as turned rows are written by leaps, which are not foreseen
-                        prefetch(single, place + i)
+                        prefetch_to_write(single, place + i)
                     if half is not None:
-                        prefetch(half, place + i)
+                        prefetch_to_write(half, place + i)
                     marks = _round(x, place + i, scratch, None, start - begin + i, count - i, parameters)
                 add_to(marks, packed, start + i)
                 if samples is not None:
@@ -173,6 +174,7 @@ def _power_of_two(n):
 def round_half(x, out):
     """Round float32 numbers to binary16, into `out` (which may be x)."""
     for i in range(0, len(x), LANES):
+        prefetch_to_read(x, i + AHEAD)
         count = len(x) - i
         store(in_half(load(x, i, count)), out, i, count)
 
@@ -183,7 +185,8 @@ def turn_half(x, out, rounds, rows, columns):
     matrix = np.empty(rows * columns, np.float32)
     for start in range(0, len(x), len(matrix)):
         for i in range(0, len(matrix), LANES):
-            prefetch(out, start + i)  # which is written by leaps
+            prefetch_to_read(x, start + i + AHEAD)
+            prefetch_to_write(out, start + i)  # by leaps
             count = len(matrix) - i
             values = load(x, start + i, count)
             store(in_half(values) if rounds else values, matrix, i, count)

@@ -5,6 +5,7 @@ Numba vectorises plain loops by itself; vectors of bits and blocks of 16 by 16 a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -16,6 +17,8 @@ from lnpu_torch.jit import compiled
 
 LANES = 16
 """Elements in a vector."""
+AHEAD = 2**10
+"""Elements that are asked for before they are read: a page, at whose end the CPU itself stops looking ahead."""
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
@@ -78,19 +81,25 @@ def leading(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, INTEGERS.element)))
 
 
+def _prefetch(writes: int, context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    place = builder.bitcast(address(context, builder, signature.args[0], *args), byte)
+    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(prefetch, [place, number(writes), number(2), number(1)])  # into the second cache; data
+    return context.get_dummy_value()
+
+
 @intrinsic
-def prefetch(context: Any, array: Any, start: Any) -> Any:
+def prefetch_to_read(context: Any, array: Any, start: Any) -> Any:
+    """Ask for the memory of a vector that will be read; it may lie beyond the array."""
+    return types.void(array, types.intp), partial(_prefetch, 0)
+
+
+@intrinsic
+def prefetch_to_write(context: Any, array: Any, start: Any) -> Any:
     """Ask for the memory of a vector that will be written."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        place = builder.bitcast(address(context, builder, signature.args[0], *args), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(prefetch, [place, number(1), number(2), number(1)])  # to write; into the second cache; data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
+    return types.void(array, types.intp), partial(_prefetch, 1)
 
 
 def load_leading(builder: Any, place: Any, count: Any) -> Any:
@@ -210,6 +219,7 @@ def relu(x, out, signs):
     """ReLU, and a bit for each element: whether its gradient passes. `out` may be x; NaN passes, as in torch."""
     whole = len(x) // LANES
     for i in range(whole):
+        prefetch_to_read(x, i * LANES + AHEAD)
         signs[i] = _pass(x, i * LANES, out)
     bits = 0
     for i in range(whole * LANES, len(x)):
@@ -225,6 +235,7 @@ def relu_backward(error, out, signs):
     """The gradient where `relu` set the bit, else 0."""
     whole = len(error) // LANES
     for i in range(whole):
+        prefetch_to_read(error, i * LANES + AHEAD)
         _keep(error, i * LANES, out, signs[i])
     for i in range(whole * LANES, len(error)):
         out[i] = error[i] if (signs[whole] >> (i % LANES)) & 1 else float32(0)
