@@ -29,8 +29,8 @@ def _vendor() -> str:
     return platform.processor()
 
 
-INTEL = "GenuineIntel" in _vendor()
-"""MKL, which torch takes for linear layers, is slow on others' CPUs."""
+MKL_IS_FAST = torch.backends.mkl.is_available() and "GenuineIntel" in _vendor()
+"""MKL, which torch takes for linear layers, is slow on CPUs of others than Intel."""
 
 
 @op()
@@ -68,7 +68,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] by weight [N, K], and a bias [N], float32 on a CPU, large: by MKL or oneDNN, whichever is faster."""
-    out: Tensor = F.linear(x, weight, bias) if INTEL else onednn_linear(x, weight, bias)
+    out: Tensor = F.linear(x, weight, bias) if MKL_IS_FAST else onednn_linear(x, weight, bias)
     return out
 
 

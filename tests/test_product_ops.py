@@ -122,10 +122,10 @@ def test_results_keep_other_orders(monkeypatch, large):
 
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.skipif(not products.ONEDNN, reason="torch is built without oneDNN")
-@pytest.mark.parametrize(("enabled", "intel"), [(True, False), (False, False), (True, True)])
-def test_large_linear_layers_by_onednn(monkeypatch, enabled, intel):
+@pytest.mark.parametrize(("enabled", "mkl"), [(True, False), (False, False), (True, True)])
+def test_large_linear_layers_by_onednn(monkeypatch, enabled, mkl):
     """The steps of an emulated layer, on integers, whose sums are exact in any order; steps in float stay torch's."""
-    monkeypatch.setattr(product_ops, "INTEL", intel)
+    monkeypatch.setattr(product_ops, "MKL_IS_FAST", mkl)
     calls, linear = [], product_ops.onednn_linear
     monkeypatch.setattr(product_ops, "onednn_linear", lambda *a: calls.append(a[0].shape) or linear(*a))
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_large_linear_layers_by_onednn(monkeypatch, enabled, intel):
     with torch.backends.mkldnn.flags(enabled=enabled):
         out = layer(x)
         out.backward(error)
-    assert calls == ([] if intel else [(128, 512), (128, 384), (384, 128)])
+    assert calls == ([] if mkl else [(128, 512), (128, 384), (384, 128)])
     assert torch.equal(out, torch.nn.functional.linear(x, layer.weight, layer.bias))
     assert torch.equal(x.grad, error @ layer.weight)
     assert torch.equal(layer.weight.grad, error.reshape(-1, 384).T @ x.detach().reshape(-1, 512))
