@@ -27,8 +27,8 @@ def convert(
     """Emulate every layer of a model that can be, in place.
 
     Modules keep their identity: Parameters, hooks, state_dict keys and sharing are untouched. A layer that is
-    emulated already starts anew with its precision. ReLUs and max poolings compute what they did, bit for bit, but save
-    memory (`lnpu_torch.nn.ReLU`, `lnpu_torch.nn.MaxPool2d`).
+    emulated already starts anew with its precision. ReLUs and max poolings compute what they did, bit for bit, but on a
+    CPU they save memory (`lnpu_torch.nn.ReLU`, `lnpu_torch.nn.MaxPool2d`).
 
     Args:
         model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, not subclasses.

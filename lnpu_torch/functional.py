@@ -52,11 +52,13 @@ class _Emulated(torch.autograd.Function):
         chosen = emulation.choose("weight", weight, ["forward", *later])
         ws = call.weights(weight, chosen, seed, "forward")
 
-        # What does not need the product comes before it, as it leaves the caches full of its operands.
+        values, weights = _alike(call.values(xs["forward"].values, input, "forward", "input"), ws.values)
+        output = product.forward(values, weights, bias, call.accumulator("forward"))
         if emulation.counting:
             counts = product.cut(xs["forward"].position.squeeze(1)), _over(ws, side)
             counter = emulation.counter("forward")
             ops.count_weight_step(*counter, *counts, xs["forward"].lanes, call.sizes, side)
+
         kept: list[Tensor | None] = [None] * 4
         x = xs.get("grad_weight")
         if x is not None:
@@ -67,9 +69,6 @@ class _Emulated(torch.autograd.Function):
         row = emulation.reads["grad_input", "weight"].row
         ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
         ctx.call = call
-
-        values, weights = _alike(call.values(xs["forward"].values, input, "forward", "input"), ws.values)
-        output = product.forward(values, weights, bias, call.accumulator("forward"))
         del xs, ws, x, values, weights  # the result may lie where they did
         return emulation.result("forward", output, dtype, call.turned[0])
 
@@ -93,16 +92,17 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         values = call.values(error.values, grad_output, step, "grad_output")
         errors[step] = error._replace(values=values)
 
-    for step, wanted in zip(("grad_input", "grad_weight"), wants, strict=False):
-        if emulation.counting and not wanted:
-            emulation.not_run(step, call.geometry.slots)
-    if emulation.training:
-        ops.commit_thresholds(emulation.thresholds)
     grads: list[Tensor | None] = [None, None, None]
     if wants[0]:
         grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
+    elif emulation.counting:
+        emulation.not_run("grad_input", call.geometry.slots)
     if wants[1] or wants[2]:
         grads[1:] = call.grad_weight(errors["grad_weight"], kept)
+    if emulation.counting and not wants[1]:
+        emulation.not_run("grad_weight", call.geometry.slots)
+    if emulation.training:
+        ops.commit_thresholds(emulation.thresholds)
     return (*grads, None, None, None, None)
 
 
@@ -178,11 +178,11 @@ class _Call:
         row = self.emulation.reads["grad_input", "weight"].row
         weights = self.weights(weight, {} if threshold is None else {row: threshold}, seed, "grad_input")
         operands = _alike(error.values, weights.values)
+        values = self.product.grad_input(*operands, self.shapes[0], self.accumulator("grad_input"))
         if self.emulation.counting:
             side = self.product.output_side
             counts = error.position.squeeze(1), _over(weights, side)
             ops.count_weight_step(*self.emulation.counter("grad_input"), *counts, error.lanes, self.sizes, side)
-        values = self.product.grad_input(*operands, self.shapes[0], self.accumulator("grad_input"))
         return self.emulation.result("grad_input", values, self.dtypes[0], self.turned[0])
 
     def grad_weight(self, error: Operand, kept: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -190,13 +190,13 @@ class _Call:
         values, position, sample, lanes = kept
         x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
         operands, wanted = _alike(error.values, x), self.wants[1:]
+        results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.accumulator("grad_weight"))
         if position is not None and sample is not None:
             sides = {self.product.input_side: (position, sample)}
             sides[self.product.output_side] = (error.position.squeeze(1), error.sample)
             first = self.product.input_side
             counter = self.emulation.counter("grad_weight")
             ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
-        results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.accumulator("grad_weight"))
         return [
             None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype, turned)
             for result, dtype, turned in zip(results, self.dtypes[1:], (self.turned[1], False), strict=True)

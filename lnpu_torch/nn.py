@@ -152,7 +152,10 @@ class ReLU(nn.ReLU):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """`torch.nn.MaxPool2d`, bit for bit, which keeps a byte per result for its backward instead of eight."""
+    """`torch.nn.MaxPool2d`, bit for bit, which on a CPU keeps a byte per result for its backward.
+
+    Torch's own keeps eight, and its input; see `functional.max_pool2d` for when this one does so, too.
+    """
 
     torch_class = nn.MaxPool2d
 

@@ -1,4 +1,4 @@
-"""Max pooling that keeps a byte per result for its backward, where torch keeps eight; and its ops. No layers here."""
+"""Max pooling that keeps a byte per result for its backward, not eight and its input; and its ops. No layers here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from lnpu_torch import backends
 from lnpu_torch.registry import fake, op
@@ -32,19 +31,29 @@ def max_pool2d(
     That is in training on a CPU, of a contiguous float32 tensor, without dilation or `ceil_mode`, and not compiled.
     """
     trained, compiled = torch.is_grad_enabled() and x.requires_grad, torch.compiler.is_compiling()
-    if trained and not compiled and not ceil_mode and tuple(_pair(dilation)) == (1, 1):
-        sizes = [list(_pair(size)) for size in (kernel_size, kernel_size if stride is None else stride, padding)]
-        if _suits(x, *sizes):
-            output: Tensor = _CodedMaxPool.apply(x, *sizes)  # type: ignore[no-untyped-call]
+    if trained and not compiled and not ceil_mode:
+        window, by, before, spread = map(
+            _two, (kernel_size, kernel_size if stride is None else stride, padding, dilation)
+        )
+        if spread == [1, 1] and _suits(x, window, by, before):
+            output: Tensor = _CodedMaxPool.apply(x, window, by, before)  # type: ignore[no-untyped-call]
             return output
     return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+def _two(size: Size) -> list[int]:
+    """A size for each dimension; none of what torch takes besides, or refuses."""
+    sizes = [size, size] if type(size) is int else size
+    return list(sizes) if isinstance(sizes, tuple | list) and [type(each) for each in sizes] == [int, int] else []
+
+
 def _suits(x: Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
     """Whether the compiled loops take x. They do not take what torch refuses."""
-    if x.dim() not in (3, 4) or not x.is_contiguous() or backends.dense_loops(x) is None:
+    if not (window and stride and padding) or x.dim() not in (3, 4):
         return False
-    sound = all(s > 0 and 0 <= 2 * p <= k for k, s, p in zip(window, stride, padding, strict=True))
+    if not x.is_contiguous() or backends.dense_loops(x) is None:
+        return False
+    sound = all(k > 0 and s > 0 and 0 <= 2 * p <= k for k, s, p in zip(window, stride, padding, strict=True))
     return sound and window[0] * window[1] <= MOST and min(_results(x, window, stride, padding)) > 0
 
 

@@ -228,3 +228,15 @@ def test_a_forked_process_does_not_wait_for_its_parents_threads() -> None:
     done.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2, 6), torch.ones(2, 3, 4)], ids=str)
+def test_a_call_that_torch_refuses_is_not_counted(wrong: torch.Tensor) -> None:
+    layer, other = lnpu.nn.Linear(10, 4), lnpu.nn.Linear(10, 4)
+    layer(torch.ones(2, 10))
+    before = layer.emulation.counters.clone()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(wrong)
+    for _ in range(40):  # more than may wait
+        other(torch.ones(2, 10))
+    assert torch.equal(layer.emulation.counters, before)

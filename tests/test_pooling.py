@@ -74,19 +74,25 @@ def test_windows_of_nothing_but_minus_infinity():
         (values((2, 3, 9, 9)), {"ceil_mode": True}),
         (values((2, 3, 9, 9)), {"dilation": 2}),
         (values((2, 3, 20, 20)), {"kernel_size": 16}),
+        (values((2, 3, 8, 8)), {"kernel_size": (2,)}),
+        (values((2, 3, 8, 8)), {"stride": ()}),
+        (values((2, 3, 8, 8)), {"padding": (1,)}),
     ],
-    ids=["channels_last", "transposed", "float64", "float16", "empty", "ceil_mode", "dilation", "large"],
+    ids=["channels_last", "transposed", "float64", "float16", "empty", "ceil_mode", "dilation", "large", *"123"],
 )
 def test_what_is_left_to_torch(x, options):
     plain, ours = (results(layer.MaxPool2d(**{"kernel_size": 2} | options), x) for layer in (nn, lnpu.nn))
     assert ours[0] == plain[0] and all(torch.equal(a, b) for a, b in zip(plain[1:], ours[1:], strict=True))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (9, 1, 0), (2, 0, 0), (2, 2, -1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 2, 2), (9, 1, 0), (2, 0, 0), (2, 2, -1), (0, 1), (0, 1, 0), ((2, 0), 1), ((2, 2, 2),), (2.0,), (True,)],
+)
 def test_what_torch_refuses(sizes):
     x, errors = torch.ones(2, 3, 8, 8, requires_grad=True), []
     for layer in (nn, lnpu.nn):
-        with pytest.raises(RuntimeError) as error:
+        with pytest.raises((RuntimeError, TypeError)) as error:
             layer.MaxPool2d(*sizes)(x)
         errors.append(str(error.value))
     assert errors[0] == errors[1]
