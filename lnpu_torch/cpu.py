@@ -6,7 +6,7 @@ no lock and keep no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -134,7 +134,7 @@ def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
 def max_pool(x: Tensor, shape: Sequence[int], *sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`pooling.coded_max_pool`, of results of this shape."""
     out, codes = buffers.POOL.empty(shape, x.dtype), torch.empty(shape, dtype=torch.uint8)
-    pairs = _pairs(x.shape[-2:], shape[-2:], *sizes)
+    pairs = map(tuple, (x.shape[-2:], shape[-2:], *sizes))
     shared_loops.max_pool(team(x.numel()), _memory(x), _memory(out), _memory(codes), *pairs)
     return out, codes
 
@@ -142,14 +142,9 @@ def max_pool(x: Tensor, shape: Sequence[int], *sizes: Sequence[int]) -> tuple[Te
 def max_pool_backward(error: Tensor, codes: Tensor, shape: Sequence[int], *sizes: Sequence[int]) -> Tensor:
     """`pooling.coded_max_pool_backward`."""
     grad = buffers.POOL.empty(shape, error.dtype)
-    pairs = _pairs(shape[-2:], error.shape[-2:], *sizes)
+    pairs = map(tuple, (shape[-2:], error.shape[-2:], *sizes))
     shared_loops.max_pool_backward(team(grad.numel()), _memory(error), _memory(codes), _memory(grad), *pairs)
     return grad
-
-
-def _pairs(*sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Sizes as the loops take them, always of one type."""
-    return ((int(rows), int(columns)) for rows, columns in sizes)
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

@@ -95,8 +95,8 @@ def coded_max_pool(
 
 
 @fake("coded_max_pool")
-def _(x: Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
-    shape = _results(x, window, stride, padding)
+def _(x: Tensor, *sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    shape = _results(x, *sizes)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
 
 
@@ -115,13 +115,4 @@ def coded_max_pool_backward(
     return cpu.max_pool_backward(error, codes, shape, window, stride, padding)
 
 
-@fake("coded_max_pool_backward")
-def _(
-    error: Tensor,
-    codes: Tensor,
-    shape: Sequence[int],
-    window: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> Tensor:
-    return error.new_empty(shape)
+fake("coded_max_pool_backward")(lambda error, codes, shape, *_: error.new_empty(shape))

@@ -24,6 +24,11 @@ def _cut(array, first, stop):
 
 
 @compiled
+def _blocks(array, size, first, stop):
+    return array[first * size : stop * size]
+
+
+@compiled
 def quantize(team, x, single, half, position, samples, runs, share, sizes, parameters, last, turned):
     """`ops.round_and_count` of rows [channels, positions], or [positions, channels] if `last`.
 
@@ -89,12 +94,7 @@ def turn_half(team, x, out, rounds, rows, columns):
 def _turn_half(share, shares, x, out, rounds, rows, columns):
     size = rows * columns
     a, b = bounds(len(x) // size, share, shares)
-    loops.turn_half(x[a * size : b * size], out[a * size : b * size], rounds, rows, columns)
-
-
-@compiled
-def _vectors(array, first, stop):
-    return array[first * vectors.LANES : stop * vectors.LANES]
+    loops.turn_half(_blocks(x, size, a, b), _blocks(out, size, a, b), rounds, rows, columns)
 
 
 @compiled
@@ -106,7 +106,7 @@ def relu(team, x, out, signs):
 @compiled
 def _relu(share, shares, x, out, signs):
     a, b = bounds(len(signs), share, shares)
-    vectors.relu(_vectors(x, a, b), _vectors(out, a, b), signs[a:b])
+    vectors.relu(_blocks(x, vectors.LANES, a, b), _blocks(out, vectors.LANES, a, b), signs[a:b])
 
 
 @compiled
@@ -118,7 +118,7 @@ def relu_backward(team, error, out, signs):
 @compiled
 def _relu_backward(share, shares, error, out, signs):
     a, b = bounds(len(signs), share, shares)
-    vectors.relu_backward(_vectors(error, a, b), _vectors(out, a, b), signs[a:b])
+    vectors.relu_backward(_blocks(error, vectors.LANES, a, b), _blocks(out, vectors.LANES, a, b), signs[a:b])
 
 
 @compiled
@@ -132,7 +132,7 @@ def max_pool(team, x, out, codes, planes, results, window, stride, padding):
 def _max_pool(share, shares, x, out, codes, planes, results, window, stride, padding):
     plane, result = planes[0] * planes[1], results[0] * results[1]
     a, b = bounds(len(out) // result, share, shares)
-    x, out, codes = x[a * plane : b * plane], out[a * result : b * result], codes[a * result : b * result]
+    x, out, codes = _blocks(x, plane, a, b), _blocks(out, result, a, b), _blocks(codes, result, a, b)
     if window == stride == (2, 2) and planes == (2 * results[0], 2 * results[1]):
         pool_loops.max_pool_of_four(x, out, codes, results[1])
     else:
@@ -150,7 +150,7 @@ def max_pool_backward(team, error, codes, grad, planes, results, window, stride,
 def _max_pool_backward(share, shares, error, codes, grad, planes, results, window, stride, padding):
     plane, result = planes[0] * planes[1], results[0] * results[1]
     a, b = bounds(len(error) // result, share, shares)
-    error, codes, grad = error[a * result : b * result], codes[a * result : b * result], grad[a * plane : b * plane]
+    error, codes, grad = _blocks(error, result, a, b), _blocks(codes, result, a, b), _blocks(grad, plane, a, b)
     pool_loops.max_pool_backward(error, codes, grad, planes, results, window, stride, padding)
 
 
