@@ -84,9 +84,9 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
     return gpu_module(x, gpu) if on_gpu(x) else _module(cpu) if x.device.type == "cpu" else None
 
 
-def dense_loops(x: Tensor) -> ModuleType | None:
-    """`lnpu_torch.cpu`, if its loops over float32 as it lies in memory (`relu`, `round_half`) can take this tensor."""
-    module = fast(x) if x.dtype == torch.float32 and not on_gpu(x) else None
+def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
+    """`lnpu_torch.cpu`, if its loops over float32 as it lies in memory (`relu`, `read`) take this tensor (and rule)."""
+    module = fast(x, rule) if x.dtype == torch.float32 and not on_gpu(x) else None
     return module if module is not None and buffers.is_dense(x) else None
 
 

@@ -31,7 +31,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._renew(0)
         self._lent: list[tuple[int, int]] = []  # first and last byte of each part, in order, some beyond the block
         self._returned: list[tuple[int, int]] = []  # by destructors, which run at any point and must not wait
         self._requests = self._most = self._before = 0
@@ -49,10 +49,13 @@ class Pool:
         with self._lock:
             self._collect()
             place = self._take(-(-size // PAGE) * PAGE)
-            fits = place[1] <= len(self._block)
-            part = self._block[place[0] :] if fits else torch.empty(size, dtype=torch.uint8)
+            if place[1] <= self._size:
+                memory, address = self._block, self._address + place[0]
+            else:
+                memory = torch.empty(size, dtype=torch.uint8)
+                address = memory.data_ptr()
         lies = (shape[0], *shape[2:], shape[1]) if last else tuple(shape)
-        array = np.asarray(_Lease(part, lies, KINDS[dtype], place, self._returned))
+        array = np.asarray(_Lease(memory, address, lies, KINDS[dtype], place, self._returned))
         return torch.from_numpy(array.transpose(0, 3, 1, 2) if last else array)  # no view, which autograd would mind
 
     def serve(self, user: object) -> None:
@@ -64,7 +67,7 @@ class Pool:
         """Bytes that wait for a tensor."""
         with self._lock:
             self._collect()
-            return len(self._block) - sum(stop - start for start, stop in self._lent if stop <= len(self._block))
+            return self._size - sum(stop - start for start, stop in self._lent if stop <= self._size)
 
     def _take(self, size: int) -> tuple[int, int]:
         """The first place that is free for so many bytes, as if the block had no end."""
@@ -85,26 +88,36 @@ class Pool:
             self.users -= 1
             if not self.users:
                 self._most = self._before = 0
-                self._block = torch.empty(0, dtype=torch.uint8)  # what is lent keeps its memory alive
+                self._renew(0)
 
     def _collect(self) -> None:
         """Take back what was returned, and fit the block to what is needed while nothing is lent."""
         while self._returned:
             self._lent.remove(self._returned.pop())
         needed = max(self._most, self._before)
-        if not self._lent and needed != len(self._block):
-            self._block = torch.empty(needed, dtype=torch.uint8)
+        if not self._lent and needed != self._size:
+            self._renew(needed)
+
+    def _renew(self, size: int) -> None:
+        """Another block; what is lent keeps the one before alive. Its size and place are kept: torch is slow to say."""
+        self._block, self._size = torch.empty(size, dtype=torch.uint8), size
+        self._address = self._block.data_ptr()
 
 
 class _Lease:
-    """What numpy, and torch by it, hold on to as long as a tensor lies in a part of the block."""
+    """What numpy, and torch by it, hold on to as long as a tensor lies at this address in some memory."""
 
     def __init__(
-        self, part: Tensor, shape: tuple[int, ...], kind: str, place: tuple[int, int], returned: list[tuple[int, int]]
+        self,
+        memory: Tensor,
+        address: int,
+        shape: tuple[int, ...],
+        kind: str,
+        place: tuple[int, int],
+        returned: list[tuple[int, int]],
     ) -> None:
-        self._part, self._place, self._returned = part, place, returned
-        data = (part.data_ptr(), False)
-        self.__array_interface__ = {"data": data, "shape": shape, "typestr": kind, "version": 3}
+        self._memory, self._place, self._returned = memory, place, returned
+        self.__array_interface__ = {"data": (address, False), "shape": shape, "typestr": kind, "version": 3}
 
     def __del__(self) -> None:
         self._returned.append(self._place)

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from lnpu_torch import buffers, counting, cpu_lanes, reference, shared_loops, vectors
 from lnpu_torch.formats import FORMATS
-from lnpu_torch.lane_family import runs_shape
+from lnpu_torch.lane_family import MEMBERS, runs_shape
 from lnpu_torch.precision import Rule
 from lnpu_torch.reference import sample_step, tau, window_exponent
 from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
 
-KINDS = {**buffers.KINDS, torch.float16: "=u2"}
+KINDS = {**buffers.KINDS, torch.float16: "=u2", torch.int32: "=i4"}
 """Numpy's names of dtypes, as the loops see them: binary16 as its bits."""
+Rounded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What `ops.round_and_count` returns."""
+_tensor = torch.from_numpy
 CHANNELS = 2**15 - 1
 """The most over which one packed sum can reach: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
 
@@ -46,42 +49,79 @@ def quantize(
     layout: Sequence[int],
     wanted: Sequence[bool],
     last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Rounded:
     """`ops.round_and_count`, for a contiguous or channels_last x."""
-    (share, channel_groups), x = layout, x.float()
-    lies_last = not x.is_contiguous()
-    batch, channels, *grid = x.shape
-    positions = prod(grid)
-    turns = last and not lies_last and min(channels, positions) > 1
-    last = last or lies_last
-    # binary16 first: what is kept for backward leaves no gaps between what is not
-    half = buffers.POOL.empty(x.shape, torch.float16, last) if wanted[1] else None
-    single = buffers.POOL.empty(x.shape, torch.float32, last) if wanted[0] else None
-    position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32)
-    sample_dtype = counting.sample_dtype(channels, channel_groups)
-    sample = torch.empty((2, batch, channel_groups, *grid) if wanted[2] else (0,), dtype=sample_dtype)
-    fused = wanted[3] and bool(grid)  # without a grid, runs are along the rows
-    runs = torch.empty(runs_shape(x.shape) if fused else (0,), dtype=torch.uint8)
-    shared_loops.quantize(
-        team(x.numel()),
-        _memory(x),
-        None if single is None else _memory(single),
-        None if half is None else _memory(half),
-        position.view(2, batch // share, -1).numpy(),
-        sample.view(2, batch, channel_groups, positions).numpy() if wanted[2] else None,
-        runs.numpy() if fused else None,
-        share,
-        (batch, channels, positions),
-        _parameters(rule, int(threshold)),
-        lies_last or None,
-        turns or None,
-    )
-    single = torch.empty(0, dtype=torch.float32) if single is None else single
-    half = torch.empty(0, dtype=torch.float16) if half is None else half
-    if wanted[3] and not fused:
-        runs = cpu_lanes.runs_of(half if wanted[1] else single)
-    profile = cpu_lanes.profile(runs) if wanted[3] else torch.empty(0, dtype=torch.int64)
-    return single, half, position, sample, profile
+    work = _Work(x.float(), layout, wanted, last)
+    shared_loops.quantize(*work.arguments, *work.orders, _parameters(rule, int(threshold)))
+    return work.results()
+
+
+def read(
+    x: Tensor,
+    states: Tensor,
+    row: int,
+    rule: Rule,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+    last: bool,
+    training: bool,
+) -> tuple[Tensor, *Rounded]:
+    """`ops.read`, for a contiguous or channels_last x and any rule."""
+    current = int(states.numpy()[row, 0])
+    if current == reference.UNSET or not (training and rule.adaptive and x.dtype == torch.float32):
+        threshold = next_threshold(x, states, row, rule, training)
+        return threshold, *quantize(x, rule, threshold, None, row, layout, wanted, last)
+    work, choosing = _Work(x, layout, wanted, last), (*_sampling(x, rule), _choice(rule), current)
+    arguments = (*work.arguments, *work.orders, _parameters(rule, current), choosing)
+    states.numpy()[row, 1] = shared_loops.read(*arguments)
+    return torch.scalar_tensor(current, dtype=torch.int32), *work.results()
+
+
+class _Work:
+    """A contiguous or channels_last float32 operand to be rounded, and memory for what is known of it then.
+
+    Counts are numpy's arrays: from cold caches each kind of call takes 20 us, but many of one kind little more.
+    """
+
+    def __init__(self, x: Tensor, layout: Sequence[int], wanted: Sequence[bool], last: bool) -> None:
+        (share, groups), lies_last = layout, not x.is_contiguous()
+        batch, channels, *grid = x.shape
+        blocks, positions = batch // share, prod(grid)
+        last, turns = last or lies_last, last and not lies_last and min(channels, positions) > 1
+        # binary16 first: what is kept for backward leaves no gaps between what is not
+        self.half = buffers.POOL.empty(x.shape, torch.float16, last) if wanted[1] else None
+        self.single = buffers.POOL.empty(x.shape, torch.float32, last) if wanted[0] else None
+        self.position = np.empty((2, blocks, channels, *grid), np.int32)
+        self.kind = KINDS[counting.sample_dtype(channels, groups)]
+        self.sample = np.empty((2, batch, groups, *grid), self.kind) if wanted[2] else None
+        self.profile = np.zeros(len(MEMBERS), np.int64) if wanted[3] else None
+        self.runs = np.empty(runs_shape(x.shape), np.uint8) if wanted[3] and grid else None  # else along the rows
+        self.arguments = (
+            team(x.numel()),
+            _memory(x),
+            None if self.single is None else _memory(self.single),
+            None if self.half is None else _memory(self.half),
+            self.position.reshape(2, blocks, -1),
+            None if self.sample is None else self.sample.reshape(2, batch, groups, positions),
+            self.runs,
+            None if self.runs is None else (team(self.runs.size), self.profile),
+            share,
+            (batch, channels, positions),
+        )
+        self.orders = (lies_last or None, turns or None)
+
+    def results(self) -> Rounded:
+        """As from `ops.round_and_count`."""
+        single = _tensor(np.empty(0, np.float32)) if self.single is None else self.single
+        half = _tensor(np.empty(0, np.float16)) if self.half is None else self.half
+        sample = np.empty(0, self.kind) if self.sample is None else self.sample
+        if self.profile is None:
+            profile = _tensor(np.empty(0, np.int64))
+        elif self.runs is None:
+            profile = cpu_lanes.profile(cpu_lanes.runs_of(single if self.half is None else half))
+        else:
+            profile = _tensor(self.profile)
+        return single, half, _tensor(self.position), _tensor(sample), profile
 
 
 def quantize_flat(
@@ -151,8 +191,10 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bo
     """`ops.next_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
     state = states.numpy()[row]
     current = int(state[0])
+    if current != reference.UNSET and not training:
+        return torch.scalar_tensor(current, dtype=torch.int32)
     if rule.adaptive and _has_histogram(x):
-        chosen = shared_loops.choose_threshold(*_sampling(x, rule), _choice(rule), current)
+        chosen = shared_loops.choose_threshold(team(x.numel()), _memory(x), *_sampling(x, rule), _choice(rule), current)
     else:
         chosen = int(reference.choose_threshold(x, rule, torch.tensor(current, dtype=torch.int32)))
     used = chosen if current == reference.UNSET else current
@@ -164,7 +206,7 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bo
 def histogram(x: Tensor, rule: Rule) -> Tensor:
     """`reference.histogram`; compiled for a dense float32 tensor."""
     if _has_histogram(x):
-        return torch.from_numpy(shared_loops.histogram(*_sampling(x, rule)))
+        return _tensor(shared_loops.histogram(team(x.numel()), _memory(x), *_sampling(x, rule)))
     return reference.histogram(x, rule)
 
 
@@ -173,9 +215,9 @@ def _has_histogram(x: Tensor) -> bool:
 
 
 def _sampling(x: Tensor, rule: Rule) -> tuple[Any, ...]:
-    """What `shared_loops.histogram` takes."""
-    turned = (0, 0) if x.is_contiguous() else (x.shape[1], x[0, 0].numel())
-    return team(x.numel()), _memory(x), sample_step(x.numel()), rule.threshold_range, turned
+    """What `shared_loops.histogram` takes besides a team and x."""
+    turned = (0, 0) if x.is_contiguous() else (x.shape[1], prod(x.shape[2:]))
+    return sample_step(x.numel()), rule.threshold_range, turned
 
 
 @lru_cache(maxsize=128)

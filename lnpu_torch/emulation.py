@@ -55,7 +55,7 @@ class Operand(NamedTuple):
     """An operand as the steps read it: its values now, what is kept of them for later, and its counts.
 
     `position` and `sample` are the elements of each group over samples and over channels, as `counting` needs them;
-    `lanes` is its lane profile, if it is one that steps stream.
+    `lanes` is its lane profile, if it is one that steps stream; `threshold` is the T by which it was rounded, if any.
     """
 
     values: Tensor
@@ -63,6 +63,7 @@ class Operand(NamedTuple):
     position: Tensor
     sample: Tensor
     lanes: Tensor | None = None
+    threshold: Tensor | None = None
 
 
 class Read(NamedTuple):
@@ -84,7 +85,7 @@ class Emulation:
     def __init__(self, chosen: Precision, device: torch.device | None = None) -> None:
         rules = [chosen.rule(*read) for read in READS]
         self.precision = chosen
-        self.reads = {read: _read(rules, index) for index, read in enumerate(READS)}
+        self.reads = {read: _planned(rules, index) for index, read in enumerate(READS)}
         self.accumulator = Accumulator(chosen.accumulate, chosen.chunk)
         self.result_format: str = chosen.result
         self.training = False
@@ -148,24 +149,10 @@ class Emulation:
         """The key of one call's random bits, from torch's generator; None if nothing is rounded stochastically."""
         return ops.draw_seed(x) if any(read.stochastic for read in self.reads.values()) else None
 
-    def choose(self, operand: str, x: Tensor, steps: Sequence[str]) -> dict[int, Tensor]:
-        """The T of every row by which these steps read an operand; in training also chooses the ones to come."""
-        reads = {read.row: read for (step, name), read in self.reads.items() if name == operand and step in steps}
-        if self.training and self.histograms is not None:
-            for row, read in reads.items():
-                if read.rule is not None:
-                    ops.add_histogram(x, self.histograms, row, read.rule)
-        return {
-            row: ops.next_threshold(x, self.thresholds, row, read.rule, self.training)
-            for row, read in reads.items()
-            if read.rule is not None
-        }
-
-    def quantize(
+    def read(
         self,
         operand: str,
         x: Tensor,
-        thresholds: dict[int, Tensor],
         layout: Layout,
         seed: Tensor | None,
         *,
@@ -174,17 +161,20 @@ class Emulation:
         sampled: Sequence[str] = (),
         halves: bool = False,
         last: bool = False,
+        threshold: Tensor | None = None,
     ) -> dict[str, Operand]:
         """An operand as each of the steps reads it, rounded once for each rule.
 
+        In training the T's to come are chosen from it, too.
+
         Args:
             x: [N, C, *grid].
-            thresholds: as from `choose`.
             layout: see `ops.round_and_count`.
             now, later: steps that read it at once, and steps that read what is kept of it.
             sampled: steps that need its counts by sample.
             halves: whether the steps can compute with binary16 values.
             last: whether values shall lie in channels_last.
+            threshold: a T that it was read by before, to be read so again.
         """
         reads = {step: read for (step, name), read in self.reads.items() if name == operand and step in (*now, *later)}
         rounded = {}
@@ -192,8 +182,52 @@ class Emulation:
             steps = [step for step, read in reads.items() if read.row == row]
             uses = [any(step in those for step in steps) for those in (now, later, sampled)]
             uses.append(self.counting and operand != "weight")
-            rounded[row] = _quantize(x, reads[steps[0]], thresholds.get(row), uses, halves, layout, seed, last)
+            rounded[row] = self._read(x, reads[steps[0]], uses, halves, layout, seed, last, threshold)
         return {step: rounded[read.row] for step, read in reads.items()}
+
+    def choose(self, operand: str, x: Tensor, step: str) -> Tensor | None:
+        """The T by which a step reads an operand later; in training also chooses the one to come. None in float."""
+        read = self.reads[step, operand]
+        if read.rule is None:
+            return None
+        self._note(x, read)
+        return ops.next_threshold(x, self.thresholds, read.row, read.rule, self.training)  # type: ignore[no-any-return]
+
+    def _note(self, x: Tensor, read: Read) -> None:
+        """Remember, for T's that ranks choose together, what an operand looks like."""
+        if self.training and self.histograms is not None:
+            ops.add_histogram(x, self.histograms, read.row, read.rule)
+
+    def _read(
+        self,
+        x: Tensor,
+        read: Read,
+        uses: Sequence[bool],
+        halves: bool,
+        layout: Layout,
+        seed: Tensor | None,
+        last: bool,
+        threshold: Tensor | None,
+    ) -> Operand:
+        now, later, sample, streamed = uses
+        if read.rule is None:
+            lanes = lane_ops.lane_profile(lane_ops.count_runs(x)) if streamed else None
+            position, by_sample = ops.count_float(x, layout, sample)
+            return Operand(x, x, position, by_sample, lanes)
+        half = read.half and x.dtype != torch.float64
+        now_half, later_half = (now and half and halves), (later and half)
+        wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample, streamed)
+        random = seed if read.stochastic else None
+        if threshold is None:
+            self._note(x, read)
+            threshold, *rounded = ops.read(
+                x, self.thresholds, random, read.rule, read.row, layout, wanted, last, self.training
+            )
+        else:
+            rounded = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted, last)
+        single, in_half, position, by_sample, lanes = rounded
+        now_values, later_values = (in_half if use else single for use in (now_half, later_half))
+        return Operand(now_values, later_values, position, by_sample, lanes if streamed else None, threshold)
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return.
@@ -215,33 +249,7 @@ class Emulation:
         return out.to(dtype)
 
 
-def _quantize(
-    x: Tensor,
-    read: Read,
-    threshold: Tensor | None,
-    uses: Sequence[bool],
-    halves: bool,
-    layout: Layout,
-    seed: Tensor | None,
-    last: bool,
-) -> Operand:
-    now, later, sample, streamed = uses
-    if read.rule is None or threshold is None:
-        lanes = lane_ops.lane_profile(lane_ops.count_runs(x)) if streamed else None
-        position, by_sample = ops.count_float(x, layout, sample)
-        return Operand(x, x, position, by_sample, lanes)
-    half = read.half and x.dtype != torch.float64
-    now_half, later_half = (now and half and halves), (later and half)
-    wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample, streamed)
-    random = seed if read.stochastic else None
-    single, rounded, position, by_sample, lanes = ops.round_and_count(
-        x, threshold, random, read.rule, read.row, layout, wanted, last
-    )
-    now_values, later_values = (rounded if use else single for use in (now_half, later_half))
-    return Operand(now_values, later_values, position, by_sample, lanes if streamed else None)
-
-
-def _read(rules: list[Rule | None], index: int) -> Read:
+def _planned(rules: list[Rule | None], index: int) -> Read:
     rule, operand = rules[index], READS[index][1]
     row = next(i for i, read in enumerate(READS) if read[1] == operand and rules[i] == rule)
     if rule is None:

@@ -47,10 +47,8 @@ class _Emulated(torch.autograd.Function):
         call = _Call(product, emulation, product.geometry(input.shape, weight.shape), wants, input, weight, bias)
         seed, grid, side = emulation.seed(input), product.grid(input), product.input_side
         later = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1])) if wanted]
-        ts = emulation.choose("input", grid, ["forward", *later])
-        xs = call.read("input", grid, ts, seed, now=["forward"], later=later)
-        chosen = emulation.choose("weight", weight, ["forward", *later])
-        ws = call.weights(weight, chosen, seed, "forward")
+        xs = call.read("input", grid, seed, now=["forward"], later=later)
+        ws = call.weights(weight, seed, "forward")
 
         values, weights = _alike(call.values(xs["forward"].values, input, "forward", "input"), ws.values)
         output = product.forward(values, weights, bias, call.accumulator("forward"))
@@ -66,8 +64,8 @@ class _Emulated(torch.autograd.Function):
             kept = [values, None, None, None]
             if emulation.counting:
                 kept[1:] = product.cut(x.position.squeeze(1)), product.cut(x.sample), x.lanes
-        row = emulation.reads["grad_input", "weight"].row
-        ctx.save_for_backward(weight if wants[0] else None, chosen.get(row), *kept, seed)
+        threshold = call.threshold(weight, ws) if wants[0] else None
+        ctx.save_for_backward(weight if wants[0] else None, threshold, *kept, seed)
         ctx.call = call
         del xs, ws, x, values, weights  # the result may lie where they did
         return emulation.result("forward", output, dtype, call.turned[0])
@@ -86,8 +84,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     emulation, wants = call.emulation, call.wants
     now = [step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted]
     grid = call.product.grid(grad_output)
-    ts = emulation.choose("grad_output", grid, now)
-    errors = call.read("grad_output", grid, ts, seed, now=now)
+    errors = call.read("grad_output", grid, seed, now=now)
     for step, error in errors.items():
         values = call.values(error.values, grad_output, step, "grad_output")
         errors[step] = error._replace(values=values)
@@ -144,16 +141,14 @@ class _Call:
         self,
         operand: str,
         x: Tensor,
-        thresholds: dict[int, Tensor],
         seed: Tensor | None,
         now: Sequence[str],
         later: Sequence[str] = (),
     ) -> dict[str, Operand]:
         """Input or grad_output as the steps read it."""
-        return self.emulation.quantize(
+        return self.emulation.read(
             operand,
             x,
-            thresholds,
             self.layout,
             seed,
             now=now,
@@ -163,20 +158,30 @@ class _Call:
             last=self.last,
         )
 
-    def weights(self, weight: Tensor, thresholds: dict[int, Tensor], seed: Tensor | None, step: str) -> Operand:
+    def weights(self, weight: Tensor, seed: Tensor | None, step: str, threshold: Tensor | None = None) -> Operand:
         """The weight as a step reads it; its counts by sample if the step multiplies it with the small grid."""
         layout = (self.geometry.small_channels // self.geometry.groups, 1)
         side = self.product.input_side if step == "forward" else self.product.output_side
-        sampled = [step] if side == "small" else []
-        reads = self.emulation.quantize(
-            "weight", weight, thresholds, layout, seed, now=[step], sampled=sampled, halves=self.halves, last=self.last
-        )
-        return reads[step]
+        return self.emulation.read(
+            "weight",
+            weight,
+            layout,
+            seed,
+            now=[step],
+            sampled=[step] if side == "small" else [],
+            halves=self.halves,
+            last=self.last,
+            threshold=threshold,
+        )[step]
+
+    def threshold(self, weight: Tensor, read: Operand) -> Tensor | None:
+        """The T by which grad_input is to read the weight, which forward has read so: with the same T, by one rule."""
+        rows = [self.emulation.reads[step, "weight"].row for step in ("forward", "grad_input")]
+        return read.threshold if rows[0] == rows[1] else self.emulation.choose("weight", weight, "grad_input")
 
     def grad_input(self, error: Operand, weight: Tensor, threshold: Tensor | None, seed: Tensor | None) -> Tensor:
         """The second step. The weight is rounded anew, with the T of the forward, which costs less than to keep it."""
-        row = self.emulation.reads["grad_input", "weight"].row
-        weights = self.weights(weight, {} if threshold is None else {row: threshold}, seed, "grad_input")
+        weights = self.weights(weight, seed, "grad_input", threshold)
         operands = _alike(error.values, weights.values)
         values = self.product.grad_input(*operands, self.shapes[0], self.accumulator("grad_input"))
         if self.emulation.counting:

@@ -106,6 +106,42 @@ def _(
     return values[0], values[1], *_empty_counts(x, layout, wanted[2]), profile
 
 
+@op(["states"])
+def read(
+    x: Tensor,
+    states: Tensor,
+    seed: Tensor | None,
+    rule: str,
+    row: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+    last: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`next_threshold`, and by that T `round_and_count`, in one: T first, then the rest. The row is also the stream."""
+    x, parsed = x.contiguous(memory_format=backends.memory_format(x)), _rule(rule)
+    loops = backends.dense_loops(x, parsed)
+    if loops:
+        return loops.read(x, states, row, parsed, layout, wanted, last, training)  # type: ignore[no-any-return]
+    threshold = next_threshold(x, states, row, rule, training)
+    return threshold, *round_and_count(x, threshold, seed, rule, row, layout, wanted, last)
+
+
+@fake("read")
+def _(
+    x: Tensor,
+    states: Tensor,
+    seed: Tensor | None,
+    rule: str,
+    row: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+    last: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return states.new_empty(()), *round_and_count(x, states[0, 0], seed, rule, row, layout, wanted, last)
+
+
 @op()
 def count_float(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
     """Counts of an operand left in float, as `round_and_count` gives them: its non-zeros are in the wide group."""

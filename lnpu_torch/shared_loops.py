@@ -29,10 +29,11 @@ def _blocks(array, size, first, stop):
 
 
 @compiled
-def quantize(team, x, single, half, position, samples, runs, share, sizes, parameters, last, turned):
+def quantize(team, x, single, half, position, samples, runs, profiling, share, sizes, last, turned, parameters):
     """`ops.round_and_count` of rows [channels, positions], or [positions, channels] if `last`.
 
     `single`, `half`, `samples`, `runs` may be None. `position` [2, blocks, size] gets the sums over `share` rows each.
+    `profiling`: a team, and the lane profile that runs are added to; or None.
     `turned`: write rows as [positions, channels]. It and `last` are True or None, so that but one loop is compiled.
     """
     rows, _, positions = sizes
@@ -43,6 +44,16 @@ def quantize(team, x, single, half, position, samples, runs, share, sizes, param
     else:
         in_parallel(team, len(counts), loops.quantize_last, arguments)
     in_parallel(team, 2 * position.shape[1], _sum_counts, (counts, position, positions, last))
+    if profiling is not None:
+        profile(profiling[0], runs, profiling[1])
+
+
+@compiled
+def read(team, x, single, half, position, samples, runs, profiling, share, sizes, last, turned, parameters, choosing):
+    """`quantize`, and what `choose_threshold` returns for the same tensor (by its arguments `choosing`)."""
+    chosen = choose_threshold(team, x, *choosing)
+    quantize(team, x, single, half, position, samples, runs, profiling, share, sizes, last, turned, parameters)
+    return chosen
 
 
 @compiled

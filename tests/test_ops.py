@@ -135,6 +135,47 @@ def test_chosen_thresholds(shape):
         assert states[0].tolist() == [reference.UNSET] * 2
 
 
+STEPS = ((1, False, False), (1, True, True), (8, True, False), (30, True, True), (1, False, False))
+"""The scale of an operand, whether it is seen in training, whether the T chosen then comes into use."""
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, last):
+    """Over steps in training, whose T's come into use or do not, and out of it."""
+    text, generator = rule.model_dump_json(), torch.Generator().manual_seed(0)
+    results: list[list[torch.Tensor]] = []
+    for name, apart in (("auto", False), ("reference", False), ("auto", True)):
+        states, found = torch.full((3, 2), reference.UNSET, dtype=torch.int32), []
+        generator.manual_seed(0)
+        for scale, training, commits in (
+            (1, False, False),
+            (1, True, True),
+            (8, True, False),
+            (30, True, True),
+            (1, False, False),
+        ):
+            x = (scale * torch.randn(4, 20, 5, 7, generator=generator).relu()).to(dtype)
+            x = x.to(memory_format=torch.channels_last) if scale == 8 else x
+            rest = (None, text, 1, (4, 1), EVERYTHING, last)
+            with ops.backend(name):
+                if apart:
+                    used = ops.next_threshold(x, states, 1, text, training)
+                    found += [used, *ops.round_and_count(x, used, *rest[:1], text, *rest[2:])]
+                else:
+                    found += ops.read(x, states, *rest, training)
+                if commits:
+                    ops.commit_thresholds(states)
+            found.append(states.clone())
+        results.append(found)
+    for each in results[1:]:
+        assert all(torch.equal(a, b) and strides(a) == strides(b) for a, b in zip(results[0], each, strict=True))
+    assert (states[[0, 2]] == reference.UNSET).all()
+    if rule.adaptive:
+        assert len({int(used) for used in results[0][::7]}) > 1
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference, triton"), ops.backend("cuda"):
         pass
@@ -161,6 +202,8 @@ def test_opcheck():
         ]
         + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)]
         + [(x, scalar(1), None, text, 0, (4, 2), EVERYTHING, True)],
+        ops.read: [(x, states, None, text, 1, (4, 2), EVERYTHING, True, training) for training in (True, False)]
+        + [(x, states, torch.tensor(3), rule.model_dump_json(), 0, (4, 2), EVERYTHING, False, True)],
         ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
