@@ -71,9 +71,7 @@ def gpu_module(x: Tensor, name: str = "gpu") -> ModuleType | None:
 
 def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     """`lnpu_torch.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
-    module = gpu_module(x)
-    if _chosen[-1] == "auto" and x.device.type == "cpu":
-        module = _module("cpu")
+    module = _module("cpu") if _chosen[-1] == "auto" and x.is_cpu else gpu_module(x)
     return module if module is not None and module.supports(x, rule) else None
 
 
@@ -86,8 +84,8 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
 
 def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     """`lnpu_torch.cpu`, if its loops over float32 as it lies in memory (`relu`, `read`) take this tensor (and rule)."""
-    module = fast(x, rule) if x.dtype == torch.float32 and not on_gpu(x) else None
-    return module if module is not None and buffers.is_dense(x) else None
+    loops = _chosen[-1] == "auto" and x.is_cpu and x.dtype == torch.float32 and buffers.is_dense(x)
+    return fast(x, rule) if loops else None
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

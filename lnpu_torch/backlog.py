@@ -61,7 +61,7 @@ def _bytes(args: Iterable[Any]) -> Iterable[int]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             yield arg.nbytes
-        elif isinstance(arg, tuple | list):
+        elif type(arg) in (tuple, list) and arg and isinstance(arg[0], torch.Tensor):
             yield from _bytes(arg)
 
 

@@ -67,14 +67,15 @@ def read(
     training: bool,
 ) -> tuple[Tensor, *Rounded]:
     """`ops.read`, for a contiguous or channels_last x and any rule."""
-    current = int(states.numpy()[row, 0])
+    state = states.numpy()[row]
+    current = int(state[0])
     if current == reference.UNSET or not (training and rule.adaptive and x.dtype == torch.float32):
         threshold = next_threshold(x, states, row, rule, training)
         return threshold, *quantize(x, rule, threshold, None, row, layout, wanted, last)
     work, choosing = _Work(x, layout, wanted, last), (*_sampling(x, rule), _choice(rule), current)
     arguments = (*work.arguments, *work.orders, _parameters(rule, current), choosing)
-    states.numpy()[row, 1] = shared_loops.read(*arguments)
-    return torch.scalar_tensor(current, dtype=torch.int32), *work.results()
+    state[1] = shared_loops.read(*arguments)
+    return _tensor(np.array(current, np.int32)), *work.results()
 
 
 class _Work:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,21 +12,10 @@ from torch import Tensor
 from lnpu_torch import backends, buffers, counting, lane_ops, ops, product_ops
 from lnpu_torch.backlog import BACKLOG
 from lnpu_torch.lane_family import MEMBERS
-from lnpu_torch.precision import Precision, Rule
+from lnpu_torch.precision import Precision
 from lnpu_torch.products import Accumulator
+from lnpu_torch.reads import READINGS, READS, STEPS, Read, Use, plan, uses
 from lnpu_torch.reference import UNSET
-
-STEPS = ("forward", "grad_input", "grad_weight")
-READS = (
-    ("forward", "input"),
-    ("forward", "weight"),
-    ("grad_input", "grad_output"),
-    ("grad_input", "weight"),
-    ("grad_weight", "input"),
-    ("grad_weight", "grad_output"),
-)
-"""Which step reads which operand; a place in this list is also a row of a layer's thresholds."""
-
 
 Layout = tuple[int, int]
 """How many samples in a row share one count by position, and the number of channel groups."""
@@ -66,27 +56,20 @@ class Operand(NamedTuple):
     threshold: Tensor | None = None
 
 
-class Read(NamedTuple):
-    """How a step reads an operand: by which rule (its JSON; None leaves it in float), and with which row's T.
-
-    The row is that of the first read of the same operand under the same rule, so that equal reads share one T.
-    `half` says that all its values are exact in binary16.
-    """
-
-    rule: str | None
-    row: int
-    stochastic: bool
-    half: bool
-
-
 class Emulation:
     """What a layer brings to each of its calls: precision, T's, and the counters that its steps add to."""
 
     def __init__(self, chosen: Precision, device: torch.device | None = None) -> None:
-        rules = [chosen.rule(*read) for read in READS]
         self.precision = chosen
-        self.reads = {read: _planned(rules, index) for index, read in enumerate(READS)}
+        self.reads = plan(chosen)
+        self._uses = {reading: uses(self.reads, reading) for reading in READINGS}
+        self._emulated = {step for (step, _), read in self.reads.items() if read.rule is not None}
+        self._stochastic = any(read.stochastic for read in self.reads.values())
         self.accumulator = Accumulator(chosen.accumulate, chosen.chunk)
+        self.accumulators = {
+            step: [replace(self.accumulator, exact=halves and emulated, reordered=emulated) for halves in (False, True)]
+            for step, emulated in ((step, step in self._emulated) for step in STEPS)
+        }  # of each step: how it sums operands in float32, and in binary16
         self.result_format: str = chosen.result
         self.training = False
         self.counting = True
@@ -143,11 +126,11 @@ class Emulation:
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""
-        return any(read.rule is not None for (name, _), read in self.reads.items() if name == step)
+        return step in self._emulated
 
     def seed(self, x: Tensor) -> Tensor | None:
         """The key of one call's random bits, from torch's generator; None if nothing is rounded stochastically."""
-        return ops.draw_seed(x) if any(read.stochastic for read in self.reads.values()) else None
+        return ops.draw_seed(x) if self._stochastic else None
 
     def read(
         self,
@@ -156,9 +139,9 @@ class Emulation:
         layout: Layout,
         seed: Tensor | None,
         *,
-        now: Sequence[str],
-        later: Sequence[str] = (),
-        sampled: Sequence[str] = (),
+        now: tuple[str, ...],
+        later: tuple[str, ...] = (),
+        sampled: bool = False,
         halves: bool = False,
         last: bool = False,
         threshold: Tensor | None = None,
@@ -171,19 +154,18 @@ class Emulation:
             x: [N, C, *grid].
             layout: see `ops.round_and_count`.
             now, later: steps that read it at once, and steps that read what is kept of it.
-            sampled: steps that need its counts by sample.
+            sampled: whether these need its counts by sample, as grad_weight does anyway.
             halves: whether the steps can compute with binary16 values.
             last: whether values shall lie in channels_last.
             threshold: a T that it was read by before, to be read so again.
         """
-        reads = {step: read for (step, name), read in self.reads.items() if name == operand and step in (*now, *later)}
-        rounded = {}
-        for row in dict.fromkeys(read.row for read in reads.values()):
-            steps = [step for step, read in reads.items() if read.row == row]
-            uses = [any(step in those for step in steps) for those in (now, later, sampled)]
-            uses.append(self.counting and operand != "weight")
-            rounded[row] = self._read(x, reads[steps[0]], uses, halves, layout, seed, last, threshold)
-        return {step: rounded[read.row] for step, read in reads.items()}
+        found = {}
+        for use in self._uses[operand, now, later]:
+            wanted = (sampled or use.sampled, self.counting and operand != "weight")
+            rounded = self._read(x, use, wanted, halves, layout, seed, last, threshold)
+            for step in use.steps:
+                found[step] = rounded
+        return found
 
     def choose(self, operand: str, x: Tensor, step: str) -> Tensor | None:
         """The T by which a step reads an operand later; in training also chooses the one to come. None in float."""
@@ -201,33 +183,33 @@ class Emulation:
     def _read(
         self,
         x: Tensor,
-        read: Read,
-        uses: Sequence[bool],
+        use: Use,
+        counted: tuple[bool, bool],
         halves: bool,
         layout: Layout,
         seed: Tensor | None,
         last: bool,
         threshold: Tensor | None,
     ) -> Operand:
-        now, later, sample, streamed = uses
+        read, (sampled, streamed) = use.read, counted
         if read.rule is None:
             lanes = lane_ops.lane_profile(lane_ops.count_runs(x)) if streamed else None
-            position, by_sample = ops.count_float(x, layout, sample)
-            return Operand(x, x, position, by_sample, lanes)
+            position, sample = ops.count_float(x, layout, sampled)
+            return Operand(x, x, position, sample, lanes)
         half = read.half and x.dtype != torch.float64
-        now_half, later_half = (now and half and halves), (later and half)
-        wanted = ((now and not now_half) or (later and not later_half), now_half or later_half, sample, streamed)
-        random = seed if read.stochastic else None
+        now_half, later_half = (use.now and half and halves), (use.later and half)
+        single = (use.now and not now_half) or (use.later and not later_half)
+        wanted, random = (single, now_half or later_half, *counted), seed if read.stochastic else None
         if threshold is None:
             self._note(x, read)
-            threshold, *rounded = ops.read(
-                x, self.thresholds, random, read.rule, read.row, layout, wanted, last, self.training
-            )
+            state = (self.thresholds, random, read.rule, read.row)
+            threshold, *values, position, sample, lanes = ops.read(x, *state, layout, wanted, last, self.training)
         else:
-            rounded = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted, last)
-        single, in_half, position, by_sample, lanes = rounded
-        now_values, later_values = (in_half if use else single for use in (now_half, later_half))
-        return Operand(now_values, later_values, position, by_sample, lanes if streamed else None, threshold)
+            *values, position, sample, lanes = ops.round_and_count(
+                x, threshold, random, read.rule, read.row, layout, wanted, last
+            )
+        kept = values[later_half], position, sample, lanes if streamed else None
+        return Operand(values[now_half], *kept, threshold)
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return.
@@ -246,12 +228,4 @@ class Emulation:
         x = x.contiguous(memory_format=torch.channels_last) if turned else x
         out = product_ops.place(x, turned, lent)
         product_ops.round_result(x, out, self.result_format)
-        return out.to(dtype)
-
-
-def _planned(rules: list[Rule | None], index: int) -> Read:
-    rule, operand = rules[index], READS[index][1]
-    row = next(i for i, read in enumerate(READS) if read[1] == operand and rules[i] == rule)
-    if rule is None:
-        return Read(None, row, stochastic=False, half=False)
-    return Read(rule.model_dump_json(), row, rule.rounding == "stochastic", rule.wide.name == "fp16")
+        return out if out.dtype == dtype else out.to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -159,29 +159,6 @@ def convolution(
 fake("convolution")(inspect.unwrap(convolution))
 
 
-@op()
-def convolution_backward(
-    error: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    mask: Sequence[bool],
-) -> list[Tensor]:
-    """Torch's own, unseen as `convolution` is; the gradients of x, weight and bias that the mask asks for."""
-    arguments = (stride, padding, dilation, transposed, output_padding, groups)
-    grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *arguments, mask)
-    return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]
-
-
-fake("convolution_backward")(inspect.unwrap(convolution_backward))
-
-
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
 
@@ -196,6 +173,51 @@ def unread(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 fake("unread")(_empty)
+
+
+def gradients(
+    error: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    shape: Sequence[int],
+    bias: Sequence[int] | None,
+    arguments: tuple[Any, ...],
+    mask: Sequence[bool],
+    stand_in: Callable[[Tensor, Sequence[int]], Tensor] = unread,
+) -> list[Tensor]:
+    """Torch's own `convolution_backward`: the gradients of x, weight and bias that the mask asks for.
+
+    One of x and weight is None: it is not read, and of this shape.
+    """
+    if x is None:
+        x = stand_in(error, shape)
+    elif weight is None:
+        weight = stand_in(x, shape)
+    grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *arguments, mask)
+    return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]  # oneDNN gives others, too
+
+
+@op()
+def convolution_backward(
+    error: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    shape: Sequence[int],
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> list[Tensor]:
+    """`gradients`, unseen by inductor, as `convolution` is."""
+    arguments = (stride, padding, dilation, transposed, output_padding, groups)
+    return gradients(error, x, weight, shape, bias, arguments, mask, _empty)
+
+
+fake("convolution_backward")(inspect.unwrap(convolution_backward))
 
 
 @op()

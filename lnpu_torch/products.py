@@ -153,7 +153,7 @@ class Convolution:
             dense: Tensor = toeplitz.toeplitz("big_from_small", error, weight, sizes)
             return dense
         if by.form == "fp32":
-            return self._backward(error, product_ops.unread(error, shape), weight, [True, False, False])[0]
+            return self._backward(error, None, weight, shape, [True, False, False])[0]
         product = "small_from_big" if self.transposed else "big_from_small"
         return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
 
@@ -162,13 +162,13 @@ class Convolution:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         if by.form == "fp32" and not (by.reordered and error.device.type == "cpu"):
-            grads = iter(self._backward(error, x, product_ops.unread(x, shape), [False, *wanted]))
+            grads = iter(self._backward(error, x, None, shape, [False, *wanted]))
             return next(grads) if wanted[0] else None, next(grads) if wanted[1] else None
         weight_grad = None
         if wanted[0] and (sizes := self._toeplitz(error, x.shape, shape, by)):
             weight_grad = toeplitz.toeplitz("weight_from_both", x, error, sizes)
         elif wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
-            (weight_grad,) = self._backward(error, x, product_ops.unread(x, shape), [False, True, False])
+            (weight_grad,) = self._backward(error, x, None, shape, [False, True, False])
         elif wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
             geometry = self.geometry(x.shape, shape, margin=False)
@@ -181,7 +181,7 @@ class Convolution:
 
     def cut(self, counts: Tensor) -> Tensor:
         """Counts [..., *grid] of an input without those of its margin."""
-        return part(counts, [slice(0, -size or None) for size in self.margin])
+        return part(counts, [slice(0, -size or None) for size in self.margin]) if any(self.margin) else counts
 
     def last(self, x: Tensor, geometry: Geometry, by: Accumulator) -> bool:
         """Whether operands are laid out in channels_last: products are faster then, but on most small grids."""
@@ -237,13 +237,14 @@ class Convolution:
         geometry = self.geometry(shape, weight, margin=False)
         return geometry.pack() if toeplitz.suits(geometry) else None
 
-    def _backward(self, error: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
-        """The gradients of x, weight and bias that the mask asks for."""
-        bias = [error.shape[1]] if mask[2] else None
-        if _is_opaque(x):
-            return product_ops.convolution_backward(error, x, weight, bias, *self._arguments, mask)  # type: ignore[no-any-return]
-        grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *self._arguments, mask)
-        return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]  # oneDNN gives others, too
+    def _backward(
+        self, error: Tensor, x: Tensor | None, weight: Tensor | None, shape: torch.Size, mask: list[bool]
+    ) -> list[Tensor]:
+        """The gradients of x, weight and bias that the mask asks for; x or weight is not read, and of this shape."""
+        operands = (error, x, weight, shape, [error.shape[1]] if mask[2] else None)
+        if _is_opaque(error):
+            return product_ops.convolution_backward(*operands, *self._arguments, mask)  # type: ignore[no-any-return]
+        return product_ops.gradients(*operands, self._arguments, mask)
 
 
 def _is_opaque(x: Tensor) -> bool:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lnpu_torch.config import ConfigError
-from lnpu_torch.emulation import READS
 from lnpu_torch.nn import emulated_layers
 from lnpu_torch.precision import Rule
+from lnpu_torch.reads import READS
 from lnpu_torch.reference import choose_by_histogram
 
 

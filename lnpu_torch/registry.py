@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -49,15 +48,13 @@ def op(
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return registered(*args)
-            run = function if _thread.direct else registered
-            if not later:
-                return run(*args)
-            if _thread.direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
+            direct = _thread.direct  # never where a compiler traces this
+            if not later or torch.compiler.is_compiling():
+                return function(*args) if direct else registered(*args)
+            if direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
                 return BACKLOG.add(function, args)
             with BACKLOG.lock:
-                return run(*args)
+                return function(*args) if direct else registered(*args)
 
         return call
 
@@ -70,16 +67,21 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@contextmanager
-def direct(args: Iterable[Any]) -> Iterator[None]:
+class direct:
     """Within the block this thread's ops on tensors such as those among `args` are plain calls, if nobody could tell.
 
     That is, outside of autograd, of modes and profiles that see each op, and for torch's own tensors of real memory.
     """
-    before, tensors = _thread.direct, [x for x in args if isinstance(x, torch.Tensor)]
-    watched = _get_current_dispatch_mode_stack() or torch._C._autograd._profiler_enabled() or torch.is_grad_enabled()
-    _thread.direct = not watched and all(type(x) in _PLAIN and (x.is_cpu or x.is_cuda) for x in tensors)
-    try:
-        yield
-    finally:
-        _thread.direct = before
+
+    def __init__(self, args: Iterable[Any]) -> None:
+        watched = (
+            _get_current_dispatch_mode_stack() or torch._C._autograd._profiler_enabled() or torch.is_grad_enabled()
+        )
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        self._wanted = not watched and all(type(x) in _PLAIN and (x.is_cpu or x.is_cuda) for x in tensors)
+
+    def __enter__(self) -> None:
+        self._before, _thread.direct = _thread.direct, self._wanted
+
+    def __exit__(self, *_: object) -> None:
+        _thread.direct = self._before

@@ -27,15 +27,15 @@ def masks_and_counts(name, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     classes, masks = 3 * F.avg_pool2d(torch.randn(10, 3, 32, 32), 5, 1, 2), {}
     names = {id(layer.emulation): name for name, layer in model.named_modules() if hasattr(layer, "emulation")}
-    quantize = Emulation.quantize
+    read = Emulation.read
 
     def recording(self, operand, *args, **kwargs):
-        operands = quantize(self, operand, *args, **kwargs)
+        operands = read(self, operand, *args, **kwargs)
         if operand != "weight":
             masks[names[id(self)], operand] = next(iter(operands.values())).values != 0
         return operands
 
-    monkeypatch.setattr(Emulation, "quantize", recording)
+    monkeypatch.setattr(Emulation, "read", recording)
     for _ in range(8):
         labels = torch.randint(10, (16,))
         with lnpu.CostCounter(model) as cost:
