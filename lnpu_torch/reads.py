@@ -40,7 +40,7 @@ class Read(NamedTuple):
 
 
 class Use(NamedTuple):
-    """What is read by one rule in a reading: by which steps, whether any at once or later, and whether by grad_weight."""
+    """What a reading reads by one rule: for which steps, whether any at once or later, whether for grad_weight."""
 
     read: Read
     steps: tuple[str, ...]
