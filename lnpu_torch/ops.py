@@ -5,6 +5,7 @@ Each picks its implementation by device and dtype; all give the bits of `referen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -123,8 +124,9 @@ def read(
     loops = backends.dense_loops(x, parsed)
     if loops:
         return loops.read(x, states, row, parsed, layout, wanted, last, training)  # type: ignore[no-any-return]
-    threshold = next_threshold(x, states, row, rule, training)
-    return threshold, *round_and_count(x, threshold, seed, rule, row, layout, wanted, last)
+    choose, quantize = inspect.unwrap(next_threshold), inspect.unwrap(round_and_count)  # no ops inside an op
+    threshold = choose(x, states, row, rule, training)
+    return threshold, *quantize(x, threshold, seed, rule, row, layout, wanted, last)
 
 
 @fake("read")
