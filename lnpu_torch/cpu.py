@@ -66,10 +66,10 @@ def read(
     last: bool,
     training: bool,
 ) -> tuple[Tensor, *Rounded]:
-    """`ops.read`, for a contiguous or channels_last x and any rule."""
+    """`ops.read`, for a contiguous or channels_last float32 x."""
     state = states.numpy()[row]
     current = int(state[0])
-    if current == reference.UNSET or not (training and rule.adaptive and x.dtype == torch.float32):
+    if current == reference.UNSET or not (training and rule.adaptive):
         threshold = next_threshold(x, states, row, rule, training)
         return threshold, *quantize(x, rule, threshold, None, row, layout, wanted, last)
     work, choosing = _Work(x, layout, wanted, last), (*_sampling(x, rule), _choice(rule), current)
