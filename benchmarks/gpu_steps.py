@@ -70,6 +70,7 @@ def compiled(place: Place, name: str) -> Rows:
 
 def build_kernels(place: Place, name: str, part: int, parts: int) -> Rows:
     """One emulated step of every `parts`-th kind of layer alone: Triton keeps on disk what it compiles for it."""
+    torch.backends.cudnn.benchmark = False  # its search would take memory from all the others' at once
     started, model = time.perf_counter(), sizes(place).models[name]
     kinds = list(layers_of(model, place).values())[part::parts]
     for module, x in kinds:

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -51,8 +52,10 @@ def origin() -> Row:
     found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     versions = [f"Python {platform.python_version()}", *(f"{name} {found[name]}" for name in names if name in found)]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True)
-    return {"versions": ", ".join(versions), "commit": commit.stdout.strip(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    commit = ""
+    with suppress(OSError):  # where there is no git
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"versions": ", ".join(versions), "commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
 
 
 def cpu_name() -> str:

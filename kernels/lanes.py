@@ -51,10 +51,12 @@ def _runs_kernel(
     x: bits as int16 or int32. UNITS: what positions and the strides are multiples of; they come divided by it.
     """
     channel_tiles = tl.cdiv(channels, TILE_C)
-    c = tl.program_id(0) % channel_tiles * TILE_C + tl.arange(0, TILE_C)
-    first = tl.program_id(0) // channel_tiles * TILE_S
+    tiles = channel_tiles * tl.cdiv(positions, TILE_S)
+    tile = tl.program_id(0) % tiles
+    c = tile % channel_tiles * TILE_C + tl.arange(0, TILE_C)
+    first = tile // channel_tiles * TILE_S
     s = first + tl.arange(0, TILE_S)
-    sample = tl.program_id(1).to(tl.int64)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
     at = c[:, None] * (channel_stride * UNITS[1]) + s[None, :] * (position_stride * UNITS[2])
     mask = (c < channels)[:, None] & (s < positions)[None, :]
     bits = tl.load(x_ptr + sample * sample_stride * UNITS[0] + at, mask=mask, other=0)
@@ -196,7 +198,7 @@ def _runs_launch(shape: torch.Size, stride: tuple[int, ...], device: torch.devic
     return Launch(
         device,
         _runs_kernel,
-        (tiles, samples),
+        (tiles * samples,),
         channels,
         positions,
         triton.cdiv(positions, RUN),

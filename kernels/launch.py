@@ -65,7 +65,8 @@ class Launch:
     """A kernel's launch, ready but for its tensors, which it is called with. They are the kernel's first parameters.
 
     Triton finds the compiled kernel of a launch by all of its arguments, which takes 8 to 13 us. Here all but the
-    tensors' addresses stay the same from call to call, their dtypes too, so that the kernel is looked up once.
+    tensors stay the same from call to call, so that the kernel is looked up once for each combination of their dtypes
+    (and of tensors that are None).
     """
 
     def __init__(self, device: torch.device, kernel: Any, grid: tuple[int, ...], *scalars: Any, **options: Any) -> None:
@@ -73,20 +74,22 @@ class Launch:
         self.device, self.kernel, self.options = device, kernel, options
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = scalars
-        self._compiled: Any = None
-        self._rest: tuple[Any, ...] = ()
+        self._compiled: dict[tuple[torch.dtype | None, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
+        kinds = tuple(None if t is None else t.dtype for t in tensors)
+        # A kernel compiled for addresses on 16-byte boundaries is right for those only.
+        ready = None if any(t is not None and t.data_ptr() & 15 for t in tensors) else self._compiled.get(kinds)
         with _current(self.device):
-            # A kernel compiled for addresses on 16-byte boundaries is right for those only.
-            if self._compiled is None or any(t is not None and t.data_ptr() & 15 for t in tensors):
-                compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
-                if compiled is not None and not any(t is not None and t.data_ptr() & 15 for t in tensors):
-                    constants = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
-                    self._rest = (*self.scalars, *(self.options[name] for name in constants))
-                    self._compiled = compiled[self.grid]
-            else:
-                self._compiled(*tensors, *self._rest)
+            if ready is not None:
+                run, rest = ready
+                run(*tensors, *rest)
+                return
+            compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+            if compiled is not None and not any(t is not None and t.data_ptr() & 15 for t in tensors):
+                constants = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+                rest = (*self.scalars, *(self.options[name] for name in constants))
+                self._compiled[kinds] = compiled[self.grid], rest
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

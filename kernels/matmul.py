@@ -532,6 +532,8 @@ def _run(
 ) -> Tensor:
     """A problem's product, in its shape."""
     _check(a, b, chunk, dtype, bias)
+    if prod(problem.shape) >= INT32:
+        raise ValueError(f"a result of {list(problem.shape)} is larger than the kernel's 32-bit offsets reach")
     plan = _plan(problem, chunk, a.device, CONFIGS, processors(a.device))
     out = plan.empty(dtype if plan.splits == 1 else torch.float32, a.device, problem.channels_inner)
     if 0 in (problem.m, problem.n):
@@ -543,7 +545,8 @@ def _run(
     plan.launch(a, b, out, once, *lists)
     if plan.splits == 1:
         return out[0]
-    total = out.sum(0)
+    # in the order of memory, which a sum would not keep
+    total = out.movedim(2, -1).sum(0).movedim(-1, 1) if problem.channels_inner else out.sum(0)
     if bias is not None:
         total += bias.reshape(-1, *(1 for _ in problem.shape[2:]))
     return total.to(dtype)

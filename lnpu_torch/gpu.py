@@ -84,6 +84,7 @@ def quantize(
     runs = gpu_lanes.runs_of(values[wanted[1]]) if wanted[3] and x.dim() == 2 else rounded.runs
     profile = None if runs is None else gpu_lanes.profile(runs)
     sample = _or_empty(rounded.sample, x, torch.int32)
+    sample = sample.clone() if sample.data_ptr() % 16 else sample  # as compilers expect of results
     return *values, rounded.position, sample, _or_empty(profile, x, torch.int64)
 
 

@@ -116,7 +116,8 @@ def half_convolution(
     lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
     switches = (cudnn.benchmark, cudnn.deterministic or torch.are_deterministic_algorithms_enabled(), cudnn.enabled)
     sums = torch.ops.aten._convolution(x.float(), weight.float(), None, *lists, *switches, True)
-    return sums.add_(bias.reshape(-1, *(1 for _ in stride))).half()  # type: ignore[no-any-return]
+    rounded = sums.add_(bias.reshape(-1, *(1 for _ in stride))).half()
+    return rounded.contiguous(memory_format=backends.memory_format(x))  # type: ignore[no-any-return]
 
 
 @fake("half_convolution")

@@ -1,5 +1,6 @@
 """The ops of products, as torch asks of registered ones; and what compiled networks take in place of torch's own."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from test_formats import all_patterns, identical, random_patterns
 
 import lnpu_torch as lnpu
 from lnpu_torch import ops, product_ops, products, reference
+from lnpu_torch.geometry import Geometry
 
 ARGUMENTS = ((2, 1), (1, 1), (1, 1), False, (0, 0), 2)
 
@@ -76,6 +78,21 @@ def test_results_in_half_precision_are_rounded_by_their_values(dtype):
     rounded = x.clone()
     product_ops.round_result(rounded, rounded, "fp16")
     assert torch.equal(rounded, x.half().to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("formats", itertools.product((torch.contiguous_format, torch.channels_last), repeat=2))
+def test_a_biased_convolution_lies_as_its_input_whatever_its_weight_does(formats):
+    x, weight = (t.half().contiguous(memory_format=form) for t, form in zip(operands(), formats, strict=True))
+    bias, geometry = torch.randn(6), Geometry(3, 8, 6, 2, (9, 8), (5, 8), (3, 3), (2, 1), (1, 1), (1, 1))
+    lists = ((2, 1), (1, 1), (1, 1), (0, 0))
+    arguments = (x, weight, bias, geometry.pack(), *lists, 2, False)
+    out = product_ops.half_convolution(*arguments)
+    assert out.is_contiguous(memory_format=formats[0])
+    expected = torch.nn.functional.conv2d(x.float(), weight.float(), bias, *lists[:3], 2)
+    assert torch.allclose(out.float(), expected, atol=0.01) and out.dtype == torch.float16
+    torch.library.opcheck(registered(product_ops.half_convolution), arguments)
 
 
 def patterns(shape):
