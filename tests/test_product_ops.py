@@ -82,7 +82,7 @@ def test_results_in_half_precision_are_rounded_by_their_values(dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("formats", itertools.product((torch.contiguous_format, torch.channels_last), repeat=2))
+@pytest.mark.parametrize("formats", [*itertools.product((torch.contiguous_format, torch.channels_last), repeat=2)])
 def test_a_biased_convolution_lies_as_its_input_whatever_its_weight_does(formats):
     x, weight = (t.half().contiguous(memory_format=form) for t, form in zip(operands(), formats, strict=True))
     bias, geometry = torch.randn(6), Geometry(3, 8, 6, 2, (9, 8), (5, 8), (3, 3), (2, 1), (1, 1), (1, 1))
