@@ -31,16 +31,16 @@ from rows import add_options, alternate, cpu_name, origin, ratio, write
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import backends, lane_ops, ops
+from lnpu_torch import backends, count_ops, lane_ops
 from lnpu_torch.backlog import BACKLOG
 from lnpu_torch.recipes.models import ModelConfig, build
 
 MODELS = ("resnet18_cifar", "vgg16_cifar", "alexnet_cifar")
 CLASSES, SHAPE = 10, (3, 32, 32)
 COUNTING = (
-    (ops, "count_weight_step"),
-    (ops, "count_grid_step"),
-    (ops, "count_not_run"),
+    (count_ops, "count_weight_step"),
+    (count_ops, "count_grid_step"),
+    (count_ops, "count_not_run"),
 )
 """What counts, and else does nothing; beside the lane profiles."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lnpu_torch import backends, ops, product_ops
+from lnpu_torch import backends, count_ops, product_ops
 from lnpu_torch.emulation import Emulation, Operand
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.products import Accumulator, Convolution, Linear
@@ -91,14 +91,14 @@ class Call:
         """Count forward or grad_input, the product of a weight and the grid on one side."""
         position = grid.position.squeeze(1)
         counts = self.product.cut(position) if step == "forward" else position, _over(weight, side)
-        ops.count_weight_step(*self.emulation.counter(step), *counts, grid.lanes, self.sizes, side)
+        count_ops.count_weight_step(*self.emulation.counter(step), *counts, grid.lanes, self.sizes, side)
 
     def count_grids(self, error: Operand, position: Tensor, sample: Tensor, lanes: Tensor | None) -> None:
         """Count grad_weight, the product of the error and the input, of which these counts were kept."""
         first = self.product.input_side
         sides = {first: (position, sample), self.product.output_side: (error.position.squeeze(1), error.sample)}
         counter = self.emulation.counter("grad_weight")
-        ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
+        count_ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
 
     def forward(self, x: Operand, original: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
         """The first step, its result not yet rounded."""

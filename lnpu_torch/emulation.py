@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lnpu_torch import backends, buffers, counting, lane_ops, ops, product_ops
+from lnpu_torch import backends, buffers, count_ops, counting, lane_ops, ops, product_ops
 from lnpu_torch.backlog import BACKLOG
 from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Precision
@@ -122,7 +122,7 @@ class Emulation:
 
     def not_run(self, step: str, slots: int) -> None:
         """Count a step that nobody asked for."""
-        ops.count_not_run(self._counters, STEPS.index(step), slots)
+        count_ops.count_not_run(self._counters, STEPS.index(step), slots)
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""

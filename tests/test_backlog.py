@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import backends, backlog, ops
+from lnpu_torch import backends, backlog, count_ops
 from lnpu_torch.backlog import BACKLOG, Backlog
 
 
@@ -149,8 +149,8 @@ def test_copies_take_along_what_was_counted(how: str, expected: list[Tensor]) ->
 
 
 def test_each_backend_counts_its_own(monkeypatch: pytest.MonkeyPatch, expected: list[Tensor]) -> None:
-    model, chosen, count = network(), [], ops._counting
-    monkeypatch.setattr(ops, "_counting", lambda sums: chosen.append(backends._chosen[-1]) or count(sums))
+    model, chosen, count = network(), [], count_ops._counting
+    monkeypatch.setattr(count_ops, "_counting", lambda sums: chosen.append(backends._chosen[-1]) or count(sums))
     step(model)
     with backends.backend("reference"):
         assert waiting() == 0

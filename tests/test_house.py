@@ -46,6 +46,7 @@ NUMERICS += [
     "registry",
     "backends",
     "ops",
+    "count_ops",
     "product_ops",
     "toeplitz",
     "relu_ops",

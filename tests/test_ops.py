@@ -5,7 +5,7 @@ import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
 from test_formats import all_patterns, identical, random_patterns, scalar
 
-from lnpu_torch import counting, lanes, ops, reference
+from lnpu_torch import count_ops, counting, lanes, ops, reference
 from lnpu_torch.precision import Rule
 
 RULES = {
@@ -113,9 +113,9 @@ def test_counted_steps(geometry):
             weights = (over_small(weight, geometry.groups), over_big(weight))
             held = torch.zeros(3, 2, 4, dtype=torch.int64)
             table, packed, profiles = (counter, sizes, held), geometry.pack(), torch.arange(8).view(2, 4)
-            ops.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
-            ops.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")
-            ops.count_grid_step(*table, 2, grids[0], grids[1], *profiles, packed, "small")
+            count_ops.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
+            count_ops.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")
+            count_ops.count_grid_step(*table, 2, grids[0], grids[1], *profiles, packed, "small")
         assert held.tolist() == [[[4, 5, 6, 7], [0] * 4], [[0] * 4] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]]]
         counters.append(counter)
     assert torch.equal(*counters)
@@ -207,11 +207,11 @@ def test_opcheck():
         ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
         ops.next_threshold: [(x, states, 1, text, True)],
         ops.commit_thresholds: [(states,)],
-        ops.count_weight_step: [
+        count_ops.count_weight_step: [
             (*table, 1, grids[0][0], over_small(weight, g.groups), each, g.pack(), "big") for each in (profile, None)
         ],
-        ops.count_grid_step: [(*table, 2, grids[0], grids[1], profile, profile, g.pack(), "big")],
-        ops.count_not_run: [(counter, 1, 10)],
+        count_ops.count_grid_step: [(*table, 2, grids[0], grids[1], profile, profile, g.pack(), "big")],
+        count_ops.count_not_run: [(counter, 1, 10)],
     }
     for op, arguments in calls.items():
         for each in arguments:

@@ -1,0 +1,81 @@
+"""The registered torch ops that count a layer's steps, from sums over their operands' groups (see `counting`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+from torch import Tensor
+
+from lnpu_torch import backends, counting
+from lnpu_torch.geometry import Geometry
+from lnpu_torch.registry import op
+
+
+@op(["counters", "sizes", "lanes"], later=True)
+def count_weight_step(
+    counters: Tensor,
+    sizes: Tensor,
+    lanes: Tensor,
+    step: int,
+    position: Tensor,
+    weight: Tensor,
+    profile: Tensor | None,
+    geometry: Sequence[int],
+    side: str,
+) -> None:
+    """Count one of a layer's steps by `counting.weight_step`, and the lane profile of the operand that it streams.
+
+    Args:
+        counters: int64 [steps, ROWS, WIDTH], to the row of which that `counting.row_of` tells.
+        sizes: int64 [steps, SIZES + 1, 3], on the host.
+        lanes: int64 [steps, operands, MEMBERS].
+    """
+    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), side, "weight"))
+    _counting(position).add_weight_step(counters[step, row], position, weight, geometry, side)
+    _add_lanes(lanes, step, profile)
+
+
+@op(["counters", "sizes", "lanes"], later=True)
+def count_grid_step(
+    counters: Tensor,
+    sizes: Tensor,
+    lanes: Tensor,
+    step: int,
+    big: Sequence[Tensor],
+    small: Sequence[Tensor],
+    first_profile: Tensor | None,
+    second_profile: Tensor | None,
+    geometry: Sequence[int],
+    first: str,
+) -> None:
+    """Count a step by `counting.grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
+    second = "small" if first == "big" else "big"
+    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
+    _counting(big[0]).add_grid_step(counters[step, row], big, small, geometry, first)
+    _add_lanes(lanes, step, first_profile, second_profile)
+
+
+def _add_lanes(lanes: Tensor, step: int, *profiles: Tensor | None) -> None:
+    for operand, profile in enumerate(profiles):
+        if profile is not None:
+            lanes[step, operand].add_(profile)
+
+
+@lru_cache(maxsize=1024)
+def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, int, int]:
+    return Geometry.unpack(geometry).call_sizes(first, second)
+
+
+def _counting(sums: Tensor) -> ModuleType:
+    """The module that counts a step from such sums."""
+    return backends.fast_module(sums, "cpu_counting", "gpu") or counting
+
+
+@op(["counters"], later=True)
+def count_not_run(counters: Tensor, step: int, slots: int) -> None:
+    """Count a step that nobody asked for, such as the first layer's grad_input."""
+    row = counters[step, counting.NOT_RUN]
+    row[:1] += 1  # by numbers, for which a GPU need not be waited for
+    row[1:4:2] += slots
