@@ -38,7 +38,7 @@ class Call:
 
     def accumulator(self, step: str) -> Accumulator:
         """How a step's products are summed."""
-        return self.emulation.accumulators[step][self.halves]
+        return self.emulation.accumulators[step, self.halves]
 
     def values(self, rounded: Tensor, original: Tensor, step: str, operand: str) -> Tensor:
         """An operand's values as the product takes them: what came in itself, if the step reads it in float."""

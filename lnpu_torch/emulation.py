@@ -67,9 +67,12 @@ class Emulation:
         self._stochastic = any(read.stochastic for read in self.reads.values())
         self.accumulator = Accumulator(chosen.accumulate, chosen.chunk)
         self.accumulators = {
-            step: [replace(self.accumulator, exact=halves and emulated, reordered=emulated) for halves in (False, True)]
-            for step, emulated in ((step, step in self._emulated) for step in STEPS)
-        }  # of each step: how it sums operands in float32, and in binary16
+            (step, halves): replace(
+                self.accumulator, exact=halves and step in self._emulated, reordered=step in self._emulated
+            )
+            for step in STEPS
+            for halves in (False, True)
+        }  # of each step, and whether its operands are in binary16
         self.result_format: str = chosen.result
         self.training = False
         self.counting = True
@@ -203,13 +206,12 @@ class Emulation:
         if threshold is None:
             self._note(x, read)
             state = (self.thresholds, random, read.rule, read.row)
-            threshold, *values, position, sample, lanes = ops.read(x, *state, layout, wanted, last, self.training)
+            threshold, *found = ops.read(x, *state, layout, wanted, last, self.training)
         else:
-            *values, position, sample, lanes = ops.round_and_count(
-                x, threshold, random, read.rule, read.row, layout, wanted, last
-            )
-        kept = values[later_half], position, sample, lanes if streamed else None
-        return Operand(values[now_half], *kept, threshold)
+            found = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted, last)
+        in_single, in_half, position, sample, lanes = found
+        kept = in_half if later_half else in_single, position, sample, lanes if streamed else None
+        return Operand(in_half if now_half else in_single, *kept, threshold)
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return.
