@@ -84,7 +84,8 @@ class Place(NamedTuple):
     def slowest_kernels(self, step: Operation, count: int = 5) -> dict[str, float]:
         """Microseconds of the kernels that take the longest over a step, all launches of each together."""
         activity = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[activity.CPU if self.rehearses else activity.CUDA]) as profile:
+        activities = [activity.CPU if self.rehearses else activity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             step()
             self.synchronize()
         key = "self_cpu_time_total" if self.rehearses else "self_device_time_total"

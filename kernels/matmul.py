@@ -31,19 +31,20 @@ GRAD_WEIGHT = tl.constexpr(3)  # the weight from the small grid (a) and the big 
 
 
 class Config(NamedTuple):
-    """The widest tiles, and stages of the pipeline that fills them."""
+    """The widest tiles, the stages of the pipeline that fills them, and warps enough to hold one in registers."""
 
     m: int
     n: int
-    stages: int
+    stages: int = 3
+    warps: int = 8
 
 
 class Configs(NamedTuple):
     """What is used for what. Chosen by reasoning, not yet by measurement."""
 
-    streamed: Config = Config(128, 128, 3)
+    streamed: Config = Config(128, 128)
     """operands that are copied to shared memory in wide pieces"""
-    gathered: Config = Config(64, 64, 3)
+    gathered: Config = Config(64, 64)
     """operands fetched element by element, which takes registers for the addresses"""
 
 
@@ -61,22 +62,24 @@ class Tiles(NamedTuple):
     parts: int
     """Tiles along a chunk; the last may reach beyond it, and is padded with zeros."""
     stages: int = 3
+    warps: int = 4
 
     @classmethod
     def of(cls, m: int, n: int, k: int, chunk: int | None, config: Config = CONFIGS.streamed) -> Tiles:
         tile_m, tile_n = (min(wide, max(16, power_of_2(size))) for size, wide in ((m, config.m), (n, config.n)))
+        options = config.stages, config.warps if (tile_m, tile_n) == (config.m, config.n) else 4
         if chunk is None:
-            return cls(tile_m, tile_n, CHANNELS, CHANNELS, 1, config.stages)
+            return cls(tile_m, tile_n, CHANNELS, CHANNELS, 1, *options)
         chunk = min(chunk, max(k, 1))
         tile = min(64, chunk & -chunk)  # the widest that divides it
         if tile < 16:  # the tensor cores' least
             tile = min(64, max(16, power_of_2(chunk)))
-        return cls(tile_m, tile_n, tile, chunk, triton.cdiv(chunk, tile), config.stages)
+        return cls(tile_m, tile_n, tile, chunk, triton.cdiv(chunk, tile), *options)
 
     @property
     def options(self) -> dict[str, int]:
-        """The launch's own: warps enough to hold the accumulators in registers, stages that fit shared memory."""
-        return {"num_warps": 8 if self.m * self.n >= 128 * 128 else 4, "num_stages": self.stages}
+        """The launch's own."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Lists(NamedTuple):

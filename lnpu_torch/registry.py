@@ -48,13 +48,15 @@ def op(
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            direct = _thread.direct  # never where a compiler traces this
-            if not later or torch.compiler.is_compiling():
-                return function(*args) if direct else registered(*args)
-            if direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
+            if torch.compiler.is_compiling():
+                return registered(*args)
+            run = function if _thread.direct else registered
+            if not later:
+                return run(*args)
+            if _thread.direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
                 return BACKLOG.add(function, args)
             with BACKLOG.lock:
-                return function(*args) if direct else registered(*args)
+                return run(*args)
 
         return call
 

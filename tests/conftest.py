@@ -1,6 +1,9 @@
 """Settings of the whole test run."""
 
+import os
 from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,23 @@ from lnpu_torch.watch import compiled_code
 
 # The tests are small, and run in several processes at once: threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+def let_numbers_be_made_of_tensors() -> None:
+    """Triton 3.6's interpreter makes numbers of arrays in a way that numpy deprecates, and from 2.4 on refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and version("triton").startswith("3.6."):
+    let_numbers_be_made_of_tensors()
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from test_kernels_interpret import interpret
 
 triton = pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-LOOPS_FAIL = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 
 
 sys.path.insert(0, str(BENCHMARKS))
@@ -29,7 +27,6 @@ def gpu():
     return gpu
 
 
-@pytest.mark.skipif(LOOPS_FAIL, reason="Triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4")
 def test_sections_in_the_interpreter():
     interpret(__file__)
 

@@ -5,7 +5,6 @@ interpreter nor a tensor core adds in the order of the reference. The rounding b
 is tested.
 """
 
-import numpy
 import pytest
 import torch
 from test_counting import GEOMETRIES
@@ -15,11 +14,9 @@ from lnpu_torch import accumulate
 from lnpu_torch.formats import FORMATS
 
 triton = pytest.importorskip("triton")
-LOOPS_FAIL = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 PLANE = {name: geometry for name, geometry in GEOMETRIES.items() if len(geometry.kernel) < 3}
 
 
-@pytest.mark.skipif(LOOPS_FAIL, reason="Triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4")
 def test_products_in_the_interpreter():
     interpret(__file__)
 
