@@ -218,7 +218,8 @@ def peak_in_a_process(name: str, which: str, batch: int, options: argparse.Names
 def peak_of_one_variant(options: argparse.Namespace) -> int:
     """The most resident memory of three steps, less what the process had before the model was built."""
     warm = stepper(variant("resnet18_cifar", options.precision), 2)
-    warm()
+    for _ in range(2):  # a first step, which chooses its own T's, and one like all others: what they need is loaded
+        warm()
     before = resident("VmRSS")
     precision = options.precision if options.memory_of == "emulated" else None
     step = stepper(variant(options.models[0], precision), options.batch)
