@@ -233,7 +233,6 @@ def step_operands(g: Geometry, make: Callable[..., Tensor]) -> dict[str, tuple[T
 
 def layers(place: Place) -> Verdicts:
     """Whole layers, two steps each: values, counts and T's as with plain torch. Sums of whole numbers, exact."""
-    torch.backends.cudnn.benchmark = False  # else it may find Winograd's algorithm the fastest, which is not exact
     for name, (make, shape) in layer_kinds(sizes(place)).items():
         for dtype in DTYPES[-1:] if place.rehearses else DTYPES:
             outcomes = [one_layer(make, shape, place, dtype, plain) for plain in (True, False)]
@@ -252,14 +251,15 @@ def layer_kinds(s: Sizes) -> dict[str, tuple[Callable[[], nn.Module], tuple[int,
 
 
 @contextmanager
-def without_cudnn(without: bool) -> Iterator[None]:
-    """Within this, convolutions are PyTorch's own if asked, which multiply and add and do nothing else."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = before and not without  # not by `flags`, which would change more
+def exact_sums(plain: bool) -> Iterator[None]:
+    """Within this, cuDNN searches for no faster algorithm, such as Winograd's, and does not run at all if `plain`."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark
+    cudnn.enabled, cudnn.benchmark = cudnn.enabled and not plain, False  # not by `flags`, which would change more
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        cudnn.enabled, cudnn.benchmark = before
 
 
 def one_layer(
@@ -273,7 +273,7 @@ def one_layer(
     x = laid(torch.randint(-4, 5, shape).float().to(place.device), True).requires_grad_()
     lnpu.convert(layer, "fgmp")
     found: list[Tensor] = []
-    with ops.backend("reference") if plain else place.kernels(), without_cudnn(plain):
+    with ops.backend("reference") if plain else place.kernels(), exact_sums(plain):
         for scale in (1.0, 2.0):
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 output = layer(x * scale)

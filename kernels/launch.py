@@ -79,14 +79,14 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         kinds = tuple(None if t is None else t.dtype for t in tensors)
         # A kernel compiled for addresses on 16-byte boundaries is right for those only.
-        ready = None if any(t is not None and t.data_ptr() & 15 for t in tensors) else self._compiled.get(kinds)
+        aligned = not any(t is not None and t.data_ptr() & 15 for t in tensors)
         with _current(self.device):
-            if ready is not None:
-                run, rest = ready
+            if aligned and kinds in self._compiled:
+                run, rest = self._compiled[kinds]
                 run(*tensors, *rest)
                 return
             compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
-            if compiled is not None and not any(t is not None and t.data_ptr() & 15 for t in tensors):
+            if aligned and compiled is not None:
                 constants = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
                 rest = (*self.scalars, *(self.options[name] for name in constants))
                 self._compiled[kinds] = compiled[self.grid], rest

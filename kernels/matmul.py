@@ -534,9 +534,7 @@ def _run(
     blocks: Tensor | None = None,
 ) -> Tensor:
     """A problem's product, in its shape."""
-    _check(a, b, chunk, dtype, bias)
-    if prod(problem.shape) >= INT32:
-        raise ValueError(f"a result of {list(problem.shape)} is larger than the kernel's 32-bit offsets reach")
+    _check(a, b, problem.shape, chunk, dtype, bias)
     plan = _plan(problem, chunk, a.device, CONFIGS, processors(a.device))
     out = plan.empty(dtype if plan.splits == 1 else torch.float32, a.device, problem.channels_inner)
     if 0 in (problem.m, problem.n):
@@ -817,7 +815,9 @@ def _channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1 and prod(x.shape[2:]) > 1
 
 
-def _check(a: Tensor, b: Tensor, chunk: int | None, dtype: torch.dtype, bias: Tensor | None) -> None:
+def _check(
+    a: Tensor, b: Tensor, result: tuple[int, ...], chunk: int | None, dtype: torch.dtype, bias: Tensor | None
+) -> None:
     check_dtype((torch.float16,), first=a, second=b)
     check_dtype((torch.float16, torch.float32), result=dtype)
     check_device(first=a, second=b, bias=bias)
@@ -829,3 +829,5 @@ def _check(a: Tensor, b: Tensor, chunk: int | None, dtype: torch.dtype, bias: Te
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         if reach >= INT32:
             raise ValueError(f"{list(tensor.shape)} is larger than the kernel's 32-bit offsets reach")
+    if prod(result) >= INT32:
+        raise ValueError(f"a result of {list(result)} is larger than the kernel's 32-bit offsets reach")

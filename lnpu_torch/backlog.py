@@ -61,7 +61,7 @@ def _bytes(args: Iterable[Any]) -> Iterable[int]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             yield arg.nbytes
-        elif type(arg) in (tuple, list) and arg and isinstance(arg[0], torch.Tensor):
+        elif type(arg) in (tuple, list) and arg and isinstance(arg[0], torch.Tensor):  # not a geometry's many sizes
             yield from _bytes(arg)
 
 

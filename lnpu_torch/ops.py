@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,18 +129,9 @@ def read(
 
 
 @fake("read")
-def _(
-    x: Tensor,
-    states: Tensor,
-    seed: Tensor | None,
-    rule: str,
-    row: int,
-    layout: Sequence[int],
-    wanted: Sequence[bool],
-    last: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return states.new_empty(()), *round_and_count(x, states[0, 0], seed, rule, row, layout, wanted, last)
+def _(x: Tensor, states: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *rounding, _ = others
+    return states.new_empty(()), *round_and_count(x, states[0, 0], *rounding)
 
 
 @op()
