@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import buffers
-from lnpu_torch.backlog import BACKLOG
 from lnpu_torch.config import listed
 from lnpu_torch.precision import Rule
 
@@ -34,15 +33,11 @@ def backend(name: Backend) -> Iterator[None]:
     """
     if name not in get_args(Backend):
         raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Backend))}")
-    BACKLOG.settle()
     _chosen.append(name)
     try:
         yield
     finally:
-        try:
-            BACKLOG.settle()
-        finally:
-            _chosen.pop()
+        _chosen.pop()
 
 
 @cache
@@ -88,7 +83,12 @@ def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     return fast(x, rule) if loops else None
 
 
+def lies_last(x: Tensor) -> bool:
+    """Whether torch takes x for channels_last: its strides are those, and not a contiguous tensor's, too."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous()
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The order in which an operand is rounded and kept: its own if that is channels_last, else contiguous."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 and lies_last(x) else torch.contiguous_format

@@ -30,6 +30,7 @@ class Call:
         self.sizes, self.layout = geometry.pack(), (geometry.batch, geometry.groups)
         self.shapes = (input.shape, weight.shape)
         self.last = product.last(input, geometry, emulation.accumulator)
+        self.lasts = [self.last or backends.lies_last(x) for x in (input, weight)]
         self.turned = [self.last and backends.memory_format(x) != torch.channels_last for x in (input, weight)]
         self.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
         # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
@@ -112,7 +113,7 @@ class Call:
         """The second step. The weight is rounded anew, with the T of the forward, which costs less than to keep it."""
         weights = self.weights(weight, seed, "grad_input", threshold)
         operands = _alike(error.values, weights.values)
-        values = self.product.grad_input(*operands, self.shapes[0], self.accumulator("grad_input"))
+        values = self.product.grad_input(*operands, self.shapes[0], self.lasts[0], self.accumulator("grad_input"))
         if self.emulation.counting:
             self.count("grad_input", error, weights, self.product.output_side)
         return self.emulation.result("grad_input", values, self.dtypes[0], self.turned[0])
@@ -121,8 +122,8 @@ class Call:
         """The third step: gradients of weight and bias, from the error and what was kept of the input."""
         values, position, sample, lanes = kept
         x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
-        operands, wanted = _alike(error.values, x), self.wants[1:]
-        results = self.product.grad_weight(*operands, self.shapes[1], wanted, self.accumulator("grad_weight"))
+        operands, by = _alike(error.values, x), self.accumulator("grad_weight")
+        results = self.product.grad_weight(*operands, self.shapes[1], self.lasts[1], self.wants[1:], by)
         if position is not None and sample is not None:
             self.count_grids(error, position, sample, lanes)
         return [

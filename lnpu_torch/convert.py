@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from lnpu_torch.config import ConfigError, listed, nearest
 from lnpu_torch.float_products import forward_slots
-from lnpu_torch.nn import LAYERS, SPARING, Emulated, emulated_layers
+from lnpu_torch.nn import LAYERS, Emulated, emulated_layers
 from lnpu_torch.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
@@ -27,8 +27,7 @@ def convert(
     """Emulate every layer of a model that can be, in place.
 
     Modules keep their identity: Parameters, hooks, state_dict keys and sharing are untouched. A layer that is
-    emulated already starts anew with its precision. ReLUs and max poolings compute what they did, bit for bit, but on a
-    CPU they save memory (`lnpu_torch.nn.ReLU`, `lnpu_torch.nn.MaxPool2d`).
+    emulated already starts anew with its precision. Other modules are left alone.
 
     Args:
         model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, not subclasses.
@@ -57,10 +56,6 @@ def convert(
         wanted = choice[name]
         if wanted is not None:
             _convert(module, wanted)
-    if emulated_layers(model):
-        for module in model.modules():
-            if type(module) in SPARING:
-                module.__class__ = SPARING[type(module)]
     return model
 
 
@@ -239,5 +234,4 @@ def _revert(module: nn.Module) -> None:
                 f"a layer has become {name} (fully_shard does so with FSDP...): revert or convert before it"
             )
         del module.emulation
-    if isinstance(module, (Emulated, *SPARING.values())):
         module.__class__ = module.torch_class  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from lnpu_torch.geometry import Geometry
 from lnpu_torch.registry import op
 
 
-@op(["counters", "sizes", "lanes"], later=True)
+@op(["counters", "sizes", "lanes"])
 def count_weight_step(
     counters: Tensor,
     sizes: Tensor,
@@ -37,7 +37,7 @@ def count_weight_step(
     _add_lanes(lanes, step, profile)
 
 
-@op(["counters", "sizes", "lanes"], later=True)
+@op(["counters", "sizes", "lanes"])
 def count_grid_step(
     counters: Tensor,
     sizes: Tensor,
@@ -73,7 +73,7 @@ def _counting(sums: Tensor) -> ModuleType:
     return backends.fast_module(sums, "cpu_counting", "gpu") or counting
 
 
-@op(["counters"], later=True)
+@op(["counters"])
 def count_not_run(counters: Tensor, step: int, slots: int) -> None:
     """Count a step that nobody asked for, such as the first layer's grad_input."""
     row = counters[step, counting.NOT_RUN]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers, counting, cpu_lanes, reference, shared_loops, vectors
+from lnpu_torch import buffers, counting, cpu_lanes, reference, shared_loops
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.lane_family import MEMBERS, runs_shape
 from lnpu_torch.precision import Rule
@@ -156,36 +156,6 @@ def turn_half(x: Tensor, out: Tensor, rounds: bool) -> Tensor:
     """A dense float32 tensor in channels_last made contiguous, in memory (which may be x's), rounded if asked."""
     shared_loops.turn_half(team(x.numel()), _memory(x), _memory(out), rounds, x[0, 0].numel(), x.shape[1])
     return out
-
-
-def relu(x: Tensor, out: Tensor) -> Tensor:
-    """ReLU of a dense float32 tensor into `out` (which may be x). Returns one bit per element, for `relu_backward`."""
-    signs = torch.empty(-(-x.numel() // vectors.LANES), dtype=torch.uint16)
-    shared_loops.relu(team(x.numel()), _memory(x), _memory(out), signs.numpy())
-    return signs
-
-
-def relu_backward(error: Tensor, signs: Tensor) -> Tensor:
-    """The gradient of `relu`'s input; `error` lies in memory as x did."""
-    grad = buffers.empty_like(error, error.dtype)
-    shared_loops.relu_backward(team(error.numel()), _memory(error), _memory(grad), signs.numpy())
-    return grad
-
-
-def max_pool(x: Tensor, shape: Sequence[int], *sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`pooling.coded_max_pool`, of results of this shape."""
-    out, codes = buffers.POOL.empty(shape, x.dtype), torch.empty(shape, dtype=torch.uint8)
-    pairs = map(tuple, (x.shape[-2:], shape[-2:], *sizes))
-    shared_loops.max_pool(team(x.numel()), _memory(x), _memory(out), _memory(codes), *pairs)
-    return out, codes
-
-
-def max_pool_backward(error: Tensor, codes: Tensor, shape: Sequence[int], *sizes: Sequence[int]) -> Tensor:
-    """`pooling.coded_max_pool_backward`."""
-    grad = buffers.POOL.empty(shape, error.dtype)
-    pairs = map(tuple, (shape[-2:], error.shape[-2:], *sizes))
-    shared_loops.max_pool_backward(team(grad.numel()), _memory(error), _memory(codes), _memory(grad), *pairs)
-    return grad
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

@@ -56,7 +56,8 @@ REDUCTIONS: dict[str, Formula] = {
     "_unsafe_masked_index_put_accumulate": scatter_add("other", 3),
 }
 ACTIVATIONS: dict[str, Formula] = {
-    **_all("relu threshold threshold_backward", each("activation", 1)),
+    **_all("relu threshold", each("activation", 1)),
+    "threshold_backward": scatter_add("activation"),  # of the output a chip keeps a bit per element, not its value
     **_all("relu6 hardtanh hardtanh_backward leaky_relu leaky_relu_backward _prelu_kernel", each("activation", 2)),
     "_prelu_kernel_backward": each("activation", 3),
     **_all("tanh sigmoid", each("activation", 0, 1)),
@@ -171,16 +172,6 @@ MOVES = frozenset(
 )
 """Ops that move or make data."""
 
-OWN: dict[str, Formula] = {
-    "packed_relu": Formula(
-        "activation", lambda call: (call.args[0].numel(), 0), lambda call: call.args[0], lambda call: call.args[1]
-    ),
-    "packed_relu_backward": each("activation", 1),
-    "coded_max_pool": layer.max_pool(2),
-    "coded_max_pool_backward": scatter_add("pooling"),
-}
-"""What our own ops stand for; all others are the datapath of the multiply-accumulates, or emulation."""
-
 OF_NODE: dict[str, Kind] = {
     "MeanBackward0": "loss",
     "SumBackward0": "loss",
@@ -204,8 +195,8 @@ def find(func: Any) -> Formula | Other:
     space, _, name = full.partition("::")
     if full in SPECIAL or space in SILENT:
         return SPECIAL.get(full, Other.NOTHING)
-    if space == "lnpu":
-        return OWN.get(name, Other.NOTHING)
+    if space == "lnpu":  # the datapath of the multiply-accumulates, or emulation
+        return Other.NOTHING
     name = name.rstrip("_").removeprefix("_foreach_")
     if space == "aten" and name in FORMULAS:
         return FORMULAS[name]

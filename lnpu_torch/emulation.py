@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, buffers, count_ops, counting, lane_ops, ops, product_ops
-from lnpu_torch.backlog import BACKLOG
 from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Precision
 from lnpu_torch.products import Accumulator
@@ -78,36 +77,14 @@ class Emulation:
         self.counting = True
         self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
         self.thresholds = new_thresholds().to(device)
-        self._counters, self._lanes = new_counters().to(device), new_lanes().to(device)
-        self._call_sizes = new_call_sizes()  # stays on the host, where sizes are known
+        self.counters, self.lanes = new_counters().to(device), new_lanes().to(device)
+        self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
         buffers.POOL.serve(self)
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self._counters.device
-
-    @property
-    def counters(self) -> Tensor:
-        """As from `new_counters`, all calls counted."""
-        BACKLOG.settle()
-        return self._counters
-
-    @property
-    def lanes(self) -> Tensor:
-        """As from `new_lanes`, all calls counted."""
-        BACKLOG.settle()
-        return self._lanes
-
-    @property
-    def call_sizes(self) -> Tensor:
-        """As from `new_call_sizes`, all calls counted."""
-        BACKLOG.settle()
-        return self._call_sizes
-
-    def __getstate__(self) -> dict[str, Any]:
-        BACKLOG.settle()
-        return self.__dict__
+        return self.counters.device
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -115,17 +92,16 @@ class Emulation:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors, as `nn.Module._apply` does."""
-        BACKLOG.settle()
-        self.thresholds, self._counters, self._lanes = fn(self.thresholds), fn(self._counters), fn(self._lanes)
+        self.thresholds, self.counters, self.lanes = fn(self.thresholds), fn(self.counters), fn(self.lanes)
         self.histograms = None if self.histograms is None else fn(self.histograms)
 
     def counter(self, step: str) -> tuple[Tensor, Tensor, Tensor, int]:
         """Where a step is counted: counters, the sizes of call that their rows stand for, lane profiles; its place."""
-        return self._counters, self._call_sizes, self._lanes, STEPS.index(step)
+        return self.counters, self.call_sizes, self.lanes, STEPS.index(step)
 
     def not_run(self, step: str, slots: int) -> None:
         """Count a step that nobody asked for."""
-        count_ops.count_not_run(self._counters, STEPS.index(step), slots)
+        count_ops.count_not_run(self.counters, STEPS.index(step), slots)
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""

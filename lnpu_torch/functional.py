@@ -22,10 +22,15 @@ from lnpu_torch import ops
 from lnpu_torch.call import Call
 from lnpu_torch.emulation import Emulation
 from lnpu_torch.hiding import hidden
-from lnpu_torch.pooling import max_pool2d as max_pool2d
 from lnpu_torch.products import Convolution, Linear
-from lnpu_torch.relu import refuse_double_backward
-from lnpu_torch.relu import relu as relu
+
+
+def _refuse_double_backward() -> None:
+    """Raises RuntimeError inside a backward whose own gradient is asked for."""
+    if torch.is_grad_enabled():  # as it is in a backward with create_graph=True alone
+        raise RuntimeError(
+            "double backward (create_graph=True) through an emulated layer is not supported: revert it to torch's own"
+        )
 
 
 class _Emulated(torch.autograd.Function):
@@ -65,7 +70,7 @@ class _Emulated(torch.autograd.Function):
     @staticmethod
     @hidden
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        _refuse_double_backward()
         with _without_autocast(grad_output.device.type):
             return _backward(ctx, grad_output)
 

@@ -138,42 +138,11 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     torch_class = nn.ConvTranspose3d
 
 
-class ReLU(nn.ReLU):
-    """`torch.nn.ReLU`, bit for bit, which keeps one bit per element for its backward (compiled, a byte), and no output.
-
-    Torch's own keeps an output that the next layer keeps as well; an emulated one keeps rounded operands instead.
-    """
-
-    torch_class = nn.ReLU
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As torch's, bit for bit; any shape."""
-        return functional.relu(input, self.inplace)
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """`torch.nn.MaxPool2d`, bit for bit, which on a CPU keeps a byte per result for its backward.
-
-    Torch's own keeps eight, and its input; see `functional.max_pool2d` for when this one does so, too.
-    """
-
-    torch_class = nn.MaxPool2d
-
-    def forward(self, input: Tensor) -> Any:
-        """As torch's, bit for bit: [N, C, H, W] or [C, H, W]."""
-        if self.return_indices:
-            return super().forward(input)
-        return functional.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-
-
 LAYERS: dict[type[nn.Module], type[Emulated]] = {
     layer.torch_class: layer
     for layer in (Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 }
 """The emulated class of each torch class."""
-
-SPARING: dict[type[nn.Module], type[ReLU | MaxPool2d]] = {layer.torch_class: layer for layer in (ReLU, MaxPool2d)}
-"""The class that keeps less for its backward, of each torch class that is not emulated."""
 
 
 def emulated_layers(model: nn.Module) -> dict[str, Emulated]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -160,40 +160,25 @@ def convolution(
 fake("convolution")(inspect.unwrap(convolution))
 
 
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=backends.memory_format(like))
-
-
-@op()
-def unread(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """What stands in for an operand that a step does not read: of its shape, and in the same memory format.
-
-    An op, as dynamo would make each gradient contiguous first, were its memory format asked of it.
-    """
-    return _empty(like, shape)
-
-
-fake("unread")(_empty)
-
-
 def gradients(
     error: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
     shape: Sequence[int],
+    last: bool,
     bias: Sequence[int] | None,
     arguments: tuple[Any, ...],
     mask: Sequence[bool],
-    stand_in: Callable[[Tensor, Sequence[int]], Tensor] = unread,
 ) -> list[Tensor]:
     """Torch's own `convolution_backward`: the gradients of x, weight and bias that the mask asks for.
 
-    One of x and weight is None: it is not read, and of this shape.
+    One of x and weight is None: it is not read, of this shape, and `last` says whether it lies in channels_last, for
+    torch computes in the format of these two.
     """
-    if x is None:
-        x = stand_in(error, shape)
-    elif weight is None:
-        weight = stand_in(x, shape)
+    if x is None or weight is None:
+        form = (torch.channels_last if len(shape) == 4 else torch.channels_last_3d) if last else torch.contiguous_format
+        unread = torch.empty(shape, dtype=error.dtype, device=error.device, memory_format=form)
+        x, weight = unread if x is None else x, unread if weight is None else weight
     grads = torch.ops.aten.convolution_backward(error, x, weight, bias, *arguments, mask)
     return [grad for grad, wanted in zip(grads, mask, strict=True) if wanted]  # oneDNN gives others, too
 
@@ -204,6 +189,7 @@ def convolution_backward(
     x: Tensor | None,
     weight: Tensor | None,
     shape: Sequence[int],
+    last: bool,
     bias: Sequence[int] | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -215,7 +201,7 @@ def convolution_backward(
 ) -> list[Tensor]:
     """`gradients`, unseen by inductor, as `convolution` is."""
     arguments = (stride, padding, dilation, transposed, output_padding, groups)
-    return gradients(error, x, weight, shape, bias, arguments, mask, _empty)
+    return gradients(error, x, weight, shape, last, bias, arguments, mask)
 
 
 fake("convolution_backward")(inspect.unwrap(convolution_backward))

@@ -6,7 +6,6 @@ Where the accumulator is float32 they are torch's own products. In steps without
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from lnpu_torch.geometry import Geometry, part
 ONEDNN = torch.backends.mkldnn.is_available()
 MANY = 2**23
 """Multiplications from which on oneDNN's linear layers are faster than MKL's, up to twice (measured on AMD's Zen 5)."""
-LARGE = 7 * 7
-"""Positions of a grid on which oneDNN convolves faster in channels_last, by a tenth to a half (measured on AVX-512)."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,14 @@ class Linear:
         fresh: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
         return fresh
 
-    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
+    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, last: bool, by: Accumulator) -> Tensor:
         if by.form == "fp32":
             return _linear(error, weight.T, None, by)
         geometry = self.geometry(shape, weight.shape)
         return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(shape)
 
     def grad_weight(
-        self, error: Tensor, x: Tensor, shape: torch.Size, wanted: tuple[bool, bool], by: Accumulator
+        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, bool], by: Accumulator
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         flat, weight_grad = self.grid(error), None
@@ -148,27 +145,28 @@ class Convolution:
             out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
 
-    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, by: Accumulator) -> Tensor:
+    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, last: bool, by: Accumulator) -> Tensor:
+        """The gradient of an input of this shape, which lay in channels_last if `last`."""
         if sizes := self._toeplitz(error, shape, weight.shape, by):
             dense: Tensor = toeplitz.toeplitz("big_from_small", error, weight, sizes)
             return dense
         if by.form == "fp32":
-            return self._backward(error, None, weight, shape, [True, False, False])[0]
+            return self._backward(error, None, weight, shape, last, [True, False, False])[0]
         product = "small_from_big" if self.transposed else "big_from_small"
         return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
 
     def grad_weight(
-        self, error: Tensor, x: Tensor, shape: torch.Size, wanted: tuple[bool, bool], by: Accumulator
+        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, bool], by: Accumulator
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias, as far as `wanted`."""
+        """Gradients of weight (of this shape, in channels_last if `last`) and bias, as far as `wanted`."""
         if by.form == "fp32" and not (by.reordered and error.device.type == "cpu"):
-            grads = iter(self._backward(error, x, None, shape, [False, *wanted]))
+            grads = iter(self._backward(error, x, None, shape, last, [False, *wanted]))
             return next(grads) if wanted[0] else None, next(grads) if wanted[1] else None
         weight_grad = None
         if wanted[0] and (sizes := self._toeplitz(error, x.shape, shape, by)):
             weight_grad = toeplitz.toeplitz("weight_from_both", x, error, sizes)
         elif wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
-            (weight_grad,) = self._backward(error, x, None, shape, [False, True, False])
+            (weight_grad,) = self._backward(error, x, None, shape, last, [False, True, False])
         elif wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
             geometry = self.geometry(x.shape, shape, margin=False)
@@ -184,10 +182,14 @@ class Convolution:
         return part(counts, [slice(0, -size or None) for size in self.margin]) if any(self.margin) else counts
 
     def last(self, x: Tensor, geometry: Geometry, by: Accumulator) -> bool:
-        """Whether operands are laid out in channels_last: products are faster then, but on most small grids."""
+        """Whether operands are laid out in channels_last: where the model's own are, and for Toeplitz products.
+
+        oneDNN is often faster so, but torch 2.13's corrupts the heap in gradients of strided 1x1 weights of fewer than
+        8 channels on AVX2: a layout that the model did not choose must not be forced on its convolutions.
+        """
         if not self._by_onednn(x, by):
             return False
-        if prod(geometry.small) >= LARGE or backends.memory_format(x) == torch.channels_last:
+        if backends.memory_format(x) == torch.channels_last:
             return True
         return not self.transposed and toeplitz.suits(replace(geometry, big=tuple(x.shape[2:])))
 
@@ -238,10 +240,10 @@ class Convolution:
         return geometry.pack() if toeplitz.suits(geometry) else None
 
     def _backward(
-        self, error: Tensor, x: Tensor | None, weight: Tensor | None, shape: torch.Size, mask: list[bool]
+        self, error: Tensor, x: Tensor | None, weight: Tensor | None, shape: torch.Size, last: bool, mask: list[bool]
     ) -> list[Tensor]:
-        """The gradients of x, weight and bias that the mask asks for; x or weight is not read, and of this shape."""
-        operands = (error, x, weight, shape, [error.shape[1]] if mask[2] else None)
+        """The gradients that the mask asks for, as `product_ops.gradients` has them."""
+        operands = (error, x, weight, shape, last, [error.shape[1]] if mask[2] else None)
         if _is_opaque(error):
             return product_ops.convolution_backward(*operands, *self._arguments, mask)  # type: ignore[no-any-return]
         return product_ops.gradients(*operands, self._arguments, mask)

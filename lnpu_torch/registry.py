@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lnpu_torch.backlog import BACKLOG
-
 _LIBRARY = torch.library.Library("lnpu", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -23,9 +21,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def op(
-    mutates: Sequence[str] = (), *tags: torch.Tag, later: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def op(mutates: Sequence[str] = (), *tags: torch.Tag) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as `torch.ops.lnpu.<its name>`, for every device; the schema is read off its signature.
 
     `torch.library.custom_op` does the same and more, in 29 to 45 us a call instead of 5 to 8 (torch 2.13, measured):
@@ -34,7 +30,6 @@ def op(
 
     Args:
         mutates: the arguments that it writes to.
-        later: within `direct`, on a CPU, a call may wait in `BACKLOG`, unless other processes see what it writes to.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,13 +45,7 @@ def op(
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return registered(*args)
-            run = function if _thread.direct else registered
-            if not later:
-                return run(*args)
-            if _thread.direct and args[0].is_cpu and not args[0].untyped_storage().is_shared():
-                return BACKLOG.add(function, args)
-            with BACKLOG.lock:
-                return run(*args)
+            return function(*args) if _thread.direct else registered(*args)
 
         return call
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lnpu_torch import count_loops, lane_loops, loops, pool_loops, threshold_loops, vectors
+from lnpu_torch import count_loops, lane_loops, loops, threshold_loops, vectors
 from lnpu_torch.jit import compiled
 from lnpu_torch.lane_family import LONGEST
 from lnpu_torch.regions import bounds, in_parallel
@@ -106,63 +106,6 @@ def _turn_half(share, shares, x, out, rounds, rows, columns):
     size = rows * columns
     a, b = bounds(len(x) // size, share, shares)
     loops.turn_half(_blocks(x, size, a, b), _blocks(out, size, a, b), rounds, rows, columns)
-
-
-@compiled
-def relu(team, x, out, signs):
-    """`vectors.relu`."""
-    in_parallel(team, _shares(team, len(signs)), _relu, (x, out, signs))
-
-
-@compiled
-def _relu(share, shares, x, out, signs):
-    a, b = bounds(len(signs), share, shares)
-    vectors.relu(_blocks(x, vectors.LANES, a, b), _blocks(out, vectors.LANES, a, b), signs[a:b])
-
-
-@compiled
-def relu_backward(team, error, out, signs):
-    """`vectors.relu_backward`."""
-    in_parallel(team, _shares(team, len(signs)), _relu_backward, (error, out, signs))
-
-
-@compiled
-def _relu_backward(share, shares, error, out, signs):
-    a, b = bounds(len(signs), share, shares)
-    vectors.relu_backward(_blocks(error, vectors.LANES, a, b), _blocks(out, vectors.LANES, a, b), signs[a:b])
-
-
-@compiled
-def max_pool(team, x, out, codes, planes, results, window, stride, padding):
-    """`pool_loops.max_pool`."""
-    arguments = (x, out, codes, planes, results, window, stride, padding)
-    in_parallel(team, _shares(team, len(out) // (results[0] * results[1])), _max_pool, arguments)
-
-
-@compiled
-def _max_pool(share, shares, x, out, codes, planes, results, window, stride, padding):
-    plane, result = planes[0] * planes[1], results[0] * results[1]
-    a, b = bounds(len(out) // result, share, shares)
-    x, out, codes = _blocks(x, plane, a, b), _blocks(out, result, a, b), _blocks(codes, result, a, b)
-    if window == stride == (2, 2) and planes == (2 * results[0], 2 * results[1]):
-        pool_loops.max_pool_of_four(x, out, codes, results[1])
-    else:
-        pool_loops.max_pool(x, out, codes, planes, results, window, stride, padding)
-
-
-@compiled
-def max_pool_backward(team, error, codes, grad, planes, results, window, stride, padding):
-    """`pool_loops.max_pool_backward`."""
-    arguments = (error, codes, grad, planes, results, window, stride, padding)
-    in_parallel(team, _shares(team, len(error) // (results[0] * results[1])), _max_pool_backward, arguments)
-
-
-@compiled
-def _max_pool_backward(share, shares, error, codes, grad, planes, results, window, stride, padding):
-    plane, result = planes[0] * planes[1], results[0] * results[1]
-    a, b = bounds(len(error) // result, share, shares)
-    error, codes, grad = _blocks(error, result, a, b), _blocks(codes, result, a, b), _blocks(grad, plane, a, b)
-    pool_loops.max_pool_backward(error, codes, grad, planes, results, window, stride, padding)
 
 
 @compiled

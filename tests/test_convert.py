@@ -182,11 +182,24 @@ def test_moving_and_casting_the_model_keeps_the_emulation():
     assert model.to("meta")[0].emulation.counters.device.type == "meta"
 
 
-def test_relus_are_swapped_only_beside_emulated_layers():
-    model = lnpu.convert(small_model(), "fgmp", overrides={"*": None})
-    assert type(model[2]) is nn.ReLU
-    assert type(lnpu.convert(model, "fgmp")[2]) is lnpu.nn.ReLU
-    assert type(lnpu.revert(model)[2]) is nn.ReLU
+def test_second_derivatives_of_a_part_left_in_float_are_torchs():
+    critic = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.MaxPool1d(2), nn.Linear(4, 1))
+    expected, x = copy.deepcopy(critic), torch.randn(4, 8)
+    model = lnpu.convert(nn.ModuleDict({"g": nn.Linear(8, 8), "d": critic}), overrides={"d.*": None})
+    penalties = []
+    for net in (expected, model["d"]):
+        inputs = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(net(inputs).sum(), inputs, create_graph=True)
+        grad.norm().backward()
+        penalties.append(net[0].weight.grad)
+    assert torch.equal(*penalties) and penalties[0].any()
+
+
+def test_convert_touches_only_what_it_emulates():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(2), nn.Flatten())
+    before = [type(module) for module in model]
+    lnpu.convert(model)
+    assert [type(module) for module in model][1:] == before[1:] and type(model[0]) is lnpu.nn.Conv2d
 
 
 def test_coverage_warns_of_torchs_fast_path():

@@ -49,10 +49,10 @@ def test_a_small_network_by_hand() -> None:
         ("normalisation", "forward", "native_batch_norm"): (2 * N + 4 * C, N + 2 * C, 5 * N + 15 * C, C),
         # dbeta: 1, dgamma: 3, dx: 4. Error and x are read twice; weight, mean and scale once.
         ("normalisation", "backward", "native_batch_norm_backward"): (4 * N + 3 * C, N + 2 * C, 8 * N + 9 * C, 0),
-        ("activation", "forward", "lnpu::packed_relu"): (N, N, N, 0),
-        ("activation", "backward", "lnpu::packed_relu_backward"): (N, N, N, 0),
-        ("pooling", "forward", "lnpu::coded_max_pool"): (N, N // 4, 3 * N // 4, 0),
-        ("pooling", "backward", "lnpu::coded_max_pool_backward"): (N // 4, N, N // 4, 0),
+        ("activation", "forward", "relu"): (N, N, N, 0),
+        ("activation", "backward", "threshold_backward"): (N, N, N, 0),
+        ("pooling", "forward", "max_pool2d_with_indices"): (N, N // 4, 3 * N // 4, 0),
+        ("pooling", "backward", "max_pool2d_with_indices_backward"): (N // 4, N, N // 4, 0),
         # maximum, difference, exp, sum, difference; a logarithm for each of two rows
         ("loss", "forward", "_log_softmax"): (10, 10, 40, 10 + 2),
         ("loss", "forward", "nll_loss_forward"): (10, 2, 4, 0),

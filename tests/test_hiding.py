@@ -61,12 +61,7 @@ def test_the_ops_inside_layers_are_hidden_and_those_after_an_error_in_one_are_no
     model = network()
     with Names() as watch:
         train(model)
-        assert {name for name in watch.names if name.startswith("lnpu::")} == {
-            "lnpu::packed_relu",
-            "lnpu::packed_relu_backward",
-            "lnpu::coded_max_pool",
-            "lnpu::coded_max_pool_backward",
-        }
+        assert watch.names and not any(name.startswith("lnpu::") for name in watch.names)
         watch.names.clear()
         with pytest.raises(RuntimeError):
             model[5](torch.ones(2, 3))

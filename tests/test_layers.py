@@ -1,6 +1,7 @@
 """Emulated layers against torch's own, against their definition in float64, and their counts against brute force."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -86,19 +87,29 @@ def test_channels_last_stays_torchs(layer, batch):
     lnpu.revert(layer)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(8, 20, 3), nn.Conv2d(8, 6, 3, groups=2), nn.ConvTranspose2d(8, 6, 3)])
-def test_products_are_laid_out_alike_whatever_the_operands(layer):
-    """On a grid so large that a contiguous input is convolved in channels_last, too."""
-    lnpu.convert(layer, "fgmp")
-    x = torch.randn(3, 8, 12, 11)
-    error = torch.randn(lnpu.revert(copy.deepcopy(layer))(x).shape)
-    ours = [
-        run(copy.deepcopy(layer), x.to(memory_format=form), error)
-        for form in (torch.contiguous_format, torch.channels_last)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("lasts", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.Conv2d(16, 20, 3, padding=1), nn.Conv2d(8, 6, 1, stride=2, groups=2), nn.ConvTranspose2d(8, 6, 3)),
+        *(nn.Conv3d(8, 6, 3), nn.Conv2d(8, 8, 3, groups=8)),
+    ],
+    ids=str,
+)
+def test_in_float_it_is_torchs_in_whichever_memory_formats(layer, lasts):
+    """Of input, error and weight: torch chooses by the first and the last."""
+    x = torch.randn(3, layer.in_channels, *(12, 11, 5)[: layer.weight.dim() - 2])
+    error = torch.randn(lnpu.revert(layer)(x).shape)
+    tensors = [
+        each.contiguous(memory_format=LAST[x.dim()] if last else torch.contiguous_format)
+        for each, last in zip((x, error, layer.weight.detach()), lasts, strict=True)
     ]
-    assert all_equal(*ours)
-    assert all(t.is_contiguous() for t in ours[0])
-    assert ours[1][0].is_contiguous(memory_format=torch.channels_last)
+    layer.weight.data = tensors[2]
+    expected = run(layer, *tensors[:2])
+    assert all_equal(run(lnpu.convert(layer, FLOAT), *tensors[:2]), expected)
 
 
 def test_all_operands_in_float_under_autocast(case):

@@ -42,9 +42,9 @@ def steps(product: Convolution, x: Tensor, weight: Tensor, by: Accumulator) -> l
     """The results of all three, and the gradient of a bias."""
     out = product.forward(x, weight, torch.arange(len(weight)).float(), by)
     error = integers(*out.shape, seed=2)
-    weight_grad, bias_grad = product.grad_weight(error, x, weight.shape, (True, True), by)
+    weight_grad, bias_grad = product.grad_weight(error, x, weight.shape, False, (True, True), by)
     assert weight_grad is not None and bias_grad is not None
-    return [out, product.grad_input(error, weight, x.shape, by), weight_grad, bias_grad]
+    return [out, product.grad_input(error, weight, x.shape, False, by), weight_grad, bias_grad]
 
 
 @pytest.mark.filterwarnings("ignore:TF32")

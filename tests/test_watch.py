@@ -63,19 +63,6 @@ def test_evaluation_counts_alike_with_gradients_off_either_way(off: Callable[[],
     }
 
 
-def test_torchs_relu_counts_as_ours_does() -> None:
-    """Double precision takes torch's own."""
-    ours, torchs = step(network()), network().double()
-    with lnpu.CostCounter(torchs) as cost:
-        train(torchs, IMAGES.double())
-    theirs = counted(cost)
-    for phase, op, own in (
-        ("forward", "relu", "lnpu::packed_relu"),
-        ("backward", "threshold_backward", "lnpu::packed_relu_backward"),
-    ):
-        assert theirs["activation", phase, op].operations == ours["activation", phase, own].operations
-
-
 def test_counters_nest_start_anew_and_show_what_they_have_so_far() -> None:
     model = network()
     with lnpu.CostCounter(model) as outer:
