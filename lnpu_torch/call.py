@@ -118,13 +118,15 @@ class Call:
             self.count("grad_input", error, weights, self.product.output_side)
         return self.emulation.result("grad_input", values, self.dtypes[0], self.turned[0])
 
-    def grad_weight(self, error: Operand, kept: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The third step: gradients of weight and bias, from the error and what was kept of the input."""
+    def grad_weight(
+        self, error: Operand, kept: Sequence[Tensor | None], wanted: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """The third step: gradients of weight and bias, as far as wanted, from the error and what was kept of the input."""
         values, position, sample, lanes = kept
         x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
         operands, by = _alike(error.values, x), self.accumulator("grad_weight")
-        results = self.product.grad_weight(*operands, self.shapes[1], self.lasts[1], self.wants[1:], by)
-        if position is not None and sample is not None:
+        results = self.product.grad_weight(*operands, self.shapes[1], self.lasts[1], wanted, by)
+        if wanted[0] and position is not None and sample is not None:
             self.count_grids(error, position, sample, lanes)
         return [
             None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype, turned)

@@ -75,10 +75,30 @@ class _Emulated(torch.autograd.Function):
             return _backward(ctx, grad_output)
 
 
+def _asked(ctx: Any, wants: tuple[bool, bool, bool]) -> tuple[bool, ...]:
+    """Which gradients the running backward asks for, of input, weight and bias.
+
+    `torch.autograd.grad` and `backward(inputs=...)` may ask for fewer than have `requires_grad`. Compiled code computes
+    those that it was compiled for.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return wants
+    nodes = [node for node, _ in ctx.next_functions]
+    return tuple(wanted and _will_run(node) for wanted, node in zip(wants, [*nodes, None], strict=False))
+
+
+def _will_run(node: Any) -> bool:
+    """Whether the running backward comes to a node of autograd's graph."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient `torch.autograd.grad` returns; of another leaf it is said
+        return True
+
+
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     weight, threshold, *kept, seed = ctx.saved_tensors
     call: Call = ctx.call
-    emulation, wants = call.emulation, call.wants
+    emulation, wants = call.emulation, _asked(ctx, call.wants)
     now = tuple(step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted)
     grid = call.product.grid(grad_output)
     errors = call.read("grad_output", grid, seed, now=now)
@@ -92,7 +112,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     elif emulation.counting:
         emulation.not_run("grad_input", call.geometry.slots)
     if wants[1] or wants[2]:
-        grads[1:] = call.grad_weight(errors["grad_weight"], kept)
+        grads[1:] = call.grad_weight(errors["grad_weight"], kept, wants[1:])
     if emulation.counting and not wants[1]:
         emulation.not_run("grad_weight", call.geometry.slots)
     if emulation.training:

@@ -1,18 +1,15 @@
-"""Keeps the ops inside emulated layers from modes that would rather be told of the layers' steps. It counts nothing."""
+"""Lets a dispatch mode observe whole layer passes instead of the ops inside them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lnpu_torch import registry
 
@@ -20,20 +17,38 @@ from lnpu_torch import registry
 class LayerSteps(NamedTuple):
     """What a layer has just done: its forward, or in `backward` both other steps.
 
-    `counted` is how many steps its counters hold more. `bias` is the elements of a bias, 0 without one, that was added
-    to `results` elements; in backward, of its gradient, into which as many errors were summed.
+    `emulation` tells which layer it was. `counted` is how many steps its counters hold more. `bias` is the elements of
+    a bias, 0 without one, that was added to `results` elements; in backward, of its gradient, into which as many errors
+    were summed.
     """
 
+    emulation: Any
     backward: bool
     counted: int
     bias: int
     results: int
 
 
+class _Thread(threading.local):
+    hidden = False
+
+
+_thread = _Thread()
+
+
 class LayerWatcher(TorchDispatchMode):
-    """A mode that sees none of the many ops inside emulated layers, but is told of their steps. Not while `paused`."""
+    """A mode that sees none of the many ops inside emulated layers, but is told of their steps.
+
+    It stays on torch's stack of modes throughout: nothing has to be put back, whatever interrupts a layer. While
+    `blind`, it shall pass ops on without a look.
+    """
 
     paused = False
+
+    @property
+    def blind(self) -> bool:
+        """Whether this thread is inside a layer, or the watcher is paused (for backward's threads, too)."""
+        return _thread.hidden or self.paused
 
     def layer_ran(self, steps: LayerSteps) -> None:
         """What a layer has done, out of sight."""
@@ -41,25 +56,16 @@ class LayerWatcher(TorchDispatchMode):
 
 
 @contextmanager
-def unwatched() -> Iterator[list[LayerWatcher]]:
-    """Within the block this thread's LayerWatchers, which it yields, see nothing.
-
-    Those that no other mode lies above leave the stack of modes, so that ops take no longer than without any mode.
-    """
-    left: list[LayerWatcher] = []
-    while isinstance(mode := _get_current_dispatch_mode(), LayerWatcher):
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        left.append(mode)
-    below = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LayerWatcher) and not mode.paused]
-    for mode in below:
-        mode.paused = True
+def unwatched() -> Iterator[None]:
+    """Within the block this thread's LayerWatchers see nothing."""
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LayerWatcher) and not mode.paused]
     try:
-        yield [*left, *below]
+        for mode in modes:
+            mode.paused = True
+        yield
     finally:
-        for mode in below:
+        for mode in modes:
             mode.paused = False
-        for mode in reversed(left):
-            mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,12 +75,20 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(ctx: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return step(ctx, *args)
-        if not _get_current_dispatch_mode_stack():
-            with registry.direct(args):
-                return step(ctx, *args)
-        with unwatched() as modes, registry.direct(args):
-            result = step(ctx, *args)
-        for mode in modes:
+        modes = _get_current_dispatch_mode_stack()
+        watchers = [mode for mode in modes if isinstance(mode, LayerWatcher) and not mode.blind]
+        others = any(not isinstance(mode, LayerWatcher) for mode in modes)
+        plain = not others and registry.is_plain(args)
+        # where nobody else watches, ops need not ask the modes, which would take longer
+        skip = torch._C._DisableTorchDispatch() if modes and plain else nullcontext()
+        before = _thread.hidden
+        try:
+            _thread.hidden = True
+            with skip, registry.direct(plain):
+                result = step(ctx, *args)
+        finally:
+            _thread.hidden = before
+        for mode in watchers:
             mode.layer_ran(_backward(ctx, args[0], result) if step.__name__ == "backward" else _forward(args, result))
         return result
 
@@ -83,9 +97,9 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forward(args: Any, output: torch.Tensor) -> LayerSteps:
     bias, emulation = args[2], args[4]
-    return LayerSteps(False, int(emulation.counting), 0 if bias is None else bias.numel(), output.numel())
+    return LayerSteps(emulation, False, int(emulation.counting), 0 if bias is None else bias.numel(), output.numel())
 
 
 def _backward(ctx: Any, error: torch.Tensor, gradients: Any) -> LayerSteps:
     bias, emulation = gradients[2], ctx.call.emulation
-    return LayerSteps(True, 2 * int(emulation.counting), 0 if bias is None else bias.numel(), error.numel())
+    return LayerSteps(emulation, True, 2 * int(emulation.counting), 0 if bias is None else bias.numel(), error.numel())

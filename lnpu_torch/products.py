@@ -73,7 +73,7 @@ class Linear:
         return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(shape)
 
     def grad_weight(
-        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, bool], by: Accumulator
+        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, ...], by: Accumulator
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         flat, weight_grad = self.grid(error), None
@@ -156,7 +156,7 @@ class Convolution:
         return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
 
     def grad_weight(
-        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, bool], by: Accumulator
+        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, ...], by: Accumulator
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight (of this shape, in channels_last if `last`) and bias, as far as `wanted`."""
         if by.form == "fp32" and not (by.reordered and error.device.type == "cpu"):

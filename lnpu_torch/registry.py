@@ -8,7 +8,6 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _LIBRARY = torch.library.Library("lnpu", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -58,18 +57,19 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-class direct:
-    """Within the block this thread's ops on tensors such as those among `args` are plain calls, if nobody could tell.
+def is_plain(args: Iterable[Any]) -> bool:
+    """Whether all tensors among these are torch's own, of real memory."""
+    return all(type(x) in _PLAIN and (x.is_cpu or x.is_cuda) for x in args if isinstance(x, torch.Tensor))
 
-    That is, outside of autograd, of modes and profiles that see each op, and for torch's own tensors of real memory.
+
+class direct:
+    """Within the block this thread's ops are plain calls, if that is `wanted` and nobody could tell.
+
+    That is, outside of autograd and of profiles. Wanted it may be for plain tensors, if no mode of torch's sees each op.
     """
 
-    def __init__(self, args: Iterable[Any]) -> None:
-        watched = (
-            _get_current_dispatch_mode_stack() or torch._C._autograd._profiler_enabled() or torch.is_grad_enabled()
-        )
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        self._wanted = not watched and all(type(x) in _PLAIN and (x.is_cpu or x.is_cuda) for x in tensors)
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted and not (torch._C._autograd._profiler_enabled() or torch.is_grad_enabled())
 
     def __enter__(self) -> None:
         self._before, _thread.direct = _thread.direct, self._wanted
