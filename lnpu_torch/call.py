@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, count_ops, product_ops
-from lnpu_torch.emulation import Emulation, Operand
+from lnpu_torch.emulation import Emulation, Operand, counting_lock
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.products import Accumulator, Convolution, Linear
 
@@ -92,14 +92,16 @@ class Call:
         """Count forward or grad_input, the product of a weight and the grid on one side."""
         position = grid.position.squeeze(1)
         counts = self.product.cut(position) if step == "forward" else position, _over(weight, side)
-        count_ops.count_weight_step(*self.emulation.counter(step), *counts, grid.lanes, self.sizes, side)
+        with counting_lock(self.emulation):
+            count_ops.count_weight_step(*self.emulation.counter(step), *counts, grid.lanes, self.sizes, side)
 
     def count_grids(self, error: Operand, position: Tensor, sample: Tensor, lanes: Tensor | None) -> None:
         """Count grad_weight, the product of the error and the input, of which these counts were kept."""
         first = self.product.input_side
         sides = {first: (position, sample), self.product.output_side: (error.position.squeeze(1), error.sample)}
         counter = self.emulation.counter("grad_weight")
-        count_ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
+        with counting_lock(self.emulation):
+            count_ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
 
     def forward(self, x: Operand, original: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
         """The first step, its result not yet rounded."""
@@ -121,7 +123,7 @@ class Call:
     def grad_weight(
         self, error: Operand, kept: Sequence[Tensor | None], wanted: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        """The third step: gradients of weight and bias, as far as wanted, from the error and what was kept of the input."""
+        """The third step: the wanted gradients of weight and bias, from the error and what was kept of the input."""
         values, position, sample, lanes = kept
         x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
         operands, by = _alike(error.values, x), self.accumulator("grad_weight")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,16 +17,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnpu_torch.config import ConfigError, listed, nearest
-from lnpu_torch.float_products import forward_slots
-from lnpu_torch.nn import LAYERS, Emulated, emulated_layers
+from lnpu_torch.float_products import forward_macs
+from lnpu_torch.nn import LAYERS, LISTENERS, Emulated, emulate, emulated_layers, restore, torch_layer, unwrapped
 from lnpu_torch.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
 Model = TypeVar("Model", bound=nn.Module)
 
 
+_LEFT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Layers that a `convert` was told to leave in float."""
+
+
 def convert(
-    model: Model, chosen: PrecisionLike | None = "fgmp", *, overrides: Mapping[str, PrecisionLike | None] | None = None
+    model: Model,
+    chosen: PrecisionLike | None = "fgmp",
+    *,
+    overrides: Mapping[str, PrecisionLike | None] | None = None,
+    only_new: bool = False,
 ) -> Model:
     """Emulate every layer of a model that can be, in place.
 
@@ -30,17 +42,22 @@ def convert(
     emulated already starts anew with its precision. Other modules are left alone.
 
     Args:
-        model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, not subclasses.
+        model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, and subclasses that
+            have no forward of their own.
         chosen: "fgmp", "fp8", "fp16", a YAML file, a `Rule` for all operands, a `Precision`, or None to convert only
             what `overrides` name.
         overrides: precision by layer name or pattern ("fc", "layer1.*"); None leaves a layer in float. The last
             pattern that matches a layer holds.
+        only_new: leave layers as they are that are emulated already, or were left in float by an earlier `convert`.
 
     Returns:
         The same model.
 
     Raises:
         ConfigError: unknown precision, or a pattern that matches no layer.
+
+    Warns:
+        UserWarning: no layer can be emulated; `coverage` says why.
     """
     default = None if chosen is None else precision(chosen)
     layers = {name: module for name, module in model.named_modules() if _convertible(module)}
@@ -51,11 +68,18 @@ def convert(
             hint = nearest(pattern, layers) or f" (such as {listed(list(layers)[:3])})"
             raise ConfigError(f"override {pattern!r} matches no layer that can be emulated{hint}")
         choice |= dict.fromkeys(matches, None if value is None else precision(value))
-    for name, module in layers.items():
-        _revert(module)
-        wanted = choice[name]
-        if wanted is not None:
-            _convert(module, wanted)
+    if not layers:
+        warnings.warn(f"no layer of this model was converted: {why_nothing_is_emulated(model)}", stacklevel=2)
+    with _changing_layers():
+        for name, module in layers.items():
+            if only_new and (isinstance(module, Emulated) or module in _LEFT):
+                continue
+            _revert(module)
+            wanted = choice[name]
+            if wanted is None:
+                _LEFT.add(module)
+            else:
+                _convert(module, wanted)
     return model
 
 
@@ -65,9 +89,23 @@ def revert(model: Model) -> Model:
     Raises:
         ConfigError: a layer's class was changed since, as `fully_shard` does.
     """
-    for module in model.modules():
-        _revert(module)
+    with _changing_layers():
+        for module in model.modules():
+            _revert(module)
+            _LEFT.discard(module)
     return model
+
+
+@contextmanager
+def _changing_layers() -> Iterator[None]:
+    """Around a change of which layers are emulated: open counters look at the model before and after it."""
+    for listen in tuple(LISTENERS):
+        listen()
+    try:
+        yield
+    finally:
+        for listen in tuple(LISTENERS):
+            listen()
 
 
 def thresholds(model: nn.Module) -> dict[str, Tensor]:
@@ -109,11 +147,14 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class FloatProduct:
-    """Multiplications outside emulated layers: the module that does them, torch's op, slots in one forward pass."""
+    """Multiplications outside emulated layers: the module that does them, torch's op, slots in one forward pass.
+
+    `slots` is None for an op that reads weights, and of which nobody knows how it multiplies.
+    """
 
     layer: str
     op: str
-    slots: int
+    slots: int | None
 
 
 @dataclass(frozen=True)
@@ -148,31 +189,59 @@ class Coverage:
         return "\n".join([*lines, *self._product_lines(), *self.notes])
 
     def _product_lines(self) -> list[str]:
-        if self.products is None or not self.slots:
+        if not self.products and not self.slots:
             return []
-        outside = sum(product.slots for product in self.products)
-        lines = [f"{outside:,} of {self.slots:,} slots of a forward pass in float ({outside / self.slots:.1%}):"]
+        assert self.products is not None
+        outside = sum(product.slots or 0 for product in self.products)
+        unknown = any(product.slots is None for product in self.products)
+        share = f"{outside / self.slots:.1%}" if self.slots else "unknown"
+        least = "at least " if unknown else ""
+        lines = [f"{least}{outside:,} of {self.slots:,} slots of a forward pass in float ({least}{share}):"]
         width = max((len(product.layer) for product in self.products), default=0)
-        rows = [f"  {each.layer or '(model)':<{width}}  {each.op}  {each.slots:,}" for each in self.products]
+        rows = [
+            f"  {each.layer or '(model)':<{width}}  {each.op}  "
+            + ("an unknown number" if each.slots is None else f"{each.slots:,}")
+            for each in self.products
+        ]
         return lines + (rows or ["  none"])
 
 
-def coverage(model: nn.Module, *inputs: Any) -> Coverage:
+def coverage(model: nn.Module, *inputs: Any, **named: Any) -> Coverage:
     """Which layers are emulated, and why the others stayed in float. Layers are modules with weights of their own.
 
     Args:
-        inputs: a batch, to see which multiplications of a forward pass in training mode are in float too, attention's
-            among them. A copy of the model runs it in float. Of a product whose operands both have gradients, backward
-            does twice as many. Not seen are products of a matrix and a vector, and ops that are others' own.
+        inputs, named: a batch, as the model takes it (`coverage(model, images)`, `coverage(model, **batch)`), to see
+            which multiplications of a forward pass in training mode are in float too, attention's among them. A copy of
+            the model runs it in float. Of a product whose operands both have gradients, backward does twice as many.
     """
+    model = unwrapped(model)
     bypassed = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
     rows, notes = tuple(_rows(model)), ((UNSEEN, BYPASSED) if bypassed else (UNSEEN,))
-    if not inputs:
+    if not inputs and not named:
         return Coverage(rows, notes)
-    slots = forward_slots(revert(copy.deepcopy(model)), inputs)
+    slots = forward_macs(revert(_copied(model)), inputs, named)
     emulated = emulated_layers(model)
     products = [FloatProduct(*place, count) for place, count in slots.items() if place[0] not in emulated]
-    return Coverage(rows, notes, tuple(products), sum(slots.values()))
+    return Coverage(rows, notes, tuple(products), sum(count or 0 for count in slots.values()))
+
+
+def _copied(model: Model) -> Model:
+    """A deep copy, of pruned layers too: torch refuses to copy the weights that it computed for them."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
+def why_nothing_is_emulated(model: nn.Module) -> str:
+    """What to do, for a model without emulated layers, or why nothing can be done."""
+    reasons = Counter(f"{row.kind}: {row.reason}" for row in _rows(unwrapped(model)) if not row.emulated)
+    if not reasons:
+        return "it has no layers with weights"
+    if any(_convertible(module) for module in model.modules()):
+        return "call lnpu_torch.convert(model, ...) first"
+    most = [f"{reason} ({count} x)" if count > 1 else reason for reason, count in reasons.most_common(5)]
+    more = f"; and {len(reasons) - 5} reasons more" if len(reasons) > 5 else ""
+    return "; ".join(most) + more
 
 
 def _rows(model: nn.Module) -> Iterator[CoverageRow]:
@@ -180,10 +249,11 @@ def _rows(model: nn.Module) -> Iterator[CoverageRow]:
         if any(isinstance(part, parametrize.ParametrizationList) for part in _ancestors(model, name)):
             continue
         owned = list(module.parameters(recurse=parametrize.is_parametrized(module)))
-        if owned or type(module) in LAYERS:
+        if owned or torch_layer(module):
             count = sum(p.numel() for p in owned if not isinstance(p, nn.parameter.UninitializedParameter))
             kind = type(module).__name__.removeprefix("Parametrized")
-            yield CoverageRow(name or "(model)", kind, isinstance(module, Emulated), _reason(module), count)
+            reason = _reason(module, model)
+            yield CoverageRow(name or "(model)", kind, isinstance(module, Emulated), reason, count)
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -192,46 +262,51 @@ def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield model.get_submodule(".".join(parts[:end]))
 
 
-def _reason(module: nn.Module) -> str:
+def _reason(module: nn.Module, model: nn.Module) -> str:
     """Why a module is not emulated; nothing for one that is."""
     if isinstance(module, Emulated):
         return ""
-    if parametrize.is_parametrized(module):
-        return "parametrized: its class is made on the fly; remove the parametrization first"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its shapes are not known yet; run one batch first"
-    if isinstance(module, nn.MultiheadAttention | nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
         return "attention's projections are functional calls"
-    if type(module) in LAYERS:
-        return "left in float by choice"
+    if torch_layer(module) and not _has_torchs_weight(module):
+        return f"its weight is a {type(module.weight).__name__}, which the emulation cannot read"
+    if _convertible(module):
+        if module in _LEFT:
+            return "left in float by choice"
+        return "added since: call convert again" if emulated_layers(model) else "not converted"
     if isinstance(module, tuple(LAYERS)):
-        return f"a subclass of {_torch_class(module).__name__}, whose own forward would be lost"
+        base = next(cls for cls in type(module).__mro__ if cls in LAYERS)
+        return f"a subclass of {base.__name__}, whose own forward would be lost"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Bilinear):
         return "no emulated layer of this kind"
-    if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.PReLU | nn.Embedding):
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.PReLU):
         return "element operations, not multiply-accumulate"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "looks rows up, no multiply-accumulate"
     return "not a layer of torch's; what it computes with its parameters is not seen"
 
 
-def _torch_class(module: nn.Module) -> type:
-    return next(cls for cls in type(module).__mro__ if cls in LAYERS)
-
-
 def _convertible(module: nn.Module) -> bool:
-    return isinstance(module, Emulated) or type(module) in LAYERS
+    if isinstance(module, Emulated):
+        return True
+    return torch_layer(module) is not None and _has_torchs_weight(module)
+
+
+def _has_torchs_weight(module: nn.Module) -> bool:
+    """Whether the weight, or what a parametrization computes it from, is no tensor of somebody else's making."""
+    known = (Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter)
+    weight = module._parameters.get("weight", vars(module).get("weight"))
+    return weight is None or type(weight) in known or type(weight).__module__.startswith("torch.")
 
 
 def _convert(module: nn.Module, chosen: Precision) -> None:
-    module.__class__ = LAYERS[type(module)]
+    emulate(module)
     cast(Emulated, module).start(chosen)
 
 
 def _revert(module: nn.Module) -> None:
-    if isinstance(module, Emulated):
-        if type(module) is not LAYERS[module.torch_class]:
-            name = type(module).__name__
-            raise ConfigError(
-                f"a layer has become {name} (fully_shard does so with FSDP...): revert or convert before it"
-            )
-        del module.emulation
-        module.__class__ = module.torch_class  # type: ignore[assignment]
+    if isinstance(module, Emulated) and not restore(module):
+        name = type(module).__name__
+        raise ConfigError(f"a layer has become {name} (fully_shard does so with FSDP...): revert or convert before it")

@@ -9,8 +9,8 @@ from typing import Self
 from torch import nn
 
 from lnpu_torch.chip import Chip
-from lnpu_torch.counters import Snapshot, difference, snapshot
-from lnpu_torch.counts import Counts
+from lnpu_torch.counters import LayerLedger
+from lnpu_torch.counts import Counts, FloatProduct
 from lnpu_torch.elements import NotCounted
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report
@@ -18,25 +18,27 @@ from lnpu_torch.watch import Watch
 
 
 class CostCounter:
-    """Counts what a converted model does inside a `with` block; such blocks nest.
+    """Counts what a converted model does inside a `with` block; such blocks nest, and may overlap.
 
-    Multiply-accumulates are the difference of two snapshots of the layers' own counters: no hooks, no synchronisation
-    on the way. Operations on elements (normalisation, activations, the optimizer ...) are seen as torch's ops run in
-    this thread, and in its backward; under torch.compile they are not, and counts say so. It can be entered again, and
-    then starts anew.
+    Multiply-accumulates are the difference of the layers' own counters before and after: no hooks on their calls, no
+    synchronisation on the way. Layers that come, go, are converted again or reverted in the block are counted; one that
+    differs from an earlier one of its name is "fc (2)". Operations on elements (normalisation, activations, the
+    optimizer ...) are seen as torch's ops run in this thread, and in its backward; under torch.compile they are not,
+    and counts say so. Of counters of different models that are open together, the one opened last counts them. A
+    counter can be entered again, and then starts anew.
     """
 
     def __init__(self, model: nn.Module, *, elements: bool = True) -> None:
         """Count what `model` does; `elements=False` leaves out operations on elements, which takes no time at all."""
         self._model, self._elements = model, elements
+        self._ledger: LayerLedger | None = None
         self._watch: Watch | None = None
-        self._before: Snapshot | None = None
-        self._after: Snapshot | None = None
 
     def __enter__(self) -> Self:
         """Start. Raises ConfigError if the model has no emulated layer."""
-        self._before, self._after = snapshot(self._model), None
-        self._watch = Watch() if self._elements else None
+        self._stop()
+        self._ledger = LayerLedger(self._model)
+        self._watch = Watch(self._ledger.owns, self._ledger.layers) if self._elements else None
         if self._watch:
             self._watch.start()
         return self
@@ -44,19 +46,27 @@ class CostCounter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._watch:
             self._watch.stop()
-        self._after = snapshot(self._model)
+        if self._ledger:
+            self._ledger.close()
 
     @property
     def counts(self) -> Counts:
         """What was done so far inside the block, or, after it, in all of it. Raises RuntimeError before the block."""
-        if self._before is None:
+        if self._ledger is None:
             raise RuntimeError("nothing was counted: run the model inside `with CostCounter(model) as cost:`")
-        counts = difference(self._before, self._after or snapshot(self._model))
+        counts = self._ledger.counts()
+        if not self._watch:
+            return counts.model_copy(update={"elements": NotCounted(reason="CostCounter(elements=False)")})
         calls = sum(entry.calls for entry in counts.steps)
-        seen = self._watch.verdict(calls) if self._watch else NotCounted(reason="CostCounter(elements=False)")
-        return counts.model_copy(update={"elements": seen})
+        products = sorted(self._watch.products.items()) if self._watch.sees_products(calls) else None
+        in_float = products and {op: FloatProduct(calls=times, macs=macs) for op, (times, macs) in products}
+        seen = {"elements": self._watch.result(calls), "in_float": {} if products == [] else in_float}
+        return counts.model_copy(update=seen)
 
     def report(self, chip: str | Path | Chip = "lnpu") -> Report:
         """`price(counts, chip)`. Raises ConfigError for an unknown or wrong chip."""

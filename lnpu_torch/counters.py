@@ -1,56 +1,122 @@
-"""From the counters on the device to `Counts`: snapshots, and what lies between two of them."""
+"""From the counters on the device to `Counts`: what a model's layers did since a ledger was opened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import os
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from lnpu_torch.config import ConfigError
+from lnpu_torch.convert import why_nothing_is_emulated
 from lnpu_torch.counts import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
 from lnpu_torch.lane_profile import LaneProfile
-from lnpu_torch.nn import Emulated, emulated_layers
+from lnpu_torch.nn import LISTENERS, Emulated, emulated_layers, unwrapped
 from lnpu_torch.watch import unwatched
 
+_PROCESS = uuid.uuid4().hex  # a forked process has its parent's
+_SERIALS = itertools.count()
+_MODELS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""A number for each model of this process that was counted."""
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's counters at one moment, and what is needed to name them."""
 
+class Counted(NamedTuple):
+    """A layer's counters at one moment, on its device."""
+
+    counters: Tensor
+    lanes: Tensor
+    call_sizes: Tensor
+
+    @classmethod
+    def of(cls, emulation: Any) -> Self:
+        """A copy; the host waits for nothing."""
+        return cls(emulation.counters.clone(), emulation.lanes.clone(), emulation.call_sizes.clone())
+
+
+@dataclass
+class Life:
+    """A layer from one conversion to the next: what names its counts, and its counters when the ledger first saw it."""
+
+    name: str
     kind: str
     wide: dict[tuple[str, str], str]
-    counters: Tensor
-    call_sizes: Tensor
     channels: dict[str, int]
-    lanes: Tensor
+    emulation: Any
+    before: Counted | None
+    after: Counted | None = None
 
 
-Snapshot = dict[str, Layer]
+class LayerLedger:
+    """What a model's emulated layers do from `open` to `close`.
 
-
-def snapshot(model: nn.Module) -> Snapshot:
-    """The counters of a model's emulated layers, copied on their devices; the host waits for nothing.
-
-    Raises:
-        ConfigError: no layer of the model is emulated.
+    Layers may come, go, be converted again or reverted meanwhile: each life of a layer is accounted for.
     """
-    layers = emulated_layers(model)
-    if not layers:
-        raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
-    return {
-        name: Layer(
-            layer.torch_class.__name__,
-            _wide(layer),
-            layer.emulation.counters.clone(),
-            layer.emulation.call_sizes.clone(),
-            _channels(layer),
-            layer.emulation.lanes.clone(),
-        )
-        for name, layer in layers.items()
-    }
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises ConfigError if no layer of the model is emulated."""
+        if not emulated_layers(model):
+            raise ConfigError(f"no layer of this model is emulated: {why_nothing_is_emulated(model)}")
+        self._model, self._lives = model, dict[int, Life]()
+        self._joining: dict[int, tuple[Any, Counted]] = {}  # layers as they were when they were put into a module
+        self._closed = False
+        self._look(Counted.of)
+        self._hook = register_module_module_registration_hook(self._registered)
+        LISTENERS.append(self._changed)
+
+    def close(self) -> None:
+        """Count no more; the host waits for nothing."""
+        if self._closed:
+            return
+        self._hook.remove()
+        LISTENERS.remove(self._changed)
+        self._changed()
+        for life in self._lives.values():
+            life.after = Counted.of(life.emulation)
+        self._joining.clear()
+        self._closed = True
+
+    def owns(self, emulation: Any) -> bool:
+        """Whether an emulation is, or was, one of the model's layers."""
+        if id(emulation) not in self._lives and id(emulation) in self._joining:
+            self._changed()
+        return id(emulation) in self._lives
+
+    def layers(self) -> set[int]:
+        """The ids of the emulations of the model's layers."""
+        return set(self._lives)
+
+    def counts(self) -> Counts:
+        """What was done so far, or, once closed, in all."""
+        if not self._closed:
+            self._changed()
+        return Counts.merge([_counts(life, self._model) for life in self._lives.values()])
+
+    def _changed(self) -> None:
+        """Find layers that are new. They began at zero, or as they were when they were put in their place."""
+        self._look(lambda emulation: self._joining.pop(id(emulation), (None, None))[1])
+
+    def _look(self, before: Callable[[Any], Counted | None]) -> None:
+        for name, layer in emulated_layers(self._model).items():
+            emulation = layer.emulation
+            if id(emulation) not in self._lives:
+                facts = (name, layer.torch_class.__name__, _wide(layer), _channels(layer))
+                self._lives[id(emulation)] = Life(*facts, emulation, before(emulation))
+
+    def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        """A module becomes part of another one, perhaps of the model."""
+        if self._joining:
+            self._changed()
+        for layer in child.modules() if child is not None else ():
+            if isinstance(layer, Emulated) and id(layer.emulation) not in self._lives:
+                self._joining[id(layer.emulation)] = (layer.emulation, Counted.of(layer.emulation))
 
 
 @contextmanager
@@ -73,31 +139,38 @@ def uncounted(model: nn.Module) -> Iterator[None]:
             each.counting = was
 
 
-def difference(before: Snapshot, after: Snapshot) -> Counts:
-    """What was done between two snapshots. A layer that is not in the first began at zero."""
-    entries = []
-    for name, layer in after.items():
-        counters, lanes, sizes = layer.counters.cpu(), layer.lanes.cpu(), layer.call_sizes.clone()
-        if name in before:
-            counters, lanes = counters - before[name].counters.cpu(), lanes - before[name].lanes.cpu()
-            sizes[:, -1] -= before[name].call_sizes[:, -1]
-        for index, step in enumerate(STEPS):
-            if counters[index].any():
-                entries.append(_entry(name, layer, step, counters[index], sizes[index], lanes[index].tolist()))
-    return Counts(steps=tuple(entries))
+def _counts(life: Life, model: nn.Module) -> Counts:
+    """What was done in one life of a layer."""
+    after = life.after or Counted.of(life.emulation)
+    counters, lanes, sizes = _values(after.counters), _values(after.lanes), after.call_sizes.clone()
+    if life.before:
+        counters, lanes = counters - _values(life.before.counters), lanes - _values(life.before.lanes)
+        sizes[:, -1] -= life.before.call_sizes[:, -1]
+    steps = [
+        _entry(life, step, counters[index], sizes[index], lanes[index].tolist())
+        for index, step in enumerate(STEPS)
+        if counters[index].any()
+    ]
+    serial = _MODELS.setdefault(unwrapped(model), next(_SERIALS))
+    return Counts(steps=tuple(steps)).of_model((_PROCESS, os.getpid(), serial))
 
 
-def _entry(name: str, layer: Layer, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:
+def _values(counters: Tensor) -> Tensor:
+    """Counters on the host; on the meta device nothing can have been counted."""
+    return torch.zeros(counters.shape, dtype=counters.dtype) if counters.is_meta else counters.cpu()
+
+
+def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:
     values = rows.sum(0).tolist()
     calls, slots, padding, not_run = values[:4]
     table, elements = values[4:13], (values[13:16], values[16:19])
     first, second = (
-        _operand(layer, step, name, *each) for name, *each in zip(OPERANDS[step], elements, lanes, strict=True)
+        _operand(life, step, name, *each) for name, *each in zip(OPERANDS[step], elements, lanes, strict=True)
     )
     return StepCounts.model_validate(
         {
-            "layer": name,
-            "kind": layer.kind,
+            "layer": life.name,
+            "kind": life.kind,
             "step": step,
             "calls": calls,
             "slots": slots,
@@ -111,11 +184,11 @@ def _entry(name: str, layer: Layer, step: Step, rows: Tensor, sizes: Tensor, lan
     )
 
 
-def _operand(layer: Layer, step: Step, name: str, elements: list[int], lanes: list[int]) -> Operand:
+def _operand(life: Life, step: Step, name: str, elements: list[int], lanes: list[int]) -> Operand:
     profile = None
-    if name in layer.channels:
-        profile = LaneProfile(channels=layer.channels[name], lane_cycles=tuple(lanes))
-    return Operand(wide=layer.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
+    if name in life.channels:
+        profile = LaneProfile(channels=life.channels[name], lane_cycles=tuple(lanes))
+    return Operand(wide=life.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
 
 
 def _by_size(rows: list[list[int]], sizes: list[list[int]]) -> tuple[Calls, ...]:

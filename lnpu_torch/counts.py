@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate, write_text
 from lnpu_torch.elements import Elements, NotCounted
 from lnpu_torch.elements import merge as merge_elements
 from lnpu_torch.lane_profile import LaneProfile
 
-VERSION: Literal[2] = 2
-"""Version of the file format. A file of version 1, which had no lane profiles, is read; of another one, refused."""
+VERSION: Literal[3] = 3
+"""Version of the file format. Files of version 1, without lane profiles, and of 2, without `in_float`, are read."""
 
 Step = Literal["forward", "grad_input", "grad_weight"]
 STEPS: tuple[Step, ...] = ("forward", "grad_input", "grad_weight")
@@ -66,6 +67,25 @@ class Calls(Frozen):
     second: Triple
 
 
+class Origin:
+    """Of which model counts are, while they are in memory: its process, and its number there. It makes none unequal."""
+
+    def __init__(self, model: tuple[str, int, int] | None = None) -> None:
+        self.model = model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def differs(self, other: Origin) -> bool:
+        """Whether two are known to be different models. Those of different processes may be ranks of one."""
+        if self.model is None or other.model is None:
+            return False
+        return self.model[:2] == other.model[:2] and self.model != other.model
+
+
 class StepCounts(Frozen):
     """One step of one layer, summed over all its calls.
 
@@ -86,6 +106,7 @@ class StepCounts(Frozen):
     first: Operand
     second: Operand
     by_size: tuple[Calls, ...] = ()
+    _origin: Origin = PrivateAttr(Origin())
 
     @model_validator(mode="after")
     def _sizes_close(self) -> Self:
@@ -102,11 +123,15 @@ class StepCounts(Frozen):
             raise ValueError(f"{self.layer} {self.step}: slots {self.slots} are not pairs + padding + not_run")
         return self
 
+    def fits(self, other: StepCounts) -> bool:
+        """Whether both can be of one layer in one state: of equal kind, formats and channels, and of one model."""
+        channels = [{a.lanes.channels, b.lanes.channels} for a, b in _operands(self, other) if a.lanes and b.lanes]
+        formats = all(a.wide == b.wide for a, b in _operands(self, other))
+        alike = self.kind == other.kind and formats and all(len(each) == 1 for each in channels)
+        return alike and not self._origin.differs(other._origin)
+
     def __add__(self, other: StepCounts) -> StepCounts:
-        for name in ("kind", "first.wide", "second.wide"):
-            mine, theirs = _get(self, name), _get(other, name)
-            if mine != theirs:
-                raise ConfigError(f"{self.layer} {self.step}: {name} differs, {mine!r} and {theirs!r}: not one model")
+        """The sum of two that fit."""
         return self.model_copy(
             update={
                 **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "slots", "padding", "not_run")},
@@ -118,18 +143,30 @@ class StepCounts(Frozen):
         )
 
 
+class FloatProduct(Frozen):
+    """Calls of one torch op that multiplied and accumulated outside of emulated layers."""
+
+    calls: Annotated[int, Field(ge=1)]
+    macs: Count
+
+    def __add__(self, other: FloatProduct) -> FloatProduct:
+        return FloatProduct(calls=self.calls + other.calls, macs=self.macs + other.macs)
+
+
 class Counts(Frozen):
     """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
 
     Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
     `elements` is what ran besides multiply-accumulates, or why that was not counted.
+    `in_float` are multiply-accumulates outside of emulated layers, by torch op; None where nobody looked.
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
 
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     extrapolated: bool = False
     steps: tuple[StepCounts, ...]
     elements: Elements | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
+    in_float: dict[str, FloatProduct] | None = None
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
@@ -150,20 +187,35 @@ class Counts(Frozen):
 
     @classmethod
     def merge(cls, parts: Iterable[Counts]) -> Counts:
-        """The sum of counts of one model, as from several epochs or ranks.
+        """The sum of counts, as from several epochs or ranks.
 
-        Raises:
-            ConfigError: a layer's kind or number format differs between the parts.
+        Layers of one name that cannot be the same are kept apart, the second as "fc (2)": those of another kind or
+        number of channels (a new head), with other operands in float (another precision), or of another model of this
+        process (a GAN's two networks).
         """
-        parts, merged = list(parts), dict[tuple[str, Step], StepCounts]()
-        for entry in (entry for part in parts for entry in part.steps):
-            key = (entry.layer, entry.step)
-            merged[key] = merged[key] + entry if key in merged else entry
+        parts, merged = list(parts), dict[str, dict[Step, StepCounts]]()
+        for part in parts:
+            for name, entries in part._layers().items():
+                _add_layer(merged, name, entries)
+        seen = [part.in_float for part in parts]
         return cls(
-            steps=tuple(merged.values()),
+            steps=tuple(entry for entries in merged.values() for entry in entries.values()),
             elements=merge_elements([part.elements for part in parts]),
+            in_float=None if None in seen else _sum_products([each for each in seen if each]),
             extrapolated=any(part.extrapolated for part in parts),
         )
+
+    def of_model(self, model: tuple[str, int, int]) -> Counts:
+        """The same counts, known to be of this model as long as they are in memory: its process, and a number."""
+        for entry in self.steps:
+            entry._origin = Origin(model)
+        return self
+
+    def _layers(self) -> dict[str, dict[Step, StepCounts]]:
+        layers: dict[str, dict[Step, StepCounts]] = {}
+        for entry in self.steps:
+            layers.setdefault(entry.layer, {})[entry.step] = entry
+        return layers
 
     def save(self, path: str | Path) -> None:
         """Write versioned JSON, whole or not at all. Raises ConfigError."""
@@ -205,8 +257,24 @@ def _add(a: Triple, b: Triple) -> Triple:
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
 
 
-def _get(entry: StepCounts, dotted: str) -> object:
-    value: object = entry
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value
+def _operands(a: StepCounts, b: StepCounts) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
+    return (a.first, b.first), (a.second, b.second)
+
+
+def _add_layer(merged: dict[str, dict[Step, StepCounts]], name: str, entries: dict[Step, StepCounts]) -> None:
+    """Add a layer's steps to those of the first layer of its name that they fit; under a name of its own if to none."""
+    for number in itertools.count(1):
+        known = merged.setdefault(name if number == 1 else f"{name} ({number})", {})
+        if all(known[step].fits(entry) for step, entry in entries.items() if step in known):
+            break
+    for step, entry in entries.items():
+        layer = name if number == 1 else f"{name} ({number})"
+        named = entry if entry.layer == layer else entry.model_copy(update={"layer": layer})
+        known[step] = known[step] + named if step in known else named
+
+
+def _sum_products(parts: Iterable[dict[str, FloatProduct]]) -> dict[str, FloatProduct]:
+    sums: dict[str, FloatProduct] = {}
+    for op, product in (item for part in parts for item in part.items()):
+        sums[op] = sums[op] + product if op in sums else product
+    return dict(sorted(sums.items()))

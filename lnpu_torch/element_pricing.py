@@ -33,6 +33,7 @@ def element_notes(elements: Elements | NotCounted, chip: Chip) -> list[str]:
     if isinstance(elements, NotCounted):
         return [f"operations on elements were not counted: {elements.reason}"]
     notes = [f"no SIMD core of {chip.name} is modelled"] if elements.entries and not chip.simd else []
+    notes += elements.notes
     calls = ", ".join(f"{name} ({count} x)" for name, count in elements.uncounted.items())
     return [*notes, f"ran, but not counted: {calls}"] if calls else notes
 

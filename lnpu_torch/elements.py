@@ -50,18 +50,26 @@ class ElementOp(Frozen):
 class Elements(Frozen):
     """What was counted, in the order of KINDS and PHASES.
 
-    `uncounted` names the ops that ran and were not counted, with their calls: those that no formula is known for, and
-    products outside emulated layers.
+    `uncounted` names the ops that ran and were not counted, as no formula is known for them, with their calls (in files
+    of versions before 3 products outside emulated layers, too). `notes` say what else is to be known.
     """
 
     entries: tuple[ElementOp, ...] = ()
     uncounted: dict[str, Annotated[int, Field(ge=1)]] = {}
+    notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
         if len({entry.key for entry in self.entries}) != len(self.entries):
             raise ValueError("an op of one kind and phase stands twice")
         return self
+
+
+ELSEWHERE = (
+    "operations on elements that ran while a counter of another model was open, too, are in the counts of the one that "
+    "was opened last"
+)
+"""A note."""
 
 
 class NotCounted(Frozen):
@@ -82,7 +90,12 @@ def merge(parts: Sequence[Elements | NotCounted]) -> Elements | NotCounted:
         uncounted.update(part.uncounted)
         for entry in part.entries:
             merged[entry.key] = merged[entry.key] + entry if entry.key in merged else entry
-    return Elements(entries=tuple(sorted(merged.values(), key=place)), uncounted=dict(sorted(uncounted.items())))
+    notes = dict.fromkeys(note for part in parts if isinstance(part, Elements) for note in part.notes)
+    return Elements(
+        entries=tuple(sorted(merged.values(), key=place)),
+        uncounted=dict(sorted(uncounted.items())),
+        notes=tuple(notes),
+    )
 
 
 def place(entry: ElementOp) -> tuple[int, int, str]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +42,12 @@ def new_lanes() -> Tensor:
 
 def new_call_sizes() -> Tensor:
     """The sizes of call that the rows of new counters stand for, none yet: int64 [len(STEPS), SIZES + 1, 3]."""
-    return torch.zeros(len(STEPS), counting.SIZES + 1, 3, dtype=torch.int64)
+    return torch.zeros(len(STEPS), counting.SIZES + 1, 3, dtype=torch.int64, device="cpu")
+
+
+_LOCK = [threading.Lock()]
+if hasattr(os, "register_at_fork"):  # a forked process has its parent's lock, which may be held for ever
+    os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))
 
 
 class Operand(NamedTuple):
@@ -79,6 +89,7 @@ class Emulation:
         self.thresholds = new_thresholds().to(device)
         self.counters, self.lanes = new_counters().to(device), new_lanes().to(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
+        self._lock: Any = None  # where processes share the counters
         buffers.POOL.serve(self)
 
     @property
@@ -91,9 +102,38 @@ class Emulation:
         buffers.POOL.serve(self)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move the tensors, as `nn.Module._apply` does."""
-        self.thresholds, self.counters, self.lanes = fn(self.thresholds), fn(self.counters), fn(self.lanes)
-        self.histograms = None if self.histograms is None else fn(self.histograms)
+        """Go where `nn.Module._apply` sends a module's tensors, with all values, which `to_empty` takes from those."""
+        probe = fn(torch.zeros(1, dtype=torch.int32, device=self.device))
+        self.move(probe.device)
+        if probe.is_cpu and probe.is_shared():
+            self._share()
+
+    def move(self, device: torch.device) -> None:
+        """Move the tensors. Those on the meta device, which have no values, begin anew."""
+        if self.device.type == "meta" != device.type:
+            self.thresholds, self.counters, self.lanes = new_thresholds(), new_counters(), new_lanes()
+            self.histograms = None if self.histograms is None else torch.zeros(self.histograms.shape, dtype=torch.int32)
+        self.thresholds, self.counters, self.lanes = (
+            each.to(device) for each in (self.thresholds, self.counters, self.lanes)
+        )
+        self.histograms = None if self.histograms is None else self.histograms.to(device)
+
+    def _share(self) -> None:
+        """Let other processes see, and add to, what is counted here."""
+        for tensor in (self.thresholds, self.counters, self.lanes, self.call_sizes):
+            tensor.share_memory_()
+        self._lock = self._lock or multiprocessing.get_context("spawn").Lock()
+
+    @property
+    def lock(self) -> Any:
+        """What whoever counts must hold: other threads, and processes that share the counters, do so too."""
+        return self._lock or _LOCK[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is None:
+            return {**self.__dict__, "_lock": None}
+        self._share()  # as torch does with all tensors that it sends to a process
+        return self.__dict__
 
     def counter(self, step: str) -> tuple[Tensor, Tensor, Tensor, int]:
         """Where a step is counted: counters, the sizes of call that their rows stand for, lane profiles; its place."""
@@ -101,7 +141,8 @@ class Emulation:
 
     def not_run(self, step: str, slots: int) -> None:
         """Count a step that nobody asked for."""
-        count_ops.count_not_run(self.counters, STEPS.index(step), slots)
+        with counting_lock(self):
+            count_ops.count_not_run(self.counters, STEPS.index(step), slots)
 
     def emulates(self, step: str) -> bool:
         """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""
@@ -207,3 +248,8 @@ class Emulation:
         out = product_ops.place(x, turned, lent)
         product_ops.round_result(x, out, self.result_format)
         return out if out.dtype == dtype else out.to(dtype)
+
+
+def counting_lock(emulation: Emulation) -> AbstractContextManager[Any]:
+    """What to count a step in. Compiled code takes no locks."""
+    return nullcontext() if torch.compiler.is_compiling() else emulation.lock

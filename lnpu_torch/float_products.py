@@ -1,53 +1,125 @@
-"""What one forward pass multiplies, by module and op, as torch's own FLOP formulas have it. It rounds nothing."""
+"""Multiply-accumulates of torch's own ops, as its FLOP formulas have them, and of a whole forward pass."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-FORMULAS = {
+
+
+def _recurrent(x: Tensor, weights: Iterable[Tensor]) -> int:
+    """Each row of a recurrent layer's input, and the state that goes with it, is multiplied by the weight matrices."""
+    return x.numel() // x.shape[-1] * sum(each.numel() for each in weights if each.dim() == 2)
+
+
+def _trilinear(args: Sequence[Any]) -> int:
+    """One for each element of the three operands' common space."""
+    sizes = [list(x.shape) for x in args[:3]]
+    for size, expanded in zip(sizes, args[3:6], strict=True):
+        for dim in sorted(expanded):
+            size.insert(dim, 1)
+    return prod(map(max, zip(*sizes, strict=True)))
+
+
+OWN: dict[str, Callable[[Sequence[Any]], int]] = {
+    "mkldnn_rnn_layer": lambda args: _recurrent(args[0], args[1:3]),
+    "mkldnn_rnn_layer_backward": lambda args: 2 * _recurrent(args[0], args[1:3]),
+    **dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), lambda args: _recurrent(args[0], args[1])),
+    **dict.fromkeys(("_cudnn_rnn_backward", "miopen_rnn_backward"), lambda args: 2 * _recurrent(args[0], args[1])),
+    "_trilinear": _trilinear,
+    "mv": lambda args: args[0].numel(),
+    "addmv": lambda args: args[1].numel(),
+    **dict.fromkeys(("dot", "vdot"), lambda args: args[0].numel()),
+}
+"""Multiply-accumulates, from its arguments, of each op that torch's FlopCounterMode does not know."""
+
+FLOPS = {
     **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    **{
+        getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{end}"): flop_registry[
+            getattr(_aten, f"_scaled_dot_product_flash_attention{end}")
+        ]
+        for end in ("", "_backward")
+    },
 }
 
 
+def is_product(func: Any) -> bool:
+    """Whether `macs` has a formula for an op."""
+    packet = getattr(func, "_overloadpacket", None)
+    return packet in FLOPS or (packet is not None and func._schema.name.removeprefix("aten::") in OWN)
+
+
+def macs(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Multiply-accumulates in one call of an op that `is_product`."""
+    if func._overloadpacket in FLOPS:
+        flops: int = FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
+        return flops // 2
+    return OWN[func._schema.name.removeprefix("aten::")](args)
+
+
+HARMLESS = {
+    *("embedding", "_embedding_bag", "_to_copy", "clone", "copy_", "cat", "stack", "index_select", "gather", "index"),
+    *("sum", "mean", "linalg_vector_norm", "norm", "_weight_norm_interface", "native_layer_norm", "detach", "equal"),
+    *("var", "var_mean", "std", "std_mean"),
+}
+"""Ops that read weights and multiply nothing by them, beside views and pointwise ops."""
+
+
+def _reads_weights(func: Any, args: Any) -> bool:
+    """Whether an op reads a Parameter of two dimensions or more, and is none that only moves or scales it."""
+    if not isinstance(func, torch._ops.OpOverload) or func.is_view or torch.Tag.pointwise in func.tags:
+        return False
+    return func._schema.name.removeprefix("aten::") not in HARMLESS and any(map(_is_weight, args))
+
+
+def _is_weight(arg: Any) -> bool:
+    if isinstance(arg, list | tuple):
+        return any(map(_is_weight, arg))
+    return isinstance(arg, nn.Parameter) and arg.dim() > 1
+
+
 class _Products(TorchDispatchMode):
-    """Adds up the slots of matrix products, convolutions and attention, by innermost module and op."""
+    """Adds up multiply-accumulates by innermost module and op; None for an op with weights and without a formula."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots: Counter[tuple[str, str]] = Counter()
+        self.macs: dict[tuple[str, str], int | None] = {}
         self.inside = [""]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula:
-            flops = formula(*args, **kwargs or {}, out_val=out)
-            self.slots[self.inside[-1], str(func._overloadpacket)] += flops // 2
+        place = (self.inside[-1], str(getattr(func, "_overloadpacket", func)))
+        if is_product(func):
+            self.macs[place] = (self.macs.get(place) or 0) + macs(func, args, kwargs or {}, out)
+        elif _reads_weights(func, args):
+            self.macs.setdefault(place, None)
         return out
 
 
-def forward_slots(model: nn.Module, inputs: Sequence[Any]) -> Counter[tuple[str, str]]:
-    """Slots, a multiplication each, of `model(*inputs)` in training, by module and op ("aten.bmm").
+def forward_macs(
+    model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]
+) -> dict[tuple[str, str], int | None]:
+    """Multiply-accumulates of `model(*inputs, **named)` in training, by module and op ("aten.bmm").
 
-    Torch's random numbers stay as they are, but the model does not: hooks are added, and batch norm sees the batch.
+    Those of an op that reads weights and has no formula are None. Torch's random numbers stay as they are, but the
+    model does not: hooks are added, and batch norm sees the batch.
 
     Args:
         model: a copy, without emulated layers.
     """
-    model.train()
     products = _Products()
     for name, module in model.named_modules():
+        module.training = True
         module.register_forward_pre_hook(lambda *_, name=name: products.inside.append(name), prepend=True)
         module.register_forward_hook(lambda *_: (products.inside.pop(), None)[1], always_call=True)
     with torch.random.fork_rng(), torch.no_grad(), products:
-        model(*inputs)
-    return products.slots
+        model(*inputs, **named)
+    return products.macs

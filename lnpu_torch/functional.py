@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
@@ -170,6 +171,13 @@ def _emulate(
     for name, tensor in (("input", input), ("weight", weight)):
         if not tensor.is_floating_point():
             raise TypeError(f"an emulated layer takes floating-point tensors, but its {name} is {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"an emulated layer takes strided tensors, but its {name} is {tensor.layout}")
+    if _is_transformed(input):
+        raise RuntimeError(
+            "torch.func transforms and forward-mode derivatives through an emulated layer are not supported: "
+            "lnpu_torch.revert the model first"
+        )
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.device != input.device:
             raise RuntimeError(
@@ -186,6 +194,15 @@ def _emulate(
     with _without_autocast(kind):
         output: Tensor = _Emulated.apply(input, weight, bias, product, emulation, tuple(asked), dtype)  # type: ignore[no-untyped-call]
     return output
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether torch.func transforms the call (vmap, grad, jvp ...), or x carries a forward-mode derivative."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or (
+        forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    )
 
 
 def _sizes(size: int | Sequence[int], dims: int) -> tuple[int, ...]:

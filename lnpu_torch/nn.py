@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import warnings
+import weakref
 from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from lnpu_torch import functional
 from lnpu_torch.emulation import Emulation
 from lnpu_torch.precision import Precision, Rule, precision
+
+PICKLED = (
+    "an emulated model is pickled whole: it loads only where lnpu_torch is installed, and not by "
+    "torch.load(weights_only=True). Save its state_dict() (and lnpu_torch.thresholds), or lnpu_torch.revert it first"
+)
 
 
 class Emulated(nn.Module):
     """What all emulated layers share: an `emulation`, which travels with the module but is not in its state_dict."""
 
     torch_class: ClassVar[type[nn.Module]]
+    original_class: ClassVar[type[nn.Module]]  # torch's, or a subclass of it
     emulation: Emulation
     weight: Tensor
 
@@ -28,15 +43,30 @@ class Emulated(nn.Module):
 
     def start(self, chosen: str | Path | Rule | Precision) -> None:
         """Begin to emulate with this precision: counters at zero, every T still to be chosen."""
-        self.emulation = Emulation(precision(chosen), next(self.parameters()).device)
+        own = next(itertools.chain(self.parameters(), self.buffers()), None)  # a parametrized weight is left alone
+        self.emulation = Emulation(precision(chosen), (self.weight if own is None else own).device)
 
-    def ready(self) -> Emulation:
+    def ready(self, weight: Tensor) -> Emulation:
         """The emulation for a call, where the weight is and in the module's mode."""
-        device = self.weight.device
-        if self.emulation.device != device:
-            self.emulation.apply(lambda tensor: tensor.to(device))
+        if self.emulation.device != weight.device:
+            self.emulation.move(weight.device)
         self.emulation.training = self.training
         return self.emulation
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Raises RuntimeError: torch.jit.script asks for what it shall compile in this layer's place."""
+        raise RuntimeError("torch.jit.script cannot compile an emulated model: lnpu_torch.revert it first")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if get_spawning_popen() is None:  # else it goes to a process that computes with it
+            warnings.warn(PICKLED, stacklevel=2)
+        return _unpickled, (self.original_class,), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -47,17 +77,22 @@ class Emulated(nn.Module):
 class Linear(Emulated, nn.Linear):
     """`torch.nn.Linear`, emulated."""
 
-    torch_class = nn.Linear
+    torch_class = original_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's: [..., in_features] -> [..., out_features], in the dtype that it would return."""
-        return functional.linear(input, self.weight, self.bias, self.ready())
+        if _in_float(input):
+            return F.linear(input, self.weight, self.bias)
+        weight = self.weight
+        return functional.linear(input, weight, self.bias, self.ready(weight))
 
 
 class _Conv(Emulated, nn.modules.conv._ConvNd):
     """A convolution of any number of dimensions; its padding mode is torch's own, and only zeros are padding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _in_float(input):
+            return super()._conv_forward(input, weight, bias)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -66,7 +101,7 @@ class _Conv(Emulated, nn.modules.conv._ConvNd):
             input,
             weight,
             bias,
-            self.ready(),
+            self.ready(weight),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -77,26 +112,29 @@ class _Conv(Emulated, nn.modules.conv._ConvNd):
 class Conv1d(_Conv, nn.Conv1d):
     """`torch.nn.Conv1d`, emulated."""
 
-    torch_class = nn.Conv1d
+    torch_class = original_class = nn.Conv1d
 
 
 class Conv2d(_Conv, nn.Conv2d):
     """`torch.nn.Conv2d`, emulated."""
 
-    torch_class = nn.Conv2d
+    torch_class = original_class = nn.Conv2d
 
 
 class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d`, emulated."""
 
-    torch_class = nn.Conv3d
+    torch_class = original_class = nn.Conv3d
 
 
 class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
     """A transposed convolution of any number of dimensions."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        dims = len(self.kernel_size)
+        if _in_float(input):
+            output: Tensor = super().forward(input, output_size)
+            return output
+        dims, weight = len(self.kernel_size), self.weight
         output_padding = self._output_padding(
             input,
             output_size,
@@ -108,9 +146,9 @@ class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
         )
         return functional.convolution(
             input,
-            self.weight,
+            weight,
             self.bias,
-            self.ready(),
+            self.ready(weight),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -123,19 +161,19 @@ class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d`, emulated."""
 
-    torch_class = nn.ConvTranspose1d
+    torch_class = original_class = nn.ConvTranspose1d
 
 
 class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d`, emulated."""
 
-    torch_class = nn.ConvTranspose2d
+    torch_class = original_class = nn.ConvTranspose2d
 
 
 class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d`, emulated."""
 
-    torch_class = nn.ConvTranspose3d
+    torch_class = original_class = nn.ConvTranspose3d
 
 
 LAYERS: dict[type[nn.Module], type[Emulated]] = {
@@ -144,9 +182,86 @@ LAYERS: dict[type[nn.Module], type[Emulated]] = {
 }
 """The emulated class of each torch class."""
 
+FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__torch_function__")
+"""What a subclass of torch's must have left alone, if the emulation is to do what it does."""
+
+
+def torch_layer(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch's whose forward a module has, if there is an emulated one of it."""
+    cls = _unparametrized(module)
+    base = next((each for each in cls.__mro__ if each in LAYERS), None)
+    if base is None or "forward" in vars(module) or issubclass(cls, LazyModuleMixin | NonDynamicallyQuantizableLinear):
+        return None
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    return None if any(name in vars(each) for each in between for name in FORWARD) else base
+
+
+def emulate(module: nn.Module) -> None:
+    """Make an emulated layer of one for which there is a `torch_layer`."""
+    _change(module, _emulated_class(_unparametrized(module)))
+
+
+def restore(module: Emulated) -> bool:
+    """Make it what it was. Returns whether that could be done: not if somebody else has changed its class since."""
+    cls = _unparametrized(module)
+    if cls is not _emulated_class(module.original_class):
+        return False
+    del module.emulation
+    _change(module, module.original_class)
+    return True
+
+
+def _unparametrized(module: nn.Module) -> type[nn.Module]:
+    """A module's class, without what `torch.nn.utils.parametrize` derives from it for this module alone."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _change(module: nn.Module, cls: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        derived = type(module)
+        own = {name: value for name, value in vars(derived).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(derived.__name__, (cls,), own)
+    module.__class__ = cls
+
+
+_DERIVED: weakref.WeakKeyDictionary[type[nn.Module], type[Emulated]] = weakref.WeakKeyDictionary()
+
+
+def _emulated_class(cls: type[nn.Module]) -> type[Emulated]:
+    """The emulated class of a layer's: of torch's own, or of a subclass that keeps its forward."""
+    known = LAYERS.get(cls) or _DERIVED.get(cls)
+    if known is None:
+        base = next(each for each in cls.__mro__ if each in LAYERS)
+        own = {"original_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        known = _DERIVED[cls] = type(cls.__name__, (LAYERS[base], cls), own)
+    return known
+
+
+def _unpickled(original: type[nn.Module]) -> nn.Module:
+    """An emulated layer that pickle fills."""
+    cls = _emulated_class(original)
+    return cls.__new__(cls)
+
+
+def _in_float(input: Tensor) -> bool:
+    """Whether torch's own forward is taken: for shapes alone, and by those who export or draw the model."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return input.is_meta or torch._C._is_tracing()
+
+
+LISTENERS: list[Callable[[], None]] = []
+"""Called before and after layers are converted or reverted."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that are none of its parts: DDP's, torch.compile's."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.get_submodule("_orig_mod" if hasattr(model, "_orig_mod") else "module")
+    return model
+
 
 def emulated_layers(model: nn.Module) -> dict[str, Emulated]:
     """The model's emulated layers by name, a shared one once. Wrappers (DDP, torch.compile) add nothing to names."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.get_submodule("_orig_mod" if hasattr(model, "_orig_mod") else "module")
-    return {name: module for name, module in model.named_modules() if isinstance(module, Emulated)}
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, Emulated)}

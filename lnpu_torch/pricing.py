@@ -41,6 +41,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         parts=(*steps, *element_parts(counts.elements, chip, energies)),
         band=_band(chip) if energies.fp16_band else None,
         notes=(*_notes(counts, chip), *not_recorded(steps)),
+        in_float=counts.in_float,
     )
 
 

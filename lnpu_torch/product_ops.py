@@ -66,9 +66,20 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
+@op()
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Torch's own, unseen by compilers, and so by those who look for products outside of emulated layers."""
+    return F.linear(x, weight, bias)
+
+
+@fake("linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] by weight [N, K], and a bias [N], float32 on a CPU, large: by MKL or oneDNN, whichever is faster."""
-    out: Tensor = F.linear(x, weight, bias) if MKL_IS_FAST else onednn_linear(x, weight, bias)
+    out: Tensor = (linear if MKL_IS_FAST else onednn_linear)(x, weight, bias)
     return out
 
 

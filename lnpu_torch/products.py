@@ -137,7 +137,7 @@ class Convolution:
         if sizes := self._toeplitz(x, x.shape, weight.shape, by):
             out = toeplitz.toeplitz("small_from_big", x, weight, sizes)
         elif by.form == "fp32":
-            module = product_ops if _is_opaque(x) else torch.ops.aten
+            module = product_ops if torch.compiler.is_compiling() else torch.ops.aten
             out = module.convolution(x, weight, bias, *self._arguments)
             return out
         else:
@@ -244,14 +244,9 @@ class Convolution:
     ) -> list[Tensor]:
         """The gradients that the mask asks for, as `product_ops.gradients` has them."""
         operands = (error, x, weight, shape, last, [error.shape[1]] if mask[2] else None)
-        if _is_opaque(error):
+        if torch.compiler.is_compiling():
             return product_ops.convolution_backward(*operands, *self._arguments, mask)  # type: ignore[no-any-return]
         return product_ops.gradients(*operands, self._arguments, mask)
-
-
-def _is_opaque(x: Tensor) -> bool:
-    """Whether torch's convolutions are called as ops that inductor does not know: compiled for a CPU."""
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
@@ -261,6 +256,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> 
         sums: Tensor = product_ops.half_matmul(x.reshape(-1, x.shape[-1]), weight.T, bias)
     elif many and by.reordered and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         sums = product_ops.fast_linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    elif torch.compiler.is_compiling():
+        sums = product_ops.linear(x, weight, bias)
     else:
         return F.linear(x, weight, bias)
     return sums.reshape(*x.shape[:-1], -1)

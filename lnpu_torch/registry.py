@@ -65,7 +65,7 @@ def is_plain(args: Iterable[Any]) -> bool:
 class direct:
     """Within the block this thread's ops are plain calls, if that is `wanted` and nobody could tell.
 
-    That is, outside of autograd and of profiles. Wanted it may be for plain tensors, if no mode of torch's sees each op.
+    That is, outside of autograd and of profiles. It may be wanted for plain tensors, if no mode sees each op.
     """
 
     def __init__(self, wanted: bool) -> None:

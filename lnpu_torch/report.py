@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lnpu_torch.config import write_text
+from lnpu_torch.counts import FloatProduct
 from lnpu_torch.rows import FIELDS, Part, Row, add, share
 from lnpu_torch.tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj
@@ -30,7 +31,8 @@ class Report:
 
     `grouped` says whether a row is a layer's step (None), a "layer" or a "step"; the total is the same whichever.
     `band` says what the ends of `energy_range_pj` stand for, None if the chip gives no range; `notes` are
-    printed below the table.
+    printed below the table. `in_float` are multiply-accumulates outside of emulated layers, by torch op, which no
+    figure has in it; None where nobody looked.
     """
 
     chip: str
@@ -39,6 +41,20 @@ class Report:
     band: str | None
     notes: tuple[str, ...]
     grouped: Literal["layer", "step"] | None = None
+    in_float: Mapping[str, FloatProduct] | None = None
+
+    @property
+    def float_macs(self) -> int | None:
+        """Multiply-accumulates that ran outside of emulated layers; None where nobody looked."""
+        return None if self.in_float is None else sum(product.macs for product in self.in_float.values())
+
+    @property
+    def float_share(self) -> float | None:
+        """Their share of all multiply-accumulates that ran, skipped ones too; None where nobody looked, or none ran."""
+        total = self.total
+        return (
+            None if self.float_macs is None else share(self.float_macs, self.float_macs + total.slots - total.not_run)
+        )
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -99,6 +115,9 @@ class Report:
             "energy_range": self.band,
             "rows": [asdict(row) for row in self.rows],
             "total": asdict(self.total),
+            "float_macs": self.float_macs,
+            "float_share": self.float_share,
+            "in_float": self.in_float and {op: product.model_dump() for op, product in self.in_float.items()},
             "notes": list(self.notes),
         }
 
@@ -244,13 +263,23 @@ def _footer(report: Report) -> list[str]:
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
         f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
-        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)",
+        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)"
+        f"{_missing(report)}",
         *_layers_access(report),
         *([f"energy band: {band(report)}, {report.band}"] if report.band else []),
         f"executed, streamed operand first: {pairs}",
         *lacking(report),
         *report.notes,
     ]
+
+
+def _missing(report: Report) -> str:
+    """What the total leaves out, as its end."""
+    if not report.float_macs:
+        return ""
+    ops = ", ".join(f"{op} ({each.calls} x)" for op, each in (report.in_float or {}).items())
+    ran = f"{report.float_share or 0:.1%} of all multiply-accumulates, {si(report.float_macs)}, ran in float: {ops}"
+    return f"\n    NOT IN THE TOTAL: {ran}"
 
 
 def _time(report: Report) -> str:

@@ -1,16 +1,21 @@
-"""Watch sees every torch op that runs in a thread, and in its backward, and adds up the operations on elements."""
+"""Sees every torch op that runs in a thread and its backward; adds up operations on elements and float products."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
+from typing import Any, Self
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from lnpu_torch.element_ops import Other, find, general_kind
-from lnpu_torch.elements import SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
+from lnpu_torch.elements import ELSEWHERE, SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
+from lnpu_torch.float_products import is_product, macs
 from lnpu_torch.formulas import Call, Formula, tensors
 from lnpu_torch.hiding import LayerSteps, LayerWatcher
 from lnpu_torch.hiding import unwatched as unwatched
@@ -22,10 +27,13 @@ OPTIMIZER_STEP = "Optimizer.step#"
 """How torch begins the name of the range that each optimizer's step is, for profilers to show."""
 
 
-COMPILED = (
-    "torch.compile was used in this process, and what compiled code computes is not seen "
-    "(torch._dynamo.reset() discards such code)"
+COMPILED = "code that torch.compile made ran in the block, and what it fuses is not seen"
+COMPILED_FUNCTION = (
+    "a function that torch.compile made is alive in this process, and what it computes is not seen "
+    "(torch._dynamo.reset() discards it)"
 )
+INSIDE_LAYERS = frozenset(("lnpu::read", "lnpu::round_and_count", "lnpu::count_float"))
+"""Ops of emulated layers. They are hidden where the layers run in eager mode."""
 
 
 class _Ranges(threading.local):
@@ -82,50 +90,75 @@ class _Ranges(threading.local):
         return fetched, stored
 
 
-class Watch(LayerWatcher):
-    """Adds up what runs while it is entered. It changes nothing, and waits for no device.
+class Watch:
+    """Adds up what a thread runs from `start` to `stop`. It changes nothing, and waits for no device.
 
-    Torch takes it along to the threads of backward, but not to threads that a program starts itself; nor does it see
-    into code that torch.compile made. Of emulated layers it is told.
+    Torch takes it along to the threads of backward, but not to threads that a program starts itself. Into code that
+    torch.compile made it sees only where that calls torch's own products. Of emulated layers it is told.
+
+    Operations on elements belong to no model. Of watches that overlap, the one that was started last counts them, and
+    those of which a layer is its, too.
     """
 
-    supports_higher_order_operators = True
+    def __init__(
+        self, owns: Callable[[Any], bool] = lambda emulation: True, layers: Callable[[], set[int]] = set
+    ) -> None:
+        """Watch the layers of one model.
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        Args:
+            owns: whether an emulation is one of the model's layers.
+            layers: the ids of the model's emulations, at the moment.
+        """
+        self.owns, self.layers = owns, layers
+        self.products: dict[str, list[int]] = {}  # calls and multiply-accumulates in float, by op
         self._layer_calls = 0
-        self._compiled: bool | None = None  # known once it was stopped
+        self._compiled_before = compiled_code()
+        self._compiled = False
+        self._reason: str | None = None  # known once it was stopped
+        self._elsewhere = False
         self._sums: dict[tuple[Kind, Phase, str], list[int]] = {}
         self._uncounted: Counter[str] = Counter()
-        self._found: dict[Any, Formula | Other] = {}
-        self._ranges = _Ranges()
         self._lock = threading.Lock()  # backward has a thread for each device
+        self._tracer: _Tracer | None = None
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Code is compiled, and compiled code runs, as if nobody watched."""
-        return True
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         """Begin to see what this thread runs."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self._tracer = _thread.tracer
+        self._tracer.add(self)
 
     def stop(self) -> None:
-        """See no more; what was seen remains. Watches are stopped in the reverse order of their start."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._compiled = compiled_code()
+        """See no more; what was seen remains. Watches may be stopped in any order."""
+        if self._tracer:
+            self._tracer.remove(self)
+        self._reason = self._why_compiled()
 
-    def verdict(self, layer_calls: int) -> Elements | NotCounted:
+    def is_compiled(self, layer_calls: int) -> bool:
+        """Whether code that torch.compile made has run, as far as can be told."""
+        return self._compiled or (self._layer_calls < layer_calls and bool(compiled_code()))
+
+    def sees_products(self, layer_calls: int) -> bool:
+        """Whether products were in sight: all that ran in this thread and its backward, compiled or not."""
+        return self._layer_calls >= layer_calls or self.is_compiled(layer_calls)
+
+    def result(self, layer_calls: int) -> Elements | NotCounted:
         """What was seen, if that is all.
 
         Args:
             layer_calls: the steps that emulated layers have counted meanwhile; fewer seen means a thread out of sight.
         """
-        if compiled_code() if self._compiled is None else self._compiled:
+        if self.is_compiled(layer_calls):
             return NotCounted(reason=COMPILED)
         if self._layer_calls < layer_calls:
             return NotCounted(reason=f"only {self._layer_calls} of {layer_calls} steps of layers ran in sight")
-        return self.elements
+        reason = self._reason if self._tracer is None or self not in self._tracer.watches else self._why_compiled()
+        return NotCounted(reason=reason) if reason else self.elements
 
     @property
     def elements(self) -> Elements:
@@ -136,28 +169,132 @@ class Watch(LayerWatcher):
                 ElementOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
                 for (kind, phase, op), values in sums.items()
             ]
-        return Elements(entries=tuple(sorted(entries, key=place)), uncounted=uncounted)
+        note = (ELSEWHERE,) if self._elsewhere else ()
+        return Elements(entries=tuple(sorted(entries, key=place)), uncounted=uncounted, notes=note)
+
+    def add_up(self, kind: Kind, phase: Phase, op: str, values: tuple[int, ...]) -> None:
+        """Add a call of an op, as `elements.SUMS` has it."""
+        with self._lock:
+            sums = self._sums.setdefault((kind, phase, op), [0] * len(SUMS))
+            for index, value in enumerate(values):
+                sums[index] += value
+
+    def add_product(self, func: Any, number: int) -> None:
+        """Add a product that ran outside of emulated layers."""
+        with self._lock:
+            known = self.products.setdefault(str(func), [0, 0])
+            known[0], known[1] = known[0] + 1, known[1] + number
+
+    def miss(self, func: Any) -> None:
+        """Note an op that has no formula."""
+        with self._lock:
+            self._uncounted[str(func)] += 1
+
+    def saw_compiled(self) -> None:
+        """Note that code which torch.compile made has run."""
+        self._compiled = True
+
+    def leave_to_others(self) -> None:
+        """Note that another watch has counted what this one might have."""
+        self._elsewhere = True
+
+    def layer_ran(self, steps: LayerSteps) -> None:
+        """Add up a layer's bias, added as results leave the accumulators, or its gradient: the sum of all errors."""
+        with self._lock:
+            self._layer_calls += steps.counted
+        if steps.bias and steps.backward:
+            self.add_up("other", "backward", "bias", (1, steps.results, steps.bias, steps.results))
+        elif steps.bias:
+            self.add_up("other", "forward", "bias", (1, steps.bias, 0, steps.results))
+
+    def _why_compiled(self) -> str | None:
+        """Why what ran may not all have been seen, if so."""
+        codes = compiled_code()
+        if codes - self._compiled_before:  # it was compiled to be run
+            return COMPILED
+        return COMPILED_FUNCTION if any(not _is_models(code) for code in codes) else None
+
+
+class _Tracer(LayerWatcher):
+    """The one mode of a thread, which passes what it sees to the watches that were started there."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watches: list[Watch] = []
+        self._found: dict[Any, Formula | Other] = {}
+        self._ranges = _Ranges()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Code is compiled, and compiled code runs, as if nobody watched."""
+        return True
+
+    def add(self, watch: Watch) -> None:
+        """Tell a watch of what runs from now on."""
+        self.watches.append(watch)
+        if self not in _get_current_dispatch_mode_stack():
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def remove(self, watch: Watch) -> None:
+        """Tell it no more. With the last one the mode leaves the stack, from wherever it is in it."""
+        self.watches = [each for each in self.watches if each is not watch]
+        if self.watches or self not in _get_current_dispatch_mode_stack():  # perhaps it is another thread's
+            return
+        above = []
+        while _get_current_dispatch_mode_stack()[-1] is not self:
+            above.append(_pop_mode())
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = self._found.get(func) or self._found.setdefault(func, find(func))
         if found is Other.NOTHING:  # four in five, so they come first
+            if func._schema.name in INSIDE_LAYERS and not self.blind:
+                self._tell(Watch.saw_compiled)
             return func(*args, **kwargs) if kwargs else func(*args)
+        if self.blind:
+            return func(*args, **kwargs or {})
         if found is Other.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs or {})
         call = Call(args, kwargs or {}, func(*args, **kwargs or {}))
+        if is_product(func):
+            self._add_product(func, call)
         if isinstance(found, Formula):
             self._add(func, found, call)
         else:
             self._note(func, found, call)
         return call.out
 
-    def _add(self, func: Any, formula: Formula, call: Call) -> None:
-        if self.paused:
+    def _tell(self, what: Callable[..., None], *args: Any) -> None:
+        """Tell the watch that was started last, and those that share a layer with it; the others, that they are not."""
+        if not self.watches:  # this is another thread's mode by now
             return
+        *others, last = self.watches
+        what(last, *args)
+        for watch in others:
+            what(watch, *args) if watch.layers() & last.layers() else watch.leave_to_others()
+
+    def layer_ran(self, steps: LayerSteps) -> None:
+        """Tell those whose layer it was."""
+        for watch in self.watches:
+            if watch.owns(steps.emulation):
+                watch.layer_ran(steps)
+
+    def _add_product(self, func: Any, call: Call) -> None:
         try:
-            if formula.product:  # none of an emulated layer's: those are hidden
-                self._miss(func)
+            self._tell(Watch.add_product, func, macs(func, call.args, call.kwargs, call.out))
+        except UNREADABLE:
+            self._tell(Watch.miss, func)
+        node = torch._C._current_autograd_node()
+        if node is not None and node.name() == "CompiledFunctionBackward":
+            self._tell(Watch.saw_compiled)
+
+    def _add(self, func: Any, formula: Formula, call: Call) -> None:
+        try:
             work = formula.work(call)
             if work is None:
                 return
@@ -167,32 +304,17 @@ class Watch(LayerWatcher):
             self._note(func, Other.UNKNOWN, call)
             return
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        self._add_up(kind, phase, name, (1, work.read, work.written, work.operations, work.special, *moved))
-
-    def _add_up(self, kind: Kind, phase: Phase, op: str, values: tuple[int, ...]) -> None:
-        with self._lock:
-            sums = self._sums.setdefault((kind, phase, op), [0] * len(SUMS))
-            for index, value in enumerate(values):
-                sums[index] += value
-
-    def layer_ran(self, steps: LayerSteps) -> None:
-        """Add up a layer's bias, added as results leave the accumulators, or its gradient: the sum of all errors."""
-        with self._lock:
-            self._layer_calls += steps.counted
-        if steps.bias and steps.backward:
-            self._add_up("other", "backward", "bias", (1, steps.results, steps.bias, steps.results))
-        elif steps.bias:
-            self._add_up("other", "forward", "bias", (1, steps.bias, 0, steps.results))
+        values = (1, work.read, work.written, work.operations, work.special, *moved)
+        self._tell(Watch.add_up, kind, phase, name, values)
 
     def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
         """An op's kind and phase."""
-        ours = func.namespace == "lnpu"  # of an autograd function, in which gradients are off in either case
-        if any(self._ranges.open) and not ours:
+        if any(self._ranges.open):
             self._ranges.closure = self._ranges.in_closure()
         updates = any(self._ranges.open) and self._ranges.closure is False
         if formula.kind == "optimizer" or updates or "::_foreach_" in func._schema.name:
             return "optimizer", "update"
-        backward = _in_backward(func)
+        backward = _in_backward()
         node = torch._C._current_autograd_node() if backward else None
         kind = formula.kind if formula.kind != "other" else general_kind(func, call, node)
         return kind, "backward" if backward else "forward"
@@ -205,8 +327,6 @@ class Watch(LayerWatcher):
 
     def _note(self, func: Any, found: Other, call: Call) -> None:
         """What ops without a formula tell."""
-        if self.paused:
-            return
         if found is Other.MOVES:
             updates = any(self._ranges.open) and not self._ranges.in_closure()
             if updates and (not call.args or call.out is not call.args[0]):
@@ -217,25 +337,38 @@ class Watch(LayerWatcher):
                 self._ranges.begin()
         elif found is Other.ENDS and self._ranges.open:
             self._ranges.open.pop()
-        elif found is Other.UNKNOWN and call.read:
-            self._miss(func)
-
-    def _miss(self, func: Any) -> None:
-        with self._lock:
-            self._uncounted[str(func)] += 1
+        elif found is Other.UNKNOWN and call.read and not is_product(func):
+            self._tell(Watch.miss, func)
 
 
-def _in_backward(func: Any) -> bool:
-    """Whether an op belongs to backward. A checkpoint's forward, run again there, does not.
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.tracer = _Tracer()
 
-    It has gradients on; inside our own autograd functions they are off, and there the op's name tells.
-    """
-    if func.namespace == "lnpu":
-        return "backward" in func._schema.name
+
+_thread = _Thread()
+
+
+def _in_backward() -> bool:
+    """Whether an op belongs to backward. A checkpoint's forward, run again there with gradients on, does not."""
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
-def compiled_code() -> bool:
-    """Whether code that torch.compile made is alive in this process, and so may run."""
+def compiled_code() -> set[CodeType]:
+    """The functions of which code that torch.compile made is alive in this process, and so may run."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
-    return dynamo is not None and bool(dynamo.output_codes.seen_ids)
+    if dynamo is None or not dynamo.output_codes.seen_ids:
+        return set()
+    return {code for code in (reference() for reference in dynamo.input_codes.seen) if code is not None}
+
+
+def _is_models(code: CodeType) -> bool:
+    """Whether a compiled function is a module's forward, or of torch's compiler itself.
+
+    Its layers, and the products that it calls, show whether it has run. A function of another kind could run unseen.
+    """
+    torchs = Path(torch.__file__).parent
+    wrappers = (torchs / "_dynamo", torchs / "_compile.py", torchs / "nn/modules/module.py")
+    if any(Path(code.co_filename).is_relative_to(wrapper) for wrapper in wrappers):
+        return True
+    return code.co_name == "forward" or code.co_name.startswith("torch_dynamo_resume_in_forward_")

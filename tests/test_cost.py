@@ -178,8 +178,17 @@ def test_merged_counts_are_priced_as_their_sum() -> None:
     assert len(once.rows) == len(twice.rows)
     assert twice.total.energy_pj == pytest.approx(2 * once.total.energy_pj)
     assert twice.total.zero_share == once.total.zero_share
-    with pytest.raises(ConfigError, match=r"second\.wide differs"):
-        counts(step()) + counts(step(wide=("fp16", "fp32")))
+
+
+def test_layers_of_one_name_that_cannot_be_the_same_are_kept_apart() -> None:
+    ours, theirs = counts(step()), counts(step(wide=("fp16", "fp32")))
+    both = ours + theirs + theirs
+    assert [(entry.layer, entry.calls) for entry in both.steps] == [
+        (ours.steps[0].layer, ours.steps[0].calls),
+        (f"{ours.steps[0].layer} (2)", 2 * theirs.steps[0].calls),
+    ]
+    total = price(ours, "lnpu").total.energy_pj + 2 * price(theirs, "lnpu").total.energy_pj
+    assert price(both, "lnpu").total.energy_pj == pytest.approx(total)
 
 
 BY_SIZE = {"count": 1, "sizes": [10, 8, 6], "first": [5, 3, 2], "second": [0, 6, 2]}
@@ -198,7 +207,7 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], str], str]] = [
     (lambda data: "", "not valid JSON"),
     (lambda data: "[]", "not a counts file"),
     (lambda data: json.dumps({"steps": data["steps"]}), "not a counts file"),
-    (lambda data: json.dumps({**data, "version": 3}), "version 3; this lnpu_torch reads up to 2"),
+    (lambda data: json.dumps({**data, "version": 4}), "version 4; this lnpu_torch reads up to 3"),
     (lambda data: json.dumps({**data, "more": 1}), "unknown key 'more'"),
     (lambda data: json.dumps({**data, "steps": data["steps"] * 2}), "stands twice"),
     (_step_key("padding", 11), "slots 55 are not pairs"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from one_step import counted, network, operations, step, train
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch.watch import Watch
+from lnpu_torch.call import Call
+from lnpu_torch.hiding import LayerWatcher
 
 
 def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None:
@@ -45,16 +48,20 @@ def test_below_another_mode_it_counts_as_on_top() -> None:
     assert cost.counts.elements.uncounted == {}
 
 
-class Names(Watch):
-    """Also keeps the names of what it is shown."""
+class Names(LayerWatcher):
+    """Keeps the names of what it is shown."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if not self.blind:
+            self.names.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+    def layer_ran(self, steps: Any) -> None:
+        self.names.append(f"layer {steps.backward}")
 
 
 def test_the_ops_inside_layers_are_hidden_and_those_after_an_error_in_one_are_not() -> None:
@@ -62,6 +69,7 @@ def test_the_ops_inside_layers_are_hidden_and_those_after_an_error_in_one_are_no
     with Names() as watch:
         train(model)
         assert watch.names and not any(name.startswith("lnpu::") for name in watch.names)
+        assert watch.names.count("layer False") == watch.names.count("layer True") == 2
         watch.names.clear()
         with pytest.raises(RuntimeError):
             model[5](torch.ones(2, 3))
@@ -75,3 +83,39 @@ def test_gradients_are_bit_equal_with_and_without_a_counter() -> None:
     step(models[1])
     for plain, watched in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(plain.grad, watched.grad)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_an_interrupt_in_a_layer_leaves_the_process_as_it_was(others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, once = network(), step(network())
+    with FlopCounterMode(display=False) if others else nullcontext():
+        for method in ("forward", "grad_input", "grad_weight"):
+
+            def interrupted(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, lnpu.CostCounter(model), pytest.raises(KeyboardInterrupt):
+                patch.setattr(Call, method, interrupted)
+                train(model)
+    assert not _get_current_dispatch_mode_stack()
+    assert step(network()) == once
+
+
+def test_counters_may_overlap_in_any_way() -> None:
+    model, once = network(), step(network())
+    first, second, flops = lnpu.CostCounter(model), lnpu.CostCounter(model), FlopCounterMode(display=False)
+    first.__enter__()
+    train(model)
+    second.__enter__()
+    train(model)
+    first.__exit__(None, None, None)
+    train(model)
+    flops.__enter__()
+    second.__exit__(None, None, None)  # below another mode
+    assert _get_current_dispatch_mode_stack() == [flops.mode]
+    flops.__exit__(None, None, None)
+    assert not _get_current_dispatch_mode_stack()
+    for cost in (first, second):
+        assert {key: entry.calls for key, entry in counted(cost).items()} == {k: 2 * e.calls for k, e in once.items()}
+        assert {entry.calls for entry in cost.counts.steps} == {2}
+    assert step(network()) == once

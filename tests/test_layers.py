@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_counting import brute_force
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
@@ -195,3 +196,40 @@ class _catch_product:
 
     def __exit__(self, *_):
         lnpu.functional._Emulated.apply = self.original
+
+
+PARTIAL = {
+    "input": lambda m, x: torch.autograd.grad(m(x).sum(), x),
+    "a weight": lambda m, x: torch.autograd.grad(m(x).sum(), m[2].weight),
+    "a bias": lambda m, x: torch.autograd.grad(m(x).sum(), m[4].bias),
+    "into a weight": lambda m, x: m(x).sum().backward(inputs=[m[4].weight]),
+    "into the first": lambda m, x: m(x).sum().backward(inputs=[m[0].bias, x]),
+    "all": lambda m, x: m(x).sum().backward(),
+    "by a hook": lambda m, x: (lambda y: (y.register_hook(lambda g: 2 * g), y.sum().backward(inputs=[x])))(m(x)),
+}
+
+
+@pytest.mark.parametrize("what", PARTIAL)
+def test_only_gradients_that_are_asked_for_are_computed_and_counted(what):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten()]
+    plain = nn.Sequential(*layers, nn.Linear(512, 10))
+    model, x = lnpu.convert(copy.deepcopy(plain), FLOAT), torch.randn(4, 3, 8, 8)
+
+    def ran(net, inner):
+        results = PARTIAL[what](net, inner)
+        grads = [parameter.grad for parameter in net.parameters()]
+        return [*(results if isinstance(results, tuple) and what in ("input", "a weight", "a bias") else ()), *grads]
+
+    leaf = x.clone().requires_grad_()
+    with lnpu.CostCounter(model) as cost:
+        ours = ran(model, leaf)
+    inner = x.clone().requires_grad_() * 1  # torch's counter does not take a leaf
+    inner.retain_grad()
+    with FlopCounterMode(display=False) as flops:
+        theirs = ran(plain, inner)
+    assert sum(entry.slots - entry.not_run for entry in cost.counts.steps) == flops.get_total_flops() // 2
+    assert [grad is None for grad in ours] == [grad is None for grad in theirs]
+    assert all_equal([g for g in ours if g is not None], [g for g in theirs if g is not None])
+    if leaf.grad is not None:
+        assert torch.equal(leaf.grad, inner.grad)

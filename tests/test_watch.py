@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -12,17 +14,18 @@ import pytest
 import torch
 from one_step import IMAGES, LABELS, counted, network, operations, step, train
 from processes import on_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch.element_ops import FORMULAS, MOVES
 from lnpu_torch.elements import Elements, NotCounted, merge
 from lnpu_torch.formulas import Formula
 from lnpu_torch.recipes.models import NAMES, ModelConfig, build
-from lnpu_torch.watch import Watch
+from lnpu_torch.watch import COMPILED, COMPILED_FUNCTION, Watch
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +118,43 @@ def test_compiled_code_runs_as_ever_and_is_said_not_to_be_counted(what: str) -> 
         if what == "function":
             torch.compile(F.relu, backend=backend)(IMAGES)
     assert len(graphs) == 1
-    assert isinstance(cost.counts.elements, NotCounted)
-    assert "torch.compile was used in this process" in cost.counts.elements.reason
+    assert cost.counts.elements == NotCounted(reason=COMPILED)
     assert cost.counts.steps == expected.counts.steps
     torch._dynamo.reset()
     assert step(network())
-    assert isinstance(cost.counts.elements, NotCounted)  # as it was when the block ended
+    assert cost.counts.elements == NotCounted(reason=COMPILED)  # as it was when the block ended
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_leaves_others_counted_and_a_compiled_function_might_run_unseen() -> None:
+    once = step(network())
+    other = torch.compile(network(), backend="eager")
+    train(other)
+    assert step(network()) == once
+    with lnpu.CostCounter(other) as cost:
+        train(other)
+    assert cost.counts.elements == NotCounted(reason=COMPILED)
+    assert step(network()) == once
+    torch.compile(lambda x: x.square().sum(), backend="eager")(IMAGES)
+    with lnpu.CostCounter(model := network()) as cost:
+        train(model)
+    assert cost.counts.elements == NotCounted(reason=COMPILED_FUNCTION)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_products_in_float_have_their_share_beside_the_total() -> None:
+    torch.compiler.reset()
+    model, x = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 32), nn.Linear(32, 8)), torch.randn(16, 40)
+    lnpu.convert(model, overrides={"2": None})
+    shares = []
+    for each in (model, torch.compile(model), torch.compile(model)):
+        with lnpu.CostCounter(model) as cost:
+            each(x).sum().backward()
+        shares.append(cost.report().float_macs)
+    assert shares == [3 * 16 * 64 * 32] * 3
+    torch.compiler.reset()
 
 
 def ddp_step() -> dict[tuple[str, str, str], int]:
@@ -153,15 +187,28 @@ def test_a_call_that_its_formula_cannot_read_is_named(monkeypatch: pytest.Monkey
     assert watch.elements == Elements(uncounted={"aten.neg.default": 1})
 
 
-def test_products_outside_emulated_layers_are_named() -> None:
+def test_products_outside_emulated_layers_have_their_share_beside_the_total() -> None:
     model = network()
     lnpu.convert(model, overrides={"5": None})
+    with FlopCounterMode(display=False) as flops:
+        train(lnpu.revert(copy.deepcopy(model)))
     with lnpu.CostCounter(model) as cost:
         train(model)
-    elements = cost.counts.elements
-    assert isinstance(elements, Elements)
-    assert elements.uncounted == {"aten.addmm.default": 1, "aten.mm.default": 2}
-    assert step(network())  # in emulated layers they are counted
+    report, counts = cost.report(), cost.counts
+    assert counts.in_float is not None
+    assert {op: each.calls for op, each in counts.in_float.items()} == {"aten.addmm.default": 1, "aten.mm.default": 2}
+    assert 2 * (report.float_macs + report.total.slots - report.total.not_run) == flops.get_total_flops()
+    assert report.float_share == report.float_macs / (flops.get_total_flops() // 2)
+    data = report.to_dict()
+    assert data["float_share"] == report.float_share and data["in_float"]["aten.mm.default"]["calls"] == 2
+    printed = " ".join(str(report).split())
+    assert f"NOT IN THE TOTAL: {report.float_share:.1%} of all multiply-accumulates" in printed
+    assert "aten.mm.default (2 x)" in printed
+    assert (counts + counts).in_float["aten.mm.default"].macs == 2 * counts.in_float["aten.mm.default"].macs
+    with lnpu.CostCounter(converted := network()) as cost:
+        train(converted)
+    assert cost.counts.in_float == {} and cost.report().float_share == 0
+    assert "NOT IN THE TOTAL" not in str(cost.report())
 
 
 def test_formulas_and_moves_are_of_ops_that_exist() -> None:
