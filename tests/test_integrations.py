@@ -62,6 +62,38 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
+@pytest.mark.parametrize("part", [False, True])
+def test_lightning_converts_layers_wherever_the_module_makes_them(where: str, part: bool, tmp_path: Path) -> None:
+    needs("lightning")
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from lnpu_torch.integrations.lightning import LnpuCallback
+
+    class Late(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(8, 8) if part else nn.Identity()
+
+        def make(self, stage: str = "") -> None:
+            self.head = nn.Linear(8, 2)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.head(self.body(batch[0])).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    setattr(Late, where, Late.make)
+    module, cost = Late(), LnpuCallback(folder=tmp_path / "run", overrides={"head": "fp8"})
+    quiet = {"enable_progress_bar": False, "logger": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=1, callbacks=[cost], default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(4, 8))))
+    assert not lnpu.coverage(module).in_float and cost.reports[0].float_share == 0
+    assert {row.layer for row in cost.reports[0].rows if row.slots} == ({"body", "head"} if part else {"head"})
+
+
 def test_lightning_resumes_with_its_thresholds(tmp_path: Path) -> None:
     needs("lightning")
     from lightning.pytorch import Trainer, seed_everything

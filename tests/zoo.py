@@ -82,7 +82,7 @@ def examine(entry: Entry) -> Finding:
     coverage = lnpu.coverage(lnpu.convert(model, "fgmp"), images)
     counts = _step(model, images)
     assert coverage.products is not None and coverage.slots is not None
-    outside = sum(product.slots for product in coverage.products)
+    outside = sum(product.slots or 0 for product in coverage.products)
     forward = sum(row.slots for row in counts.steps if row.step == "forward")
     assert forward == coverage.slots - outside, "slots are not those of torch's FLOP formulas"
     for chip in ("lnpu", "dense-fp16"):
@@ -117,8 +117,8 @@ model computes bit for bit what torch's own does with the same `state_dict`. `py
 "In float" is the share of a forward pass's multiplications that is not emulated, as `lnpu.coverage(model, batch)` lists
 them; the last column is what else with weights stayed in float. Images are small, so that attention's share is smaller
 than at full size. Look at slots, not at layers: torchvision's Swin passes the weights of its Linear layers to
-`F.linear`, so that these are converted and never called; `r3d_18`, `nf_resnet26` and some classifiers of timm are built
-of subclasses of torch's layers, which stay as they are.
+`F.linear`, so that these are converted and never called; `nf_resnet26` and some classifiers of timm are built
+of subclasses of torch's layers that have a forward of their own, and stay as they are.
 
 | | image | layers emulated | their parameters | slots in float | which | other layers with weights |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import yaml
@@ -53,12 +54,27 @@ class CostLog:
         self._precision, self._overrides = precision, overrides
         self._counter, self._pauses = ExitStack(), ExitStack()
         self._counted: list[lnpu.Counts] = []
+        self._converts: bool | None = None  # known at the first call of `convert`
 
-    def convert(self, model: nn.Module) -> None:
-        """Convert the model in place, unless it is converted already. Raises ConfigError if the precision is wrong."""
+    def convert(self, model: nn.Module, *, complete: bool = True) -> None:
+        """Convert the model in place, unless its owner has; called again, only what has come since.
+
+        Args:
+            complete: whether it has all its layers. Before, nothing that is missing is an error.
+
+        Raises:
+            ConfigError: the precision is wrong, or an override matches no layer.
+        """
+        if self._converts is None:
+            self._converts = not lnpu.coverage(model).emulated
         self._model = model
-        if not lnpu.coverage(model).emulated:
-            lnpu.convert(model, self._precision, overrides=self._overrides)
+        if not self._converts:
+            return
+        with ExitStack() as tolerant:
+            if not complete:
+                tolerant.enter_context(suppress(ConfigError))
+                tolerant.enter_context(warnings.catch_warnings(action="ignore"))
+            lnpu.convert(model, self._precision, overrides=self._overrides, only_new=True)
 
     def start(self, *, resumed: bool = False) -> None:
         """Open the folder. Raises ConfigError if it holds a run and this one is not `resumed` from it."""

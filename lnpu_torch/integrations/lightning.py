@@ -17,22 +17,29 @@ except ModuleNotFoundError as error:
 class LnpuCallback(Callback):
     """Trains the module on the chip's arithmetic, logs each epoch's energy and shares, and writes the run's folder.
 
-    The arguments are those of `CostLog`. The module is converted in place before its optimizers are made, and stays so.
-    Each layer's T's are in the Trainer's checkpoints. Validation is not counted. Logged are `CHIP_energy_pj`,
-    `zero_share` and `fp8_share`, summed over ranks. `costs.finish()`'s reports are in `reports` after the fit.
+    The arguments are those of `CostLog`. The module is converted in place before training begins, with the layers that
+    it makes in its `setup` or `configure_model`, and stays so. Each layer's T's are in the Trainer's checkpoints.
+    Validation is not counted. Logged are `CHIP_energy_pj`, `zero_share` and `fp8_share`, summed over ranks.
+    `costs.finish()`'s reports are in `reports` after the fit.
     """
 
     def __init__(self, precision: Any = "fgmp", **settings: Any) -> None:
         self.costs = CostLog(precision, **settings)
         self.reports: list[lnpu.Report] = []
         self._module: LightningModule | None = None
+        self._thresholds: dict[str, Any] | None = None  # of a checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.costs.convert(pl_module)
-            self._module = pl_module
+        if stage == "fit":  # the module's own setup and configure_model, which may shard it, come after this
+            self.costs.convert(pl_module, complete=False)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.costs.convert(pl_module)
+        self._module = pl_module
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._thresholds is not None:
+            lnpu.load_thresholds(pl_module, self._thresholds)
         self.costs.start(resumed=trainer.global_step > 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,5 +68,4 @@ class LnpuCallback(Callback):
         return {"thresholds": lnpu.thresholds(self._module)} if self._module else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._module and "thresholds" in state_dict:
-            lnpu.load_thresholds(self._module, state_dict["thresholds"])
+        self._thresholds = state_dict.get("thresholds")
