@@ -10,9 +10,9 @@ import typer
 
 from lnpu_torch import drawing
 from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.config import write_text
 from lnpu_torch.counts import Counts
 from lnpu_torch.figures import figures
+from lnpu_torch.files import write_text
 from lnpu_torch.page import page
 from lnpu_torch.pricing import price
 from lnpu_torch.report import csv_text
@@ -50,7 +50,7 @@ def report(
             written += drawing.save(drawn, plots)
         elements = {name: drawing.inline_svg(figure, name, name.replace("_", " ")) for name, figure in drawn.items()}
     written.append(out or run / "report.html")
-    write_text(written[-1], page(data, elements))
+    write_text(written[-1], page(data, elements), own=out is None)
     if json:
         written.append(json)
         write_text(json, _json(data))

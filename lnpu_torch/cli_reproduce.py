@@ -15,7 +15,8 @@ from rich.console import Console
 
 from lnpu_torch import drawing
 from lnpu_torch.cli_train import with_settings
-from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate, write_text
+from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
+from lnpu_torch.files import write_text
 from lnpu_torch.versions import versions
 
 if TYPE_CHECKING:

@@ -1,11 +1,9 @@
-"""Reads YAML and JSON into frozen, validated models, and writes files whole. It knows nothing of what they mean."""
+"""Reads YAML and JSON into frozen, validated models. It knows nothing of what they mean."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -92,25 +90,6 @@ def read_text(path: Path, what: str = "file") -> str:
         raise ConfigError(f"{path}: no such {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed.
-
-    Raises:
-        ConfigError: the folder is missing, read-only or full; an earlier file stays as it was.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.unlink(missing_ok=True)  # a link, perhaps, that would lead elsewhere
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(text)
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -11,9 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate, write_text
+from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate
 from lnpu_torch.elements import Elements, NotCounted
 from lnpu_torch.elements import merge as merge_elements
+from lnpu_torch.files import write_text
 from lnpu_torch.lane_profile import LaneProfile
 
 VERSION: Literal[3] = 3
@@ -219,8 +220,12 @@ class Counts(Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write versioned JSON, whole or not at all. Raises ConfigError."""
+        write_text(path, self.json_text())
+
+    def json_text(self) -> str:
+        """What `save` writes."""
         text = self.model_dump_json(indent=1, exclude_none=True)
-        write_text(path, re.sub(r"\[[\d\s,]*\]", lambda numbers: "".join(numbers[0].split()), text) + "\n")
+        return re.sub(r"\[[\d\s,]*\]", lambda numbers: "".join(numbers[0].split()), text) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Counts:

@@ -6,10 +6,12 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lnpu_torch.config import ConfigError
+from lnpu_torch.files import write, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,10 +83,11 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     files = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=200)
-            (folder / f"{name}.svg").write_text(svg(figure, name, "path"), encoding="utf-8")
-            files += [folder / f"{name}.png", folder / f"{name}.svg"]
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    for name, figure in figures.items():
+        png, as_svg = folder / f"{name}.png", folder / f"{name}.svg"
+        write(png, partial(figure.savefig, dpi=200, format="png"))
+        write_text(as_svg, svg(figure, name, "path"))
+        files += [png, as_svg]
     return files

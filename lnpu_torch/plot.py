@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lnpu_torch.config import ConfigError
+from lnpu_torch.files import write
 from lnpu_torch.sweep import Point, Sweep, value_text
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def save_plot(swept: Sweep, path: str | Path) -> None:
         _draw_points(axes, swept)
         _draw_front(axes, swept)
         _style(axes, swept)
-        try:
-            figure.savefig(path, dpi=200)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be written: {error}") from None
+        write(path, lambda file: figure.savefig(file, dpi=200, format=Path(path).suffix[1:] or "png"))
 
 
 def _draw_points(axes: Axes, swept: Sweep) -> None:

@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.config import write_text
 from lnpu_torch.counts import FloatProduct
+from lnpu_torch.files import write_text
 from lnpu_torch.rows import FIELDS, Part, Row, add, share
 from lnpu_torch.tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj

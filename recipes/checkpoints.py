@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from lnpu_torch.config import ConfigError, inside
+from lnpu_torch.files import write
 
 
 class Checkpoints:
@@ -55,31 +55,14 @@ class Checkpoints:
         return None
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
-        beside = path.with_name(f".{path.name}.partial")
         for left in self.folder.glob(".*.partial"):  # by a process that was killed
             left.unlink()
         try:
             self.folder.mkdir(exist_ok=True)
-            with beside.open("xb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-            _to_disk(self.folder)
+            write(path, lambda file: torch.save(state, file), own=True)
         except (OSError, RuntimeError) as error:  # torch's RuntimeError hides the OSError of a full disk behind it
-            beside.unlink(missing_ok=True)
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
             raise ConfigError(f"{path}: cannot be written: {reason}") from None
-
-
-def _to_disk(folder: Path) -> None:
-    """Bring a renaming to the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text, write_text
+from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text
+from lnpu_torch.files import write_text
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.recipes.settings import FREE
 
@@ -41,13 +42,14 @@ class RunFolder:
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Make the folder of a new run; one that holds a run already is refused."""
+        self._check_links()
         if self.config.exists():
             raise ConfigError(f"{self.path}: holds a run already; choose another out=..., or --resume {self.path}")
         try:
             (self.path / "counts").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be made: {error.strerror}") from None
-        write_text(self.versions, _json(lnpu.versions()))
+        write_text(self.versions, _json(lnpu.versions()), own=True)
         self._write_config(settings)  # last: with it, a folder holds a run
 
     def resume(
@@ -59,8 +61,7 @@ class RunFolder:
         `accept_changes`; then they become the run's own. `warn` is told of them, of damaged checkpoints, and of
         versions that are others now, with which the run need not end as it would have.
         """
-        for name in ("config.yaml", "versions.json", "counts", "checkpoints", "tensorboard"):
-            inside(self.path, name)
+        self._check_links()
         before = _flat(self.settings())
         now = _flat(settings)
         changes = [
@@ -79,10 +80,15 @@ class RunFolder:
         ]
         for change in changes:
             warn(f"changed: {change}")
-        write_text(self.versions, _json(runs_with))
+        write_text(self.versions, _json(runs_with), own=True)
         self._write_config(settings)
         newest: dict[str, Any] | None = self.checkpoints.newest(warn)
         return newest
+
+    def _check_links(self) -> None:
+        """Raises ConfigError if a file that is read, or a folder that is written into, lies elsewhere."""
+        for name in ("config.yaml", "versions.json", "counts", "checkpoints", "tensorboard"):
+            inside(self.path, name)
 
     def settings(self) -> dict[str, Any]:
         """What config.yaml holds."""
@@ -96,12 +102,12 @@ class RunFolder:
     ) -> None:
         """Write what the epoch of the last row of `metrics` did."""
         if counts is not None:
-            counts.save(self.path / "counts" / f"epoch{metrics[-1]['epoch']}.json")
+            write_text(self.path / "counts" / f"epoch{metrics[-1]['epoch']}.json", counts.json_text(), own=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in metrics for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(metrics)
-        write_text(self.path / "metrics.csv", text.getvalue())
+        write_text(self.path / "metrics.csv", text.getvalue(), own=True)
         if tensorboard:
             self._show_in_tensorboard(metrics[-1])
 
@@ -129,7 +135,7 @@ class RunFolder:
         return f"{last}Go on with: lnpu train --resume {self.path}"
 
     def _write_config(self, settings: Mapping[str, Any]) -> None:
-        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False))
+        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False), own=True)
 
 
 def _json(data: Mapping[str, str]) -> str:

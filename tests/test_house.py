@@ -60,7 +60,8 @@ NUMERICS += [
     "float_products",
     "convert",
 ]
-COST = ["config", "units", "lane_family", "lane_profile", "elements", "counts", "tables", "tagged", "operating_point"]
+COST = ["config", "units", "lane_family", "lane_profile", "elements", "files", "counts", "tables", "tagged"]
+COST += ["operating_point"]
 COST += ["bottom_up", "simd_core", "chip", "energies", "traffic", "rows", "cycles", "element_pricing", "report"]
 COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_errors", "cli_cost", "cli_train"]
 COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report", "cli_reproduce"]
@@ -70,7 +71,7 @@ ACROSS |= dict.fromkeys(("cli_train", "cli_reproduce"), ("lnpu_torch.recipes",))
 ACROSS |= {"watch": ("lnpu_torch.hiding", "lnpu_torch.float_products"), "cli": ("lnpu_torch",)}
 ACROSS |= {"counters": ("lnpu_torch.nn", "lnpu_torch.convert")}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
-PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.tables"}
+PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.files", "lnpu_torch.tables"}
 
 
 def imports(file: Path) -> Iterator[str]:

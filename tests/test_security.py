@@ -24,7 +24,8 @@ from loading import nothing_happens
 from run_by_hand import epoch_counts, write_run
 
 from lnpu_torch import ConfigError
-from lnpu_torch.config import inside, write_text
+from lnpu_torch.config import inside
+from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes import state
 from lnpu_torch.recipes.arrays import load as load_images
 from lnpu_torch.recipes.checkpoints import Checkpoints
@@ -161,14 +162,46 @@ def test_a_run_whose_folders_lie_elsewhere_is_not_resumed(name: str, tmp_path: P
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
+def test_a_run_does_not_write_through_links(tmp_path: Path) -> None:
+    """Nor into pipes: nobody would read them, and the run would wait for ever."""
+    pytest.importorskip("matplotlib")
+    precious, run = tmp_path / "precious", write_run(tmp_path / "run", epochs=1)
     precious.write_text("mine")
-    (tmp_path / "report.html").symlink_to(precious)
-    (tmp_path / f".report.html.{os.getpid()}.partial").symlink_to(precious)
-    write_text(tmp_path / "report.html", "page")
+    (run / "report.html").symlink_to(precious)
+    assert lnpu_command("report", str(run)).exit_code == 0
+    folder, names = RunFolder(run), ("metrics.csv", "counts/epoch7.json", "checkpoints/000001-epoch8-step0.pt")
+    for name in names:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name) if name == "metrics.csv" else (run / name).symlink_to(precious)
+    folder.save_epoch([{"epoch": 7}], epoch_counts(1))
     assert precious.read_text() == "mine"
-    assert (tmp_path / "report.html").read_text() == "page" and not (tmp_path / "report.html").is_symlink()
+    for name in ("report.html", *names[:2]):
+        assert (run / name).is_file() and not (run / name).is_symlink(), name
+    folder.checkpoints.save({"epoch": 1}, 8, 0)
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["counts", "checkpoints", "tensorboard"])
+def test_a_run_is_not_begun_where_its_folders_lie_elsewhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="leads out of"):
+        RunFolder(tmp_path / "run").start({"precision": "fgmp"})
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_cost_log_does_not_write_through_links(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").symlink_to(tmp_path / "precious")
+    log = CostLog(folder=tmp_path / "run")
+    log.convert(torch.nn.Linear(4, 2))
+    log.start()
+    log.begin_epoch()
+    log.end_epoch(1)
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 EVIL = "<script>alert(1)</script>--><img src=x onerror=alert(2)>\"'$x^$ {{ 7 * 7 }} ]]>"

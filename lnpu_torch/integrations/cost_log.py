@@ -21,7 +21,8 @@ import yaml
 from torch import distributed, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, read_text, write_text
+from lnpu_torch.config import ConfigError, read_text
+from lnpu_torch.files import write_text
 
 Overrides = Mapping[str, str | Path | lnpu.Rule | lnpu.Precision | None]
 
@@ -118,8 +119,8 @@ class CostLog:
         self._counted.append(counts)
         self.metrics = [row for row in self.metrics if row["epoch"] < epoch] + [{"epoch": epoch, **known}]
         if _rank() == 0:
-            counts.save(self.folder / "counts" / f"epoch{epoch}.json")
-            write_text(self.folder / "metrics.csv", _csv(self.metrics))
+            write_text(self.folder / "counts" / f"epoch{epoch}.json", counts.json_text(), own=True)
+            write_text(self.folder / "metrics.csv", _csv(self.metrics), own=True)
         return known
 
     def finish(self) -> list[lnpu.Report]:
@@ -127,7 +128,8 @@ class CostLog:
         self.close()
         reports = [lnpu.price(lnpu.Counts.merge(self._counted), chip) for chip in self.chips]
         if _rank() == 0:
-            write_text(self.folder / "report.txt", "\n\n".join(str(report.by("layer")) for report in reports) + "\n")
+            text = "\n\n".join(str(report.by("layer")) for report in reports) + "\n"
+            write_text(self.folder / "report.txt", text, own=True)
         return reports
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lnpu_torch as lnpu
+from lnpu_torch.files import write
 from lnpu_torch.integrations.cost_log import CostLog
 
 try:
@@ -62,7 +63,8 @@ class LnpuCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            torch.save(lnpu.thresholds(model), _checkpoint(args, state) / THRESHOLDS)
+            thresholds = lnpu.thresholds(model)
+            write(_checkpoint(args, state) / THRESHOLDS, lambda file: torch.save(thresholds, file))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.reports = self.costs.finish()
