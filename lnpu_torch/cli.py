@@ -50,7 +50,9 @@ def profile(
     input_shape: Annotated[str, typer.Option(help="Shape of a batch, such as 8,3,224,224.")],
     chip: Chips = ["lnpu"],  # noqa: B006 - typer reads it, and hands out copies
     voltage: Voltage = None,
-    precision: Annotated[str, typer.Option(help="fgmp, fp8, fp16 or a YAML file.")] = "fgmp",
+    precision: Annotated[
+        str, typer.Option(parser=os.path.expanduser, metavar="NAME", help="fgmp, fp8, fp16 or a YAML file.")
+    ] = "fgmp",
     by: By = None,
     format: Format = "table",
 ) -> None:

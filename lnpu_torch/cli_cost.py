@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from lnpu_torch.chip import chips as all_chips
 from lnpu_torch.comparison import Comparison
 from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts
+from lnpu_torch.files import user_path
 from lnpu_torch.plot import require_matplotlib, save_plot
 from lnpu_torch.pricing import price as price_on
 from lnpu_torch.report import Report, csv_text, json_text
@@ -22,8 +24,13 @@ from lnpu_torch.sweep import parse_setting
 from lnpu_torch.sweep import sweep as sweep_over
 from lnpu_torch.tables import plain
 
-File = Annotated[Path, typer.Argument(metavar="COUNTS", help="A counts file, as in a run's folder counts/.")]
-Chips = Annotated[list[str], typer.Option("--chip", help="A built-in chip or a YAML file; may be given repeatedly.")]
+File = Annotated[
+    Path, typer.Argument(metavar="COUNTS", parser=user_path, help="A counts file, as in a run's folder counts/.")
+]
+Chips = Annotated[
+    list[str],
+    typer.Option("--chip", parser=expanduser, metavar="NAME", help="A built-in chip or a YAML file; may be repeated."),
+]
 Voltage = Annotated[float | None, typer.Option(help="Run the chips at this voltage, such as 0.9, not at their own.")]
 By = Annotated[Literal["layer", "step"] | None, typer.Option(help="Sum up by layer or by step.")]
 Format = Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print it.")]
@@ -50,7 +57,9 @@ def sweep(
     settings: Settings,
     chip: Chips = ["lnpu"],  # noqa: B006
     voltage: Voltage = None,
-    out: Annotated[Path, typer.Option(help="Where to write: this name with .csv, and with .png.")] = Path("sweep"),
+    out: Annotated[
+        Path, typer.Option(parser=user_path, metavar="PATH", help="Where to write: this name with .csv, and with .png.")
+    ] = Path("sweep"),
     dram: Annotated[bool, typer.Option(help="Compare by the energy of chip and DRAM, or by the chip's alone.")] = True,
     plot: Annotated[bool, typer.Option(help="Draw energy against time (needs matplotlib).")] = True,
 ) -> None:
@@ -71,7 +80,9 @@ def sweep(
     print(f"saved: {out}.csv" + (f", {out}.png" if plot else ""))
 
 
-def chips(name: Annotated[str | None, typer.Argument(help="A built-in chip or a YAML file.")] = None) -> None:
+def chips(
+    name: Annotated[str | None, typer.Argument(parser=expanduser, help="A built-in chip or a YAML file.")] = None,
+) -> None:
     """List the built-in chips; or one chip's values, each with what it rests on."""
     if name is None:
         print(plain(chips_table(all_chips())))

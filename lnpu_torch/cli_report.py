@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated
 
@@ -12,23 +14,31 @@ from lnpu_torch import drawing
 from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.counts import Counts
 from lnpu_torch.figures import figures
-from lnpu_torch.files import write_text
+from lnpu_torch.files import user_path, write_text
 from lnpu_torch.page import page
 from lnpu_torch.pricing import price
 from lnpu_torch.report import csv_text
 from lnpu_torch.run import read_run
 from lnpu_torch.study import study
 
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, as `lnpu train` makes it.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="RUN", parser=user_path, help="A run's folder, as `lnpu train` makes it.")
+]
 Chips = Annotated[
     list[str] | None,
-    typer.Option("--chip", help="A chip or a YAML file, the main one first; else the run's own chips."),
+    typer.Option(
+        "--chip",
+        parser=expanduser,
+        metavar="NAME",
+        help="A chip or a YAML file, the main one first; else the run's own chips.",
+    ),
 ]
 Voltage = Annotated[float | None, typer.Option(help="Run the chips at this voltage, such as 0.9, not at their own.")]
-Out = Annotated[Path | None, typer.Option(help="Where to write the page; else report.html in the run's folder.")]
-Plots = Annotated[Path | None, typer.Option(help="Write each plot into this folder too, as PNG and SVG.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers of the page as JSON too.")]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Write the whole run's layers and steps as CSV too.")]
+_path = partial(typer.Option, parser=user_path, metavar="PATH")
+Out = Annotated[Path | None, _path(help="Where to write the page; else report.html in the run's folder.")]
+Plots = Annotated[Path | None, _path(help="Write each plot into this folder too, as PNG and SVG.")]
+Json = Annotated[Path | None, _path("--json", help="Write all numbers of the page as JSON too.")]
+Csv = Annotated[Path | None, _path("--csv", help="Write the whole run's layers and steps as CSV too.")]
 
 
 def report(

@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,23 +15,24 @@ import typer
 from rich.console import Console
 
 from lnpu_torch import drawing
-from lnpu_torch.cli_train import with_settings
+from lnpu_torch.cli_train import keys, with_settings
 from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
-from lnpu_torch.files import write_text
+from lnpu_torch.files import user_path, write_text
 from lnpu_torch.versions import versions
 
 if TYPE_CHECKING:
     from lnpu_torch.recipes.evidence import Evidence
 
+_path = partial(typer.Option, parser=user_path, metavar="PATH")
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as counted=8 data.crop=4.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Torchvision's networks at 224 x 224 pixels; wants a GPU.")]
 Images = Annotated[
-    Path | None, typer.Option("--data", help="An .npz file or a folder, as `lnpu train` reads them; else digits.")
+    Path | None, _path("--data", help="An .npz file or a folder, as `lnpu train` reads them; else digits.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write rows, layers and curves as JSON.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write a page, and its plots into images/ beside it.")]
+Json = Annotated[Path | None, _path("--json", help="Write rows, layers and curves as JSON.")]
+Markdown = Annotated[Path | None, _path(help="Write a page, and its plots into images/ beside it.")]
 
 
 def reproduce(
@@ -47,7 +49,8 @@ def reproduce(
 
     path, started = find("reproduction", "full" if full else "small", "settings"), _clocks()
     start = parse_yaml(read_text(path), str(path)) | ({"data": images_in(data)} if data else {})
-    chosen = validate(Settings, with_settings(start, settings or []), str(path))
+    given = with_settings(start, settings or [], Settings)
+    chosen = validate(Settings, given, str(path), keys(settings or []))
     _can_write(json_file, markdown)
     rows, evidence = recipe.reproduce(chosen, lambda words: Console(stderr=True).print(words, style="dim"))
     spent = {name: now - started[name] for name, now in _clocks().items()}

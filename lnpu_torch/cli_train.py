@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
 from lnpu_torch.cli_errors import fail
@@ -18,13 +21,17 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[str | None, typer.Argument(help="A recipe (see lnpu recipes) or a YAML file.")] = None,
+    config: Annotated[
+        str | None, typer.Argument(parser=expanduser, help="A recipe (see lnpu recipes) or a YAML file.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as lr=0.05 data.crop=2.")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with the run in this folder; with CONFIG, or begin it there."),
+        typer.Option(
+            metavar="RUN", parser=expanduser, help="Go on with the run in this folder; with CONFIG, or begin it there."
+        ),
     ] = None,
     accept_changes: Annotated[bool, typer.Option(help="Go on although settings have changed.")] = False,
 ) -> None:
@@ -52,7 +59,9 @@ def read_recipe(config: str | None, settings: Iterable[str], resume: str | None 
     data = parse_yaml(read_text(path, "recipe" if config else "run to resume"), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a recipe: a mapping of keys is expected")
-    return validate(TrainConfig, with_settings(data, settings), str(path))
+    settings = list(settings)
+    found = validate(TrainConfig, with_settings(data, settings, TrainConfig), str(path), keys(settings))
+    return found if config else found.holding_files(again=True)
 
 
 def recipes() -> None:
@@ -62,8 +71,15 @@ def recipes() -> None:
     print(plain(recipes_table()))
 
 
-def with_settings(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+def keys(settings: Iterable[str]) -> list[str]:
+    """The dotted keys of KEY=VALUE settings."""
+    return [setting.partition("=")[0] for setting in settings]
+
+
+def with_settings(data: Mapping[str, Any], settings: Iterable[str], model: type[BaseModel]) -> dict[str, Any]:
     """`data` with each KEY=VALUE laid on it: a dotted key, and a value in YAML (so null, true, 2e-3, [a, b]).
+
+    Where `model` has text, the value is the text as it is given, whatever YAML would make of it; but for null.
 
     Raises:
         ConfigError: no "=", an empty key, a value that is not YAML, or a key inside what is no mapping.
@@ -74,8 +90,42 @@ def with_settings(data: Mapping[str, Any], settings: Iterable[str]) -> dict[str,
         parts = key.split(".")
         if not equals or not all(parts):
             raise ConfigError(f"{setting!r}: settings are written KEY=VALUE, such as lr=0.05 or data.crop=2")
-        changed = _with(changed, parts, parse_yaml(value, key), key)
+        changed = _with(changed, parts, _value(value, _kinds(model, parts), key), key)
     return changed
+
+
+def _value(text: str, kinds: Sequence[Any], key: str) -> Any:
+    """The value that a setting's text stands for, where it may be of these types."""
+    if str in kinds and not (type(None) in kinds and text in ("", "null")):
+        return text
+    several = [kind for kind in kinds if any(str in _members(inner) for inner in get_args(kind))]
+    if any(get_origin(kind) is tuple for kind in several) and not text.lstrip().startswith("["):
+        return text  # one for several
+    return parse_yaml(text, key, as_text=bool(several))
+
+
+def _kinds(kind: Any, parts: Sequence[str]) -> list[Any]:
+    """The types of what is under a dotted key of a type; none, if it has no such key."""
+    if not parts:
+        return _members(kind)
+    found = []
+    for member in _members(kind):
+        if get_origin(member) is dict:
+            found += _kinds(get_args(member)[1], parts[1:])
+        elif isinstance(member, type) and issubclass(member, BaseModel) and parts[0] in member.model_fields:
+            found += _kinds(member.model_fields[parts[0]].annotation, parts[1:])
+    return found
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types that a type is a union of; of one that is annotated, what it annotates; of names, that of text."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return list(map(type, get_args(kind)))
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return [each for member in get_args(kind) for each in _members(member)]
+    return [kind]
 
 
 def _with(data: Any, parts: list[str], value: Any, key: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -68,8 +68,20 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
+class _TextLoader(_Loader):
+    """Every value is text, but for null."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith("null")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def parse_yaml(text: str, where: str, *, as_text: bool = False) -> Any:
     """Parse one YAML document of plain values.
+
+    Args:
+        as_text: leave numbers and booleans as the text that they are written in.
 
     Raises:
         ConfigError: the text is not YAML, longer than LONGEST_YAML, has a tag or an alias, or a key stands twice.
@@ -77,7 +89,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text) > LONGEST_YAML:
         raise ConfigError(f"{where}: {len(text)} characters of YAML; at most {LONGEST_YAML} are read")
     try:
-        return yaml.load(text, _Loader)
+        return _TextLoader(text).get_single_data() if as_text else yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -108,18 +120,19 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def validate(model: type[Model], data: Any, where: str) -> Model:
+def validate(model: type[Model], data: Any, where: str, given: Iterable[str] = ()) -> Model:
     """Build `model` from plain data; a ConfigError names every wrong key, and the known ones.
 
     Args:
         model: the class to build.
         data: mappings, lists, numbers and strings, as YAML or JSON gives them.
         where: what to call the source in messages, such as the file's path.
+        given: dotted keys whose values are not from there, but from the command line.
     """
     try:
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, where)) from None
+        raise ConfigError(_explain(error, model, where, [f"{key}." for key in given])) from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or lists in lists in lists
         raise ConfigError(f"{where}: cannot be read: {error}") from None
 
@@ -181,10 +194,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (nearest: {listed(close)})" if close else ""
 
 
-def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+def _explain(error: ValidationError, model: type[BaseModel], source: str, given: Sequence[str]) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        by_hand = any(f"{key}.".startswith(each) or each.startswith(f"{key}.") for each in given)
+        where = "command line" if by_hand else source
         if problem["type"] == "extra_forbidden":
             known = _known_keys(model, problem["loc"][:-1])
             near = nearest(str(problem["loc"][-1]), known)

@@ -17,6 +17,11 @@ Writer = Callable[[IO[bytes]], object]
 """Writes the content of a file into it, open and binary."""
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it, in which `~` is the home folder, also where the shell left it."""
+    return Path(os.path.expanduser(text))
+
+
 def write_text(path: str | Path, text: str, *, own: bool = False) -> None:
     """As `write`, UTF-8; what cannot be encoded, as part of a path may be, is written as an escape."""
     write(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")), own=own)

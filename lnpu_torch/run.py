@@ -1,6 +1,6 @@
 """A training run as its folder has it: settings, metrics and counts of each epoch. It knows files, and prices nothing.
 
-config.yaml           settings; of them only `chip` has a meaning here
+config.yaml           settings; of them only `chip` has a meaning here: names, or files with what they said
 metrics.csv           a row per epoch, first column `epoch`
 counts/epochN.json    what epoch N did
 versions.json         what it ran with, if that was recorded
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text
+from lnpu_torch.chip import Chip
+from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text, validate
 from lnpu_torch.counts import Counts
+from lnpu_torch.named_files import ChipFile
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Run:
     epochs: tuple[Epoch, ...]
 
     @property
-    def chips(self) -> list[str]:
-        """The chips that it was priced on as it went."""
+    def chips(self) -> list[str | Chip]:
+        """The chips that it was priced on as it went. Raises ConfigError if the settings hold what is no chip."""
         chips = self.settings.get("chip")
-        return [str(chip) for chip in (chips if isinstance(chips, list) else [chips])] if chips else ["lnpu"]
+        return [_chip(chip) for chip in (chips if isinstance(chips, list) else [chips])] if chips else ["lnpu"]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -60,6 +62,10 @@ def read_run(folder: str | Path) -> Run:
     metrics = _metrics(inside(folder, "metrics.csv"))
     epochs = [Epoch(number, counts[number], metrics.get(number, {})) for number in sorted(counts)]
     return Run(folder.resolve().name, settings, _versions(inside(folder, "versions.json")), tuple(epochs))
+
+
+def _chip(value: Any) -> str | Chip:
+    return validate(ChipFile, value, "config.yaml: chip").content if isinstance(value, dict) else str(value)
 
 
 def _number(file: Path) -> int:

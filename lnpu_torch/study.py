@@ -14,6 +14,7 @@ from lnpu_torch.catalogue import value_text
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.counts import Counts, StepCounts, Triple
+from lnpu_torch.named_files import names
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report
 from lnpu_torch.rows import share
@@ -35,7 +36,7 @@ def study(run: Run, chips: Sequence[str | Path | Chip]) -> Study:
     read = [read_chip(each) for each in chips]
     return {
         "run": run.name,
-        "settings": run.settings,
+        "settings": names(run.settings),
         "versions": {"run": run.versions, "report": versions()},
         "metrics": [{**epoch.metrics, "epoch": epoch.number} for epoch in run.epochs],
         "extrapolated": any(epoch.counts.extrapolated for epoch in run.epochs),

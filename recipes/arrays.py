@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnpu_torch.config import ConfigError, listed
-from lnpu_torch.recipes.settings import DataConfig
+from lnpu_torch.recipes.settings import CIFAR_FOLDER, DataConfig
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
 NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -95,7 +95,7 @@ def _digits(config: DataConfig) -> Arrays:
 
 def _cifar(config: DataConfig) -> Arrays:
     """torchvision's CIFAR, fetched and checked by it."""
-    name, folder, arrays = CIFAR[config.kind][0], config.path or "data", {}
+    name, folder, arrays = CIFAR[config.kind][0], config.path or CIFAR_FOLDER, {}
     dataset = getattr(import_torchvision().datasets, name)
     for part in ("train", "test"):
         try:

@@ -24,7 +24,7 @@ from lnpu_torch.config import ConfigError, Frozen, listed
 from lnpu_torch.recipes.data import open_batches
 from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.models import ModelConfig, build
-from lnpu_torch.recipes.settings import DataConfig, Positive, Whole
+from lnpu_torch.recipes.settings import DataConfig, Positive, Seed
 
 Name = Literal["vgg16", "alexnet", "resnet18"]
 
@@ -59,7 +59,7 @@ class Settings(Frozen):
     counted: Positive
     tested: Positive
     curve: CurveConfig
-    seed: Whole = 0
+    seed: Seed = 0
     threads: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

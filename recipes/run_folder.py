@@ -1,6 +1,6 @@
 """A run's folder: resolved settings, metrics, counts and checkpoints. It knows files, not how training goes.
 
-    config.yaml           the resolved settings; `lnpu train --resume RUN` goes on with them
+    config.yaml           the settings, and what the files say that they name; `lnpu train --resume RUN` goes on with it
     versions.json         what it runs with
     metrics.csv           a row per epoch
     counts/epochN.json    what epoch N did; `lnpu price` reads it
@@ -15,7 +15,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import yaml
 
 import lnpu_torch as lnpu
 from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text
-from lnpu_torch.files import write_text
+from lnpu_torch.files import create_text, write_text
+from lnpu_torch.named_files import differences
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.recipes.settings import FREE
 
@@ -43,14 +45,16 @@ class RunFolder:
     def start(self, settings: Mapping[str, Any]) -> None:
         """Make the folder of a new run; one that holds a run already is refused."""
         self._check_links()
-        if self.config.exists():
-            raise ConfigError(f"{self.path}: holds a run already; choose another out=..., or --resume {self.path}")
         try:
             (self.path / "counts").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be made: {error.strerror}") from None
+        try:
+            create_text(self.config, _yaml(settings))  # of several runs at once one makes it, and has the folder
+        except FileExistsError:
+            message = f"{self.path}: holds a run already; choose another out=..., or --resume {self.path}"
+            raise ConfigError(message) from None
         write_text(self.versions, _json(lnpu.versions()), own=True)
-        self._write_config(settings)  # last: with it, a folder holds a run
 
     def resume(
         self, settings: Mapping[str, Any], accept_changes: bool, warn: Callable[[str], None]
@@ -62,17 +66,16 @@ class RunFolder:
         versions that are others now, with which the run need not end as it would have.
         """
         self._check_links()
-        before = _flat(self.settings())
-        now = _flat(settings)
         changes = [
-            f"{key}: {before.get(key)} -> {now.get(key)}"
-            for key in dict.fromkeys([*before, *now])
-            if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE)
+            f"{key}: {change}"
+            for key, change in differences(_whole_path(self.settings()), settings).items()
+            if not any(f"{key}.".startswith(f"{free}.") for free in FREE)
         ]
         if changes and not accept_changes:
             message = f"{self.path}: its settings were others:\n  " + "\n  ".join(changes)
             raise ConfigError(f"{message}\nLeave them as they were, or go on with the new ones: --accept-changes")
-        ran_with, runs_with = parse_json(read_text(self.versions), str(self.versions)), lnpu.versions()
+        runs_with = lnpu.versions()
+        ran_with = parse_json(read_text(self.versions), str(self.versions)) if self.versions.exists() else runs_with
         if not isinstance(ran_with, dict):
             raise ConfigError(f"{self.versions}: not a mapping of versions")
         changes += [
@@ -81,7 +84,7 @@ class RunFolder:
         for change in changes:
             warn(f"changed: {change}")
         write_text(self.versions, _json(runs_with), own=True)
-        self._write_config(settings)
+        write_text(self.config, _yaml(settings), own=True)
         newest: dict[str, Any] | None = self.checkpoints.newest(warn)
         return newest
 
@@ -134,22 +137,21 @@ class RunFolder:
         last = f"The last good checkpoint is {files[-1]}. " if files else "There is no checkpoint yet. "
         return f"{last}Go on with: lnpu train --resume {self.path}"
 
-    def _write_config(self, settings: Mapping[str, Any]) -> None:
-        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False), own=True)
+
+def _yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as text that can be read again. Raises ConfigError if it cannot, as it is too long."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    parse_yaml(text, "config.yaml")
+    return text
+
+
+def _whole_path(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose data.path is written as it now would be, wherever that leads."""
+    data = settings.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        return settings
+    return settings | {"data": data | {"path": os.path.abspath(data["path"])}}
 
 
 def _json(data: Mapping[str, str]) -> str:
     return json.dumps(data, indent=1) + "\n"
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key."""
-    return dict(_leaves(settings, ""))
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value

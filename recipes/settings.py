@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lnpu_torch.config import Frozen, listed
+from lnpu_torch.named_files import ChipFile, PrecisionFile, hold_chip, hold_precision
 from lnpu_torch.recipes.models import ModelConfig
+
+
+def _at_home(value: Any) -> Any:
+    """A path with the home folder in place of `~`."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
 
 Positive = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Real = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+PathText = Annotated[str, AfterValidator(_at_home)]
+"""A path; `~` is the home folder."""
 
 NEEDS_PATH = ("npz", "imagefolder")
+CIFAR_FOLDER = "data"
+"""Where torchvision's CIFAR is, unless data.path says otherwise."""
+FLOAT32 = "float32"
+"""The precision that leaves a model in torch's own layers."""
 
 
 class DataConfig(Frozen):
@@ -35,7 +50,7 @@ class DataConfig(Frozen):
     """
 
     kind: Literal["digits", "npz", "cifar10", "cifar100", "imagefolder"]
-    path: str | None = None
+    path: PathText | None = None
     download: bool = False
     size: Positive | None = None
     crop: Whole = 0
@@ -88,13 +103,19 @@ class TrainConfig(Frozen):
 
     `tensorboard`: also write the rows of metrics.csv for it. `threads`: CPU threads (null: torch's choice). `out`: the
     run's folder (null: a new one in runs/).
+
+    A run's own settings hold what the files of precisions and chips say, beside their names.
     """
 
     model: ModelConfig
     data: DataConfig
-    precision: str = "fgmp"
-    overrides: dict[str, str | None] = {}
-    chip: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), Field(min_length=1)] = ("lnpu", "dense-fp16")
+    precision: Annotated[str | PrecisionFile, AfterValidator(_at_home)] = "fgmp"
+    overrides: dict[str, Annotated[str | PrecisionFile | None, AfterValidator(_at_home)]] = {}
+    chip: Annotated[
+        tuple[Annotated[str | ChipFile, AfterValidator(_at_home)], ...],
+        BeforeValidator(_one_or_several),
+        Field(min_length=1),
+    ] = ("lnpu", "dense-fp16")
     count: CountConfig = CountConfig()
     epochs: Positive
     batch_size: Annotated[int, Field(ge=2)]
@@ -111,14 +132,31 @@ class TrainConfig(Frozen):
     channels_last: bool = False
     checkpoint: CheckpointConfig = CheckpointConfig()
     tensorboard: bool = False
-    seed: Whole = 0
+    seed: Seed = 0
     threads: Positive | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: str | None = None
+    out: PathText | None = None
 
     @property
     def emulated(self) -> bool:
-        return self.precision != "float32"
+        return self.precision != FLOAT32
+
+    def holding_files(self, again: bool = False) -> TrainConfig:
+        """The same settings with what the files say that they name; `again`: also where that is held already.
+
+        Raises:
+            ConfigError: a file is no precision or no chip.
+        """
+        precision = self.precision if self.precision == FLOAT32 else hold_precision(self.precision, again)
+        overrides = {name: value and hold_precision(value, again) for name, value in self.overrides.items()}
+        chips = tuple(hold_chip(value, again) for value in self.chip)
+        return self.model_copy(update={"precision": precision, "overrides": overrides, "chip": chips})
+
+    def for_any_folder(self) -> dict[str, Any]:
+        """Plain data that mean the same in any working folder, for a run's config.yaml."""
+        path = self.data.path or (CIFAR_FOLDER if self.data.kind in ("cifar10", "cifar100") else None)
+        data = self.data.model_copy(update={"path": path and os.path.abspath(path)})
+        return self.model_copy(update={"data": data}).model_dump(mode="json")
 
 
 FREE = ("out", "threads", "device", "tensorboard", "checkpoint", "data.workers", "data.download", "data.bench")

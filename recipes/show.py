@@ -60,7 +60,7 @@ class Progress:
         self._bar.update(self._task, advance=1, numbers=numbers)
 
 
-def energy(counts: lnpu.Counts, chip: str) -> str:
+def energy(counts: lnpu.Counts, chip: lnpu.Chip) -> str:
     """The energy of what was counted, in words."""
     report = lnpu.price(counts, chip)
     return f"{si(report.total.energy_pj, 'pJ')} on {report.chip}"
@@ -92,14 +92,14 @@ def epoch(row: Mapping[str, Any], epochs: int, reports: Sequence[lnpu.Report]) -
     return Text("\n".join(lines))
 
 
-def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[str]) -> RenderableType:
+def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> RenderableType:
     """The run's energy on each chip: of all epochs by layer and by step, then by epoch; and what it leaves out."""
     if not epochs:
         return Text("Torch's own layers did the work (precision: float32), so nothing was counted.")
     whole = [lnpu.price(lnpu.Counts.merge(counts for _, counts in epochs), chip) for chip in chips]
     by_layer = _energies("layer", whole)
     by_step = _energies("step", whole)
-    by_epoch = plain_table("Energy by epoch", ["epoch"], chips)
+    by_epoch = plain_table("Energy by epoch", ["epoch"], [chip.name for chip in chips])
     for name, counts in epochs:
         add_row(by_epoch, name, *(si(lnpu.price(counts, chip).total.energy_pj, "pJ") for chip in chips))
     add_row(by_epoch, "total", *(si(report.total.energy_pj, "pJ") for report in whole))

@@ -62,7 +62,7 @@ class Tally:
         before: what of the epoch was done before the process began.
     """
 
-    def __init__(self, model: nn.Module, alike: int, every: int | None, chip: str, before: Tallied) -> None:
+    def __init__(self, model: nn.Module, alike: int, every: int | None, chip: lnpu.Chip, before: Tallied) -> None:
         self._model, self._alike, self._every, self._chip = model, alike, every, chip
         self._done, self._now = before, lnpu.CostCounter(model) if every == 1 else None
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
+from lnpu_torch.config import ConfigError
+from lnpu_torch.named_files import PrecisionFile, held
 from lnpu_torch.recipes import diagnosis, machines, show, state
 from lnpu_torch.recipes.data import Pair, loader_speed, open_batches
 from lnpu_torch.recipes.division import Division
@@ -66,7 +68,7 @@ def train(config: TrainConfig, console: Console, resume: str | None = None, acce
                 if not diagnosis.out_of_memory(error):
                     raise
                 raise Stopped(run.memory_is_full(), exit_code=2) from error
-    run.console.print(show.summary(run.folder.counts(), config.chip))
+    run.console.print(show.summary(run.folder.counts(), run.chips))
     return run.metrics
 
 
@@ -74,11 +76,11 @@ class Run:
     """A run between two steps: everything that a checkpoint holds, and what it is trained with."""
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
+        config = config.holding_files()
         self.config, self.accelerator = config, machines.start(config)
         self.ranks, self.device = self.accelerator.num_processes, self.accelerator.device
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
-        for chip in config.chip:
-            lnpu.chip(chip)  # a wrong name is said now, not after the first epoch
+        self.chips = [lnpu.chip(held(chip)) for chip in config.chip]
         rank = self.accelerator.process_index
         division = Division(config.batch_size, config.accumulate, self.ranks, rank, config.seed)
         with self.accelerator.local_main_process_first() if config.data.download else contextlib.nullcontext():
@@ -88,7 +90,7 @@ class Run:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
         self._build()
-        torch.manual_seed(config.seed + rank)  # dropout is each rank's own
+        torch.manual_seed((config.seed + rank) % 2**64)  # dropout is each rank's own
         self.epoch, self.done, self.sums, self.tallied = 1, 0, [0.0] * 3, Tallied()
         self.metrics: list[Row] = []
 
@@ -98,7 +100,8 @@ class Run:
         model = build(config.model, self.batches.classes, self.batches.shape)
         self.model = model.to(self.device, memory_format=self.memory_format)
         if config.emulated:
-            lnpu.convert(self.model, config.precision, overrides=config.overrides)
+            overrides = {name: held(value) for name, value in config.overrides.items()}
+            lnpu.convert(self.model, held(config.precision), overrides=overrides)
         self.average = make_average(self.model, config.ema)
         optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(optimizer, config, self.steps * config.epochs)
@@ -111,8 +114,8 @@ class Run:
 
     def open(self, resume: str | None, accept_changes: bool) -> None:
         """Make the run's folder, or go on with what is in it."""
-        settings = self.config.model_dump(mode="json")
-        path = machines.once(self.accelerator, lambda: resume or self.config.out or default_folder(self.config))
+        settings = self.config.for_any_folder()
+        path = machines.once(self.accelerator, lambda: resume or self.config.out or new_folder(self.config))
         self.folder = RunFolder(path, self.config.checkpoint.keep)
 
         def begin() -> dict[str, Any] | None:
@@ -131,9 +134,9 @@ class Run:
         """The rest of an epoch's steps; returns what this rank did in all of them, and images/s over all ranks."""
         config, started, before = self.config, time.perf_counter(), self.sums[2]
         every = config.count.every if config.emulated else None
-        tally = Tally(self.model, self.alike, every, config.chip[0], self.tallied)
+        tally = Tally(self.model, self.alike, every, self.chips[0], self.tallied)
         shown = every and self.ranks == 1  # of several, this one knows its own share only
-        energy = (lambda: show.energy(tally.so_far.counts, config.chip[0])) if shown else None
+        energy = (lambda: show.energy(tally.so_far.counts, self.chips[0])) if shown else None
         name, rate = f"epoch {self.epoch}/{config.epochs}", 0.0
         self.model.train()
         bar = show.Progress(self.console, name, self.steps, self.done, energy)
@@ -216,7 +219,7 @@ class Run:
         whole, (loss, right, seen) = Tallied.merge(machines.gather(tallied)), self.sums
         row: Row = {"epoch": self.epoch, "loss": loss / seen, "train_accuracy": right / seen}
         row |= {"test_accuracy": self.test_accuracy(), "images_per_s": images_per_s}
-        reports = [lnpu.price(whole.counts, chip) for chip in self.config.chip] if self.config.emulated else []
+        reports = [lnpu.price(whole.counts, chip) for chip in self.chips] if self.config.emulated else []
         for report in reports:
             row |= show.columns(report)
         if whole.counts.extrapolated:
@@ -264,6 +267,18 @@ class Run:
         )
 
 
-def default_folder(config: TrainConfig) -> Path:
-    """A new folder in runs/, named after the model, the precision and the time."""
-    return Path("runs") / f"{config.model.name}-{Path(config.precision).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+def new_folder(config: TrainConfig) -> Path:
+    """Make a folder in runs/, named after the model, the precision and the time, with a number where that is taken."""
+    precision = config.precision.file if isinstance(config.precision, PrecisionFile) else config.precision
+    folder = Path("runs") / f"{config.model.name}-{Path(precision).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, number = folder.name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run, begun in the same second
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made: {error.strerror}") from None
+        else:
+            return folder

@@ -15,6 +15,7 @@ from lnpu_torch import cli_train
 from lnpu_torch.config import builtin_names
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Stopped
+from lnpu_torch.recipes.settings import TrainConfig
 
 SMALL = ["epochs=1", "limit=2", "batch_size=32", "model.width=2", "data.size=8"]
 
@@ -140,7 +141,7 @@ def test_ctrl_c_before_training_has_no_traceback(monkeypatch: pytest.MonkeyPatch
 def test_settings_are_yaml_under_dotted_keys() -> None:
     start: dict[str, Any] = {"lr": 1, "data": {"kind": "npz", "size": 8}}
     settings = ["lr=2e-3", "data.size=null", "data.flip=true", "chip=[a, b]", "overrides.fc=null", "out=a=b"]
-    assert cli_train.with_settings(start, settings) == {
+    assert cli_train.with_settings(start, settings, TrainConfig) == {
         "lr": 2e-3,
         "data": {"kind": "npz", "size": None, "flip": True},
         "chip": ["a", "b"],

@@ -62,7 +62,18 @@ NUMERICS += [
 ]
 COST = ["config", "units", "lane_family", "lane_profile", "elements", "files", "counts", "tables", "tagged"]
 COST += ["operating_point"]
-COST += ["bottom_up", "simd_core", "chip", "energies", "traffic", "rows", "cycles", "element_pricing", "report"]
+COST += [
+    "bottom_up",
+    "simd_core",
+    "chip",
+    "named_files",
+    "energies",
+    "traffic",
+    "rows",
+    "cycles",
+    "element_pricing",
+    "report",
+]
 COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_errors", "cli_cost", "cli_train"]
 COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report", "cli_reproduce"]
 COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
@@ -70,8 +81,9 @@ ACROSS: dict[str, tuple[str, ...]] = dict.fromkeys(("gpu", "gpu_lanes"), ("lnpu_
 ACROSS |= dict.fromkeys(("cli_train", "cli_reproduce"), ("lnpu_torch.recipes",))
 ACROSS |= {"watch": ("lnpu_torch.hiding", "lnpu_torch.float_products"), "cli": ("lnpu_torch",)}
 ACROSS |= {"counters": ("lnpu_torch.nn", "lnpu_torch.convert")}
+ACROSS |= {"named_files": ("lnpu_torch.precision",)}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
-PUBLIC = {"lnpu_torch", "lnpu_torch.config", "lnpu_torch.files", "lnpu_torch.tables"}
+PUBLIC = {"lnpu_torch", *(f"lnpu_torch.{name}" for name in ("config", "files", "named_files", "tables"))}
 
 
 def imports(file: Path) -> Iterator[str]:

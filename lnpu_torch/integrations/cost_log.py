@@ -2,7 +2,7 @@
 
 It writes what `lnpu report FOLDER` and `lnpu price` read:
 
-    config.yaml         precision and chips
+    config.yaml         precision, overrides and chips, with what the files say that they name
     metrics.csv         a row per epoch
     counts/epochN.json  what epoch N did, on all ranks
     report.txt          the whole run, priced on each chip
@@ -16,13 +16,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from torch import distributed, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, read_text
-from lnpu_torch.files import write_text
+from lnpu_torch.config import ConfigError, inside, parse_yaml, read_text
+from lnpu_torch.files import create_text, write_text
+from lnpu_torch.named_files import ChipFile, differences, held, hold_chip, hold_precision
 
 Overrides = Mapping[str, str | Path | lnpu.Rule | lnpu.Precision | None]
 
@@ -49,10 +52,20 @@ class CostLog:
         """
         if not chips:
             raise ConfigError("chips: name at least one, such as lnpu")
-        self.chips = [lnpu.chip(each) for each in chips]
+        named = [
+            ChipFile(file=each.name, content=each) if isinstance(each, lnpu.Chip) else hold_chip(str(each))
+            for each in chips
+        ]
+        self.chips = [lnpu.chip(held(each)) for each in named]
         self.folder = Path(folder)
         self.metrics: list[dict[str, float]] = []
-        self._precision, self._overrides = precision, overrides
+        self._precision = _hold(precision)
+        self._overrides = {name: _hold(value) for name, value in (overrides or {}).items()}
+        self._settings = {
+            "precision": _plain(self._precision),
+            "overrides": {name: _plain(value) for name, value in self._overrides.items()},
+            "chip": [_plain(each) for each in named],
+        }
         self._counter, self._pauses = ExitStack(), ExitStack()
         self._counted: list[lnpu.Counts] = []
         self._converts: bool | None = None  # known at the first call of `convert`
@@ -71,18 +84,25 @@ class CostLog:
         self._model = model
         if not self._converts:
             return
+        overrides = {name: held(value) for name, value in self._overrides.items()}
         with ExitStack() as tolerant:
             if not complete:
                 tolerant.enter_context(suppress(ConfigError))
                 tolerant.enter_context(warnings.catch_warnings(action="ignore"))
-            lnpu.convert(model, self._precision, overrides=self._overrides, only_new=True)
+            lnpu.convert(model, held(self._precision), overrides=overrides, only_new=True)
 
     def start(self, *, resumed: bool = False) -> None:
-        """Open the folder. Raises ConfigError if it holds a run and this one is not `resumed` from it."""
+        """Open the folder.
+
+        Raises:
+            ConfigError: it holds a run, and this one is not `resumed` from it, or has another precision.
+        """
         self.close()
         self._shared = lnpu.SharedThresholds(self._model) if _ranks() > 1 else None
         self.metrics, self._counted = (self._earlier() if resumed else []), []
-        if _rank() == 0 and not resumed:
+        if _rank() == 0 and resumed and (self.folder / "config.yaml").exists():
+            self._check_settings()
+        elif _rank() == 0:
             self._new_folder()
 
     def begin_epoch(self) -> None:
@@ -138,15 +158,30 @@ class CostLog:
         self._counter.close()
 
     def _new_folder(self) -> None:
-        config = self.folder / "config.yaml"
-        if config.exists():
-            raise ConfigError(f"{self.folder}: holds a run already; choose another folder, or resume that run")
+        """Raises ConfigError if it holds a run, or cannot be made."""
+        config = inside(self.folder, "config.yaml")
+        inside(self.folder, "counts")
         try:
             (self.folder / "counts").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.folder}: cannot be made: {error.strerror}") from None
-        settings = {"precision": str(self._precision), "chips": [chip.name for chip in self.chips]}
-        write_text(config, yaml.safe_dump(settings, sort_keys=False))
+        try:
+            create_text(config, yaml.safe_dump(self._settings, sort_keys=False))
+        except FileExistsError:
+            message = f"{self.folder}: holds a run already; choose another folder, or resume that run"
+            raise ConfigError(message) from None
+
+    def _check_settings(self) -> None:
+        """Raises ConfigError if the run in the folder was begun with another precision."""
+        config = inside(self.folder, "config.yaml")
+        before = parse_yaml(read_text(config), str(config))
+        if not isinstance(before, dict):
+            raise ConfigError(f"{config}: not the settings of a run: a mapping of keys is expected")
+        before = {name: before[name] for name in ("precision", "overrides") if name in before}
+        changes = differences(before, {name: self._settings[name] for name in before})
+        if changes:
+            told = "\n  ".join(f"{key}: {change}" for key, change in changes.items())
+            raise ConfigError(f"{self.folder}: this run was begun with other settings; choose another folder\n  {told}")
 
     def _earlier(self) -> list[dict[str, float]]:
         """Rows of the epochs before a run was cut short."""
@@ -158,6 +193,16 @@ class CostLog:
             ]
         except (KeyError, TypeError, ValueError, csv.Error):
             raise ConfigError(f"{file}: not the metrics of a run") from None
+
+
+def _hold(value: Any) -> Any:
+    """A precision as it is given; of a file, what it says."""
+    return hold_precision(str(value)) if isinstance(value, str | Path) else value
+
+
+def _plain(value: Any) -> Any:
+    """A name as it is, what was held for a file, or a model's values."""
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def _csv(rows: Sequence[Mapping[str, float]]) -> str:
