@@ -37,6 +37,13 @@ class Arithmetic(Frozen):
     measured_in: Process
     chip_in: Process
 
+    @model_validator(mode="after")
+    def _measured_something(self) -> Self:
+        voltage = self.measured_at_v.value
+        if not self.measured_in.energy(voltage) > 0:
+            raise ValueError(f"measured_in has no energy at measured_at_v, {voltage:g} V")
+        return self
+
     def scale(self, voltage: float) -> float:
         """From the measured circuits to the chip's process at a voltage."""
         return self.chip_in.energy(voltage) / self.measured_in.energy(self.measured_at_v.value)

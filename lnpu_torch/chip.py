@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from lnpu_torch.bottom_up import BottomUp
 from lnpu_torch.config import (
+    MOST,
     ConfigError,
     Frozen,
     builtin_names,
@@ -128,6 +129,9 @@ class Chip(Frozen):
     def _has_tables(self) -> Self:
         if self.energy_model == "bottom_up" and self.bottom_up is None:
             raise ValueError("energy_model is 'bottom_up', but there is no bottom_up")
+        voltage = self.operating_point.voltage_v.value
+        if self.bottom_up and not 0 <= (scale := self.bottom_up.arithmetic.scale(voltage)) <= MOST:
+            raise ValueError(f"bottom_up: energies are {scale:g} times the measured ones at {voltage:g} V")
         return self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -23,7 +24,10 @@ app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, prett
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command. What a terminal cannot show, such as part of a path, is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -62,7 +66,7 @@ def profile(
     the zeros and the FP8 share of one that is not trained.
     """
     chips = [lnpu.chip(name, voltage) for name in chip]
-    batch = torch.randn(parse_shape(input_shape))
+    batch = make_batch(parse_shape(input_shape))
     network = lnpu.convert(import_model(model), precision)
     if not lnpu.coverage(network).emulated:
         raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(network)}")
@@ -128,15 +132,26 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def make_batch(shape: tuple[int, ...]) -> Tensor:
+    """Random input of a shape. Raises ConfigError if there is no memory for it."""
+    try:
+        return torch.randn(shape)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--input-shape: a batch of shape {shape} cannot be made: {reason}") from None
+
+
 def _training_step(network: nn.Module, batch: Tensor) -> None:
     try:
         outputs = _tensors(network.train()(batch))
+        losses = [output.float().mean() for output in outputs if output.requires_grad]
+        if not losses:
+            raise ConfigError("the model returns no tensor that depends on its parameters; there is nothing to train")
+        sum(losses[1:], start=losses[0]).backward()
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"the model cannot take an input of shape {tuple(batch.shape)}: {error}") from error
-    losses = [output.float().mean() for output in outputs if output.requires_grad]
-    if not losses:
-        raise ConfigError("the model returns no tensor that depends on its parameters; there is nothing to train")
-    sum(losses[1:], start=losses[0]).backward()
 
 
 def _tensors(output: Any) -> list[Tensor]:

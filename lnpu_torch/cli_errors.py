@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
@@ -16,6 +17,9 @@ from lnpu_torch.config import ConfigError
 USER_ERROR = 2
 """Exit code for a mistake in what the user gave, and for a run that cannot go on; Ctrl-C's is 130."""
 
+BROKEN_PIPE = 141
+"""Exit code of a command whose reader went away: a shell's for SIGPIPE."""
+
 P = ParamSpec("P")
 
 
@@ -26,6 +30,10 @@ def errors_as_messages(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:  # as in `lnpu price COUNTS | head`: who reads our output has enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left of the output has to go somewhere
+            raise typer.Exit(BROKEN_PIPE) from None
         except (ConfigError, OSError) as error:
             fail(str(error), USER_ERROR)
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -72,4 +73,13 @@ def report(
 
 
 def _json(data: object) -> str:
-    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(data: object) -> object:
+    """Plain data in which null stands for what is not finite, which JSON has no number for; settings may hold it."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -27,6 +27,9 @@ class ConfigError(ValueError):
 LONGEST_YAML = 2**18
 """Characters of YAML that are read, ten times the longest file that ships; so many take seconds."""
 
+MOST = 10**30
+"""No count and no constant of a chip is larger; so all that is made of them is a number that a float holds."""
+
 
 class Frozen(BaseModel):
     """Base of everything read from a file: immutable, strictly typed, unknown keys refused."""
@@ -95,9 +98,9 @@ def parse_yaml(text: str, where: str, *, as_text: bool = False) -> Any:
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """The text of a UTF-8 file; a ConfigError that says why if it cannot be read."""
+    """The text of a UTF-8 file, without a byte order mark; a ConfigError that says why if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such {what}") from None
     except (OSError, UnicodeDecodeError) as error:

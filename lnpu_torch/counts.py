@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from lnpu_torch.config import ConfigError, Frozen, parse_json, read_text, validate
+from lnpu_torch.config import MOST, ConfigError, Frozen, parse_json, read_text, validate
 from lnpu_torch.elements import Elements, NotCounted
 from lnpu_torch.elements import merge as merge_elements
 from lnpu_torch.files import write_text
@@ -29,7 +29,7 @@ OPERANDS: dict[Step, tuple[str, str]] = {
 }
 """The two operands that each step multiplies, the customarily streamed one first."""
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Triple = tuple[Count, Count, Count]  # zero, fp8, wide
 
 
@@ -62,7 +62,7 @@ class Calls(Frozen):
     operands' elements fell into groups, summed over these calls.
     """
 
-    count: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1, le=MOST)]
     sizes: Triple
     first: Triple
     second: Triple

@@ -8,14 +8,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lnpu_torch.config import Frozen
+from lnpu_torch.config import MOST, Frozen
 
 Kind = Literal["normalisation", "activation", "pooling", "loss", "optimizer", "other"]
 Phase = Literal["forward", "backward", "update"]
 KINDS: tuple[Kind, ...] = ("normalisation", "activation", "pooling", "loss", "optimizer", "other")
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 SUMS = ("calls", "read", "written", "operations", "special", "fetched", "stored")
 
 
@@ -55,7 +55,7 @@ class Elements(Frozen):
     """
 
     entries: tuple[ElementOp, ...] = ()
-    uncounted: dict[str, Annotated[int, Field(ge=1)]] = {}
+    uncounted: dict[str, Annotated[int, Field(ge=1, le=MOST)]] = {}
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")

@@ -237,7 +237,7 @@ def _bars(
 ) -> None:
     """Labelled bars; where nothing is known there is none, but words that say so, unless nothing is known of all."""
     if any(value is not None for value in values):
-        axes.barh(places, [value or 0.0 for value in values], **look)
+        axes.barh(places, [float(value or 0) for value in values], **look)
         _label_bars(axes, places, values, unit, lacks or [""] * len(values))
 
 

@@ -8,10 +8,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from lnpu_torch.config import ConfigError, Frozen
+from lnpu_torch.config import MOST, ConfigError, Frozen
 from lnpu_torch.lane_family import MEMBERS, Member
 
-Cycles = Annotated[int, Field(ge=0)]
+Cycles = Annotated[int, Field(ge=0, le=MOST)]
 PLACES = {member: place for place, member in enumerate(MEMBERS)}
 
 
@@ -21,7 +21,7 @@ class LaneProfile(Frozen):
     A lane-cycle is one lane that has a channel, for the time of one non-zero, whether it works or waits.
     """
 
-    channels: Annotated[int, Field(gt=0)]
+    channels: Annotated[int, Field(gt=0, le=MOST)]
     lane_cycles: Annotated[tuple[Cycles, ...], Field(min_length=len(MEMBERS), max_length=len(MEMBERS))]
 
     @model_validator(mode="after")

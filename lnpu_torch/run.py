@@ -2,7 +2,7 @@
 
 config.yaml           settings; of them only `chip` has a meaning here: names, or files with what they said
 metrics.csv           a row per epoch, first column `epoch`
-counts/epochN.json    what epoch N did
+counts/epochN.json    what epoch N did; other names there are not read
 versions.json         what it ran with, if that was recorded
 """
 
@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lnpu_torch.chip import Chip
-from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text, validate
+from lnpu_torch.config import MOST, ConfigError, inside, parse_json, parse_yaml, read_text, validate
 from lnpu_torch.counts import Counts
 from lnpu_torch.named_files import ChipFile
+
+EPOCH = re.compile(r"epoch(0|[1-9][0-9]{0,8})\.json")
+"""The name of a file of counts."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: its number, what it did, and its metrics as far as they are numbers ("loss", "test_accuracy" ...)."""
+    """One epoch: its number, what it did, and those of its metrics that are finite numbers ("loss" ...)."""
 
     number: int
     counts: Counts
@@ -55,8 +59,8 @@ def read_run(folder: str | Path) -> Run:
     settings = parse_yaml(read_text(inside(folder, "config.yaml"), "run"), str(folder / "config.yaml"))
     if not isinstance(settings, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: not the settings of a run: a mapping of keys is expected")
-    files = [inside(folder, f"counts/{file.name}") for file in (folder / "counts").glob("epoch*.json")]
-    counts = {_number(file): Counts.load(file) for file in files}
+    files = [(EPOCH.fullmatch(file.name), file.name) for file in (folder / "counts").glob("epoch*.json")]
+    counts = {int(found[1]): Counts.load(inside(folder, f"counts/{name}")) for found, name in files if found}
     if not counts:
         raise ConfigError(f"{folder}: no epoch of this run was counted (counts/epochN.json)")
     metrics = _metrics(inside(folder, "metrics.csv"))
@@ -68,15 +72,11 @@ def _chip(value: Any) -> str | Chip:
     return validate(ChipFile, value, "config.yaml: chip").content if isinstance(value, dict) else str(value)
 
 
-def _number(file: Path) -> int:
-    digits = file.stem.removeprefix("epoch")
-    if not digits.isdecimal():
-        raise ConfigError(f"{file}: not named after its epoch, as in epoch1.json")
-    return int(digits)
-
-
 def _metrics(file: Path) -> dict[int, dict[str, float]]:
-    """The numbers of metrics.csv, by epoch; an epoch that is not in it, such as one cut short, has none."""
+    """The numbers of metrics.csv, by epoch; an epoch that is not in it, such as one cut short, has none.
+
+    What is not finite, as the loss of a run that diverged, is left out, and so is what no figure could show.
+    """
     rows = csv.DictReader(io.StringIO(read_text(file, "metrics")))
     try:
         return {
@@ -88,10 +88,9 @@ def _metrics(file: Path) -> dict[int, dict[str, float]]:
 
 def _is_number(cell: Any) -> bool:
     try:
-        float(cell)
+        return abs(float(cell)) <= MOST
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def _versions(file: Path) -> dict[str, str]:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from lnpu_torch.config import Frozen
+from lnpu_torch.config import MOST, Frozen
 
 Tag = Literal["published", "derived", "assumed"]
 Value = TypeVar("Value")
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Bits = Annotated[int, Field(ge=0)]
-Natural = Annotated[int, Field(gt=0)]
+
+
+def _not_tiny(value: float) -> float:
+    if value < 1 / MOST:
+        raise ValueError(f"below {1 / MOST:g}")
+    return value
+
+
+NotNegative = Annotated[float, Field(ge=0, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_not_tiny)]
+Bits = Annotated[int, Field(ge=0, le=MOST)]
+Natural = Annotated[int, Field(gt=0, le=MOST)]
 
 
 class Tagged(Frozen, Generic[Value]):

@@ -17,6 +17,8 @@ from lnpu_torch.config import ConfigError, listed
 from lnpu_torch.recipes.settings import CIFAR_FOLDER, DataConfig
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
+MOST_CLASSES = 100_000
+"""Labels from here on are taken for a mistake: a classifier of so many classes would fill the memory."""
 NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 CIFAR = {"cifar10": ("CIFAR10", 10), "cifar100": ("CIFAR100", 100)}
 """torchvision's name of a data set, and its number of classes."""
@@ -149,6 +151,8 @@ def _check(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], where: st
         raise ConfigError(f"{where}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}")
     if labels.min() < 0:
         raise ConfigError(f"{where}: labels must be 0 or more, not {labels.min()}")
+    if labels.max() >= MOST_CLASSES:
+        raise ConfigError(f"{where}: labels must be classes, counted from 0; {labels.max()} is none of {MOST_CLASSES}")
 
 
 def _resized(images: np.ndarray[Any, Any], size: int | None) -> Tensor:

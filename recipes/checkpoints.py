@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from lnpu_torch.config import ConfigError, inside
 from lnpu_torch.files import write
+
+NAME = re.compile(r"[0-9]+-epoch[0-9]+-step[0-9]+\.pt")
 
 
 class Checkpoints:
@@ -24,8 +27,8 @@ class Checkpoints:
         self.folder, self._keep = folder, keep
 
     def files(self) -> list[Path]:
-        """The newest last."""
-        numbered = [file for file in self.folder.glob("[0-9]*-epoch*.pt") if file.name.split("-")[0].isdecimal()]
+        """The newest last. Files of other names, such as copies, are left alone."""
+        numbered = [file for file in self.folder.glob("*.pt") if NAME.fullmatch(file.name)]
         return sorted(numbered, key=lambda file: int(file.name.split("-")[0]))
 
     def save(self, state: Mapping[str, Any], epoch: int, step: int) -> None:

@@ -72,7 +72,8 @@ class BytesOnDevice:
         """As `Batches.train`."""
         batches = self._division.batches(len(self._train), epoch)
         for step, batch in enumerate(batches[first:], start=first):
-            moves = self._augment.draw(self._division.batch_size, self._division.random(epoch, step))
+            most = min(self._division.batch_size, len(self._train))
+            moves = self._augment.draw(most, self._division.random(epoch, step))
             index = batch.to(self._train.labels.device)  # a copy is no operation
             yield (self._piece(index[own], moves.of(own)) for own in self._division.own(len(batch)))
 

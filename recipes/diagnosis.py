@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-CPU_IS_FULL = ("can't allocate memory", "not enough memory")
+CPU_IS_FULL = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 """What torch's errors say where a CPU's memory is full; they have no class of their own."""
 
 

@@ -27,9 +27,9 @@ class ModelConfig(Frozen):
     """
 
     name: str
-    width: Annotated[int, Field(ge=1)] | None = None
+    width: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     batch_norm: bool | None = None
-    classes: Annotated[int, Field(ge=1)] | None = None
+    classes: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
 class BasicBlock(nn.Module):

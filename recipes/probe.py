@@ -24,7 +24,7 @@ from lnpu_torch.config import ConfigError, Frozen, listed
 from lnpu_torch.recipes.data import open_batches
 from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.models import ModelConfig, build
-from lnpu_torch.recipes.settings import DataConfig, Positive, Seed
+from lnpu_torch.recipes.settings import DataConfig, Few, Positive, Seed
 
 Name = Literal["vgg16", "alexnet", "resnet18"]
 
@@ -33,7 +33,7 @@ class NetworkConfig(Frozen):
     """A network of the papers: the model that stands for it, steps of training, AdamW's learning rate."""
 
     model: ModelConfig
-    steps: Annotated[int, Field(ge=2)]
+    steps: Annotated[Positive, Field(ge=2)]
     lr: Annotated[float, Field(gt=0)]
 
 
@@ -55,12 +55,12 @@ class Settings(Frozen):
     networks: dict[Name, NetworkConfig]
     data: DataConfig
     size: Positive
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Positive, Field(ge=2)]
     counted: Positive
     tested: Positive
     curve: CurveConfig
     seed: Seed = 0
-    threads: Positive | None = None
+    threads: Annotated[Few, Field(ge=1)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

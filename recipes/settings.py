@@ -17,8 +17,10 @@ def _at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-Positive = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Few = Annotated[int, Field(ge=0, le=1024)]
+"""Processes or threads."""
 Real = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -56,7 +58,7 @@ class DataConfig(Frozen):
     crop: Whole = 0
     flip: bool = False
     cutout: Whole = 0
-    workers: Whole = 4
+    workers: Few = 4
     unreadable: Literal["fatal", "skip"] = "fatal"
     bench: bool = False
 
@@ -118,7 +120,7 @@ class TrainConfig(Frozen):
     ] = ("lnpu", "dense-fp16")
     count: CountConfig = CountConfig()
     epochs: Positive
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Positive, Field(ge=2)]
     accumulate: Positive = 1
     limit: Positive | None = None
     lr: Annotated[float, Field(gt=0)]
@@ -133,7 +135,7 @@ class TrainConfig(Frozen):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tensorboard: bool = False
     seed: Seed = 0
-    threads: Positive | None = None
+    threads: Annotated[Few, Field(ge=1)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: PathText | None = None
 

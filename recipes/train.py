@@ -53,7 +53,13 @@ def train(config: TrainConfig, console: Console, resume: str | None = None, acce
         ConfigError: a setting, the data or the folder is wrong.
         Stopped: the loss is not finite, memory is full, or the process was asked to stop.
     """
-    run = Run(config, console)
+    try:
+        run = Run(config, console)
+    except (RuntimeError, MemoryError) as error:
+        if not diagnosis.out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"out of memory: data.size or model.width is too large, or the data are: {reason}") from error
     if config.data.bench:
         run.bench()
         return []
