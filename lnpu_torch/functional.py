@@ -73,7 +73,7 @@ class _Emulated(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         with _without_autocast(grad_output.device.type):
-            return _backward(ctx, grad_output)
+            return _backward(ctx, grad_output.resolve_neg())
 
 
 def _asked(ctx: Any, wants: tuple[bool, bool, bool]) -> tuple[bool, ...]:
@@ -190,6 +190,8 @@ def _emulate(
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif input.dtype != weight.dtype:
         raise TypeError(f"input is {input.dtype} and weight {weight.dtype}: convert one, or use autocast")
+    input, weight = input.resolve_neg(), weight.resolve_neg()  # ops read memory, which such views do not tell of
+    bias = None if bias is None else bias.resolve_neg()
     asked = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias)]
     with _without_autocast(kind):
         output: Tensor = _Emulated.apply(input, weight, bias, product, emulation, tuple(asked), dtype)  # type: ignore[no-untyped-call]
