@@ -26,7 +26,7 @@ def reduce(a: Tensor, b: Tensor, form: Format, chunk: int) -> Tensor:
 def small_from_big(big: Tensor, weight: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
     """A convolution's forward (a transposed one's grad_input): reduces over big channel, then kernel offset."""
     columns = _columns(big, geometry)  # [g, N * positions, C/g * offsets]
-    kernels = weight.reshape(geometry.groups, -1, columns.shape[-1])
+    kernels = weight.reshape(geometry.groups, geometry.small_channels // geometry.groups, columns.shape[-1])
     return _to_grid(reduce(columns, kernels.mT, form, chunk), geometry.batch, geometry.small)
 
 
@@ -38,14 +38,20 @@ def big_from_small(small: Tensor, weight: Tensor, geometry: Geometry, form: Form
     mirrored = _mirrored(geometry)
     spread = small.new_zeros(*small.shape[:2], *mirrored.big)
     part(spread, [slice(None, None, stride) for stride in geometry.stride]).copy_(small)
-    kernels = weight.flip(tuple(range(2, weight.dim()))).unflatten(0, (geometry.groups, -1)).transpose(1, 2)
+    kernels = (
+        weight.flip(tuple(range(2, weight.dim())))
+        .unflatten(0, (geometry.groups, len(weight) // geometry.groups))
+        .transpose(1, 2)
+    )
     return small_from_big(spread, kernels.flatten(0, 1), mirrored, form, chunk)
 
 
 def weight_from_both(big: Tensor, small: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
     """The grad_weight of either: reduces over batch, then position."""
     columns = _columns(big, geometry)
-    errors = small.unflatten(1, (geometry.groups, -1)).movedim(0, 2).flatten(2)  # [g, K/g, N * positions]
+    errors = (
+        small.unflatten(1, (geometry.groups, small.shape[1] // geometry.groups)).movedim(0, 2).flatten(2)
+    )  # [g, K/g, N * positions]
     product = reduce(errors, columns, form, chunk)
     return product.reshape(geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel)
 
@@ -61,7 +67,7 @@ def _columns(big: Tensor, geometry: Geometry) -> Tensor:
         pads = [0, 0] * (big.dim() - axis - 1) + [before, after]
         index = torch.arange(size)[:, None] * stride + torch.arange(kernel) * dilation
         big = F.pad(big, pads).index_select(axis, index.flatten().to(big.device)).unflatten(axis, (size, kernel))
-    big = big.unflatten(1, (geometry.groups, -1))  # [N, g, C/g, P, R, Q, S, ...]
+    big = big.unflatten(1, (geometry.groups, big.shape[1] // geometry.groups))  # [N, g, C/g, P, R, Q, S, ...]
     positions, offsets = [3 + 2 * dim for dim in range(dims)], [4 + 2 * dim for dim in range(dims)]
     return big.permute(1, 0, *positions, 2, *offsets).flatten(1 + dims + 1).flatten(1, 1 + dims)
 

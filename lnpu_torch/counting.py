@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -48,14 +49,15 @@ def masks(groups: Tensor) -> Tensor:
 
 def per_position(groups: Tensor, share: int) -> Tensor:
     """Elements of each group over every `share` samples: [N, C, *grid] -> int32 [2, N / share, C, *grid]."""
-    return (
-        masks(groups.unflatten(0, (-1, share) if groups.numel() else (1, share))).sum(2, dtype=torch.int32).contiguous()
-    )
+    shared = groups.unflatten(0, (-1, share) if groups.numel() else (1, len(groups)))
+    return masks(shared).sum(2, dtype=torch.int32).contiguous()
 
 
 def per_sample(groups: Tensor, channel_groups: int, dtype: torch.dtype = torch.int32) -> Tensor:
     """Elements of each group over the channels of a channel group: [N, C, *grid] -> [2, N, g, *grid]."""
-    return masks(groups.unflatten(1, (channel_groups, -1))).sum(3, dtype=dtype).contiguous()
+    return (
+        masks(groups.unflatten(1, (channel_groups, groups.shape[1] // channel_groups))).sum(3, dtype=dtype).contiguous()
+    )
 
 
 def sample_dtype(channels: int, channel_groups: int) -> torch.dtype:
@@ -76,7 +78,7 @@ def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: str)
     """
     reached = _reached(position, geometry, side)
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
-    weights = weight.reshape(*weight.shape[:2], -1).to(torch.int64)
+    weights = _flat(weight).to(torch.int64)
     both = (reached[:, None] * weights[None]).sum((2, 3))
     weight_only = (weights * (_meetings(geometry, weight.device) * geometry.batch)).sum((1, 2))
     table = pair_table(both, reached.sum((1, 2)) * others, weight_only, geometry.inside)
@@ -160,7 +162,12 @@ def _reached(position: Tensor, geometry: Geometry, side: str) -> Tensor:
     for dim in range(len(geometry.kernel)):
         windows = (big if side == "big" else small for small, big in geometry.meets(dim))
         sums = torch.stack([_along(sums, 2 + dim, window).sum(2 + dim) for window in windows], 2 + dim)
-    return sums.reshape(*sums.shape[:2], -1)
+    return _flat(sums)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[2, channels, *offsets] -> [2, channels, offsets], of which there is one without dimensions."""
+    return x.reshape(*x.shape[:2], prod(x.shape[2:]))
 
 
 def _along(x: Tensor, axis: int, window: slice) -> Tensor:

@@ -160,8 +160,13 @@ def convolution(
         padding, margin = tuple(total // 2 for total in totals), tuple(total % 2 for total in totals)
         batched = F.pad(batched, [side for cut in reversed(margin) for side in (0, cut)]) if any(margin) else batched
     paddings = _sizes(padding, dims), _sizes(output_padding, dims)
-    product = Convolution(strides, paddings[0], dilations, groups, transposed, paddings[1], margin)
-    output = _emulate(batched, weight, bias, product, emulation)
+    output: Tensor
+    if not batched.shape[1]:  # nothing is multiplied, and torch gives the result no channels either
+        lists = [list(sizes) for sizes in (strides, paddings[0], dilations)]
+        output = torch.ops.aten.convolution(batched, weight, bias, *lists, transposed, list(paddings[1]), groups)
+    else:
+        product = Convolution(strides, paddings[0], dilations, groups, transposed, paddings[1], margin)
+        output = _emulate(batched, weight, bias, product, emulation)
     return output if input.dim() == dims + 2 else output.squeeze(0)
 
 

@@ -21,7 +21,7 @@ class LaneProfile(Frozen):
     A lane-cycle is one lane that has a channel, for the time of one non-zero, whether it works or waits.
     """
 
-    channels: Annotated[int, Field(gt=0, le=MOST)]
+    channels: Annotated[int, Field(ge=0, le=MOST)]
     lane_cycles: Annotated[tuple[Cycles, ...], Field(min_length=len(MEMBERS), max_length=len(MEMBERS))]
 
     @model_validator(mode="after")

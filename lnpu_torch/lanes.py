@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.lane_family import BALANCERS, LANES, RUN, RUNS
+from lnpu_torch.lane_family import BALANCERS, LANES, MEMBERS, RUN, RUNS
 
 
 def runs_of(values: Tensor) -> Tensor:
@@ -27,6 +27,8 @@ def runs_of(values: Tensor) -> Tensor:
 
 def profile(runs: Tensor) -> Tensor:
     """Lane-cycles of every member of the family, int64 [len(MEMBERS)], from `runs_of` an operand."""
+    if not runs.numel():
+        return runs.new_zeros(len(MEMBERS), dtype=torch.int64)
     entries = []
     for run in RUNS:
         work = _joined(runs, run // RUN, torch.int16)

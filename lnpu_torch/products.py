@@ -60,7 +60,7 @@ class Linear:
             out = _linear(x, weight, bias, by)
         else:
             flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
-            out = flat.reshape(*x.shape[:-1], -1)
+            out = flat.reshape(*x.shape[:-1], weight.shape[0])
             out = out if bias is None else out + bias
         # a view that autograd does not know as one, or what an autograd function returns could not be changed in place
         fresh: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
@@ -86,7 +86,7 @@ class Linear:
 
     def grid(self, x: Tensor) -> Tensor:
         """The tensor as `Geometry` sees it: [batch, channels]."""
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 tells nothing where a size is 0
 
     def cut(self, counts: Tensor) -> Tensor:
         """Counts of an input without its margin, of which it has none."""
@@ -253,11 +253,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> 
     """x [*, K] by weight [N, K], and a bias [N]."""
     many = x.numel() * weight.shape[0] >= MANY
     if by.widens(x):
-        sums: Tensor = product_ops.half_matmul(x.reshape(-1, x.shape[-1]), weight.T, bias)
+        sums: Tensor = product_ops.half_matmul(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.T, bias)
     elif many and by.reordered and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         sums = product_ops.fast_linear(x.reshape(-1, x.shape[-1]), weight, bias)
     elif torch.compiler.is_compiling():
         sums = product_ops.linear(x, weight, bias)
     else:
         return F.linear(x, weight, bias)
-    return sums.reshape(*x.shape[:-1], -1)
+    return sums.reshape(*x.shape[:-1], weight.shape[0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -216,3 +220,66 @@ def test_frozen_weights_and_inputs_without_grad(kind: str) -> None:
         ran = {entry.step for entry in cost.counts.steps if entry.not_run < entry.slots}
         assert ran == ({"forward", "grad_input"} if wants else {"forward"})
         assert output.requires_grad is wants and layer.weight.grad is None
+
+
+EMPTY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "no inputs": (lambda: nn.Linear(0, 3), (2, 0)),
+    "no inputs, one sample": (lambda: nn.Linear(0, 3), (0,)),
+    "no outputs": (lambda: nn.Linear(3, 0), (2, 3)),
+    "nothing at all": (lambda: nn.Linear(0, 0), (2, 0)),
+    "no rows": (lambda: nn.Linear(3, 4), (2, 0, 3)),
+    "no images": (lambda: nn.Conv2d(4, 4, 3, groups=2), (0, 4, 5, 5)),
+    "no volumes": (lambda: nn.Conv3d(3, 4, 3, padding="same"), (0, 3, 5, 5, 5)),
+    "no images, transposed": (lambda: nn.ConvTranspose2d(4, 4, 3, stride=2), (0, 4, 5, 5)),
+    "no channels": (lambda: nn.Conv2d(0, 4, 3, groups=2), (2, 0, 5, 5)),
+    "no channels, one dimension": (lambda: nn.Conv1d(0, 4, 3, bias=False), (2, 0, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("precision", [*PRECISIONS, Precision(input="fp8", accumulate="fp16")], ids=str)
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_is_empty_gives_what_torch_gives(name: str, precision: str | Precision) -> None:
+    make, shape = EMPTY[name]
+    layer = make()
+    results = []
+    for converted in (False, True):
+        own = copy.deepcopy(layer)
+        own = lnpu.convert(own, precision) if converted else own
+        x = torch.ones(shape, requires_grad=True)
+        with lnpu.CostCounter(own) if converted else nullcontext() as cost:
+            output = own(x)
+            output.sum().backward()
+        results.append([output.detach(), x.grad, *(parameter.grad for parameter in own.parameters())])
+    assert cost is not None
+    closes(cost.counts)
+    assert all(entry.slots == 0 for entry in cost.counts.steps)
+    assert str(lnpu.price(cost.counts, "lnpu"))
+    expected, found = results
+    assert [each.shape for each in found] == [each.shape for each in expected]
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "error"])
+@pytest.mark.parametrize("kind", layers())
+def test_a_view_with_the_negative_bit_is_what_it_stands_for(kind: str, name: str) -> None:
+    results = []
+    for negative in (False, True):
+        layer, shape = layers()[kind]
+        lnpu.convert(layer)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        tensors = {"input": x, "weight": layer.weight, "bias": layer.bias, "error": torch.ones_like(layer(x))}
+        tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        plain = -tensors[name]
+        tensors[name] = torch._neg_view(tensors[name]) if negative else plain
+        tensors["input"].requires_grad_()
+        parameters = {key: tensors[key].requires_grad_() for key in ("weight", "bias")}
+        output = torch.func.functional_call(layer, parameters, (tensors["input"],))
+        output.backward(tensors["error"])
+        results.append([output, *(tensors[key].grad for key in ("input", "weight", "bias"))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_imaginary_part_of_a_conjugate_has_its_sign() -> None:
+    layer, z = lnpu.convert(nn.Linear(1, 1, bias=False)), torch.tensor([[1 + 2j]])
+    assert float(layer(z.conj().imag).detach() / layer.weight.detach()) == pytest.approx(-2, rel=0.1)
