@@ -117,12 +117,15 @@ def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restore what `thresholds` returned.
 
     Raises:
-        ConfigError: the state belongs to a model with other emulated layers.
+        ConfigError: the state belongs to a model with other emulated layers, or holds what can be no thresholds. Then
+            nothing is restored.
     """
     layers = emulated_layers(model)
     if layers.keys() != state.keys():
         differ = sorted(layers.keys() ^ state.keys())
         raise ConfigError(f"thresholds of another model: {len(differ)} layers differ, such as {differ[0]!r}")
+    for name, layer in layers.items():
+        layer.emulation.check_thresholds(name, state[name])
     for name, layer in layers.items():
         layer.emulation.thresholds.copy_(state[name])
 

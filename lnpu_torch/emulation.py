@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, buffers, count_ops, counting, lane_ops, ops, product_ops
+from lnpu_torch.config import ConfigError
 from lnpu_torch.lane_family import MEMBERS
 from lnpu_torch.precision import Precision
 from lnpu_torch.products import Accumulator
@@ -134,6 +135,26 @@ class Emulation:
             return {**self.__dict__, "_lock": None}
         self._share()  # as torch does with all tensors that it sends to a process
         return self.__dict__
+
+    def check_thresholds(self, name: str, state: Tensor) -> None:
+        """Raises ConfigError unless these can be the T's of this layer, by shape, dtype and the ranges of its rules."""
+        if not isinstance(state, Tensor) or state.shape != self.thresholds.shape:
+            found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ConfigError(f"thresholds of {name!r}: expected a tensor {list(self.thresholds.shape)}, got {found}")
+        if state.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+            raise ConfigError(f"thresholds of {name!r}: expected whole numbers, got {state.dtype}")
+        rows = state.tolist()
+        for (step, operand), read in self.reads.items():
+            rule = self.precision.rule(step, operand)
+            if rule is None:
+                continue
+            smallest, largest = rule.threshold_range
+            for threshold in rows[read.row]:
+                if threshold != UNSET and not smallest <= threshold <= largest:
+                    reading = f"{operand} in {step}"
+                    raise ConfigError(
+                        f"thresholds of {name!r}: {threshold} for {reading} is outside {smallest} ... {largest}"
+                    )
 
     def counter(self, step: str) -> tuple[Tensor, Tensor, Tensor, int]:
         """Where a step is counted: counters, the sizes of call that their rows stand for, lane profiles; its place."""
