@@ -19,7 +19,7 @@ from lnpu_torch import accumulate as accumulating
 from lnpu_torch import backends, buffers, reference
 from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.registry import fake, op
+from lnpu_torch.registry import OPS, fake, op
 
 
 def _vendor() -> str:
@@ -96,7 +96,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@register_flop_formula(torch.ops.lnpu.onednn_linear)
+@register_flop_formula(OPS.onednn_linear)
 def _(x: torch.Size, weight: torch.Size, bias: torch.Size | None, **_: Any) -> int:
     """Torch's FlopCounterMode gives the shapes."""
     return 2 * x.numel() * weight[0]

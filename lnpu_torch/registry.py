@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -9,7 +10,18 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("lnpu", "DEF")
+
+def _free_namespace() -> str:
+    """ "lnpu", or with a number where that is taken: by this package, imported before, whose layers may live on."""
+    taken = {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names()}
+    names = itertools.chain(["lnpu"], (f"lnpu{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+NAMESPACE = _free_namespace()
+OPS = getattr(torch.ops, NAMESPACE)
+"""The registered ops."""
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -38,7 +50,7 @@ def op(mutates: Sequence[str] = (), *tags: torch.Tag) -> Callable[[Callable[...,
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         if schema.endswith("-> ()"):
             fake(name)(lambda *_: None)
-        registered: Callable[..., Any] = getattr(torch.ops.lnpu, name).default
+        registered: Callable[..., Any] = getattr(OPS, name).default
 
         @wraps(function)
         def call(*args: Any) -> Any:
@@ -53,7 +65,7 @@ def op(mutates: Sequence[str] = (), *tags: torch.Tag) -> Callable[[Callable[...,
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers what an op returns, shapes and dtypes only, for compilers."""
-    register: Callable[..., Any] = torch.library.register_fake(f"lnpu::{name}", lib=_LIBRARY)
+    register: Callable[..., Any] = torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_LIBRARY)
     return register
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lnpu_torch import buffers
 from lnpu_torch.geometry import Geometry
 from lnpu_torch.product_ops import fast_linear
-from lnpu_torch.registry import fake, op
+from lnpu_torch.registry import OPS, fake, op
 
 Sizes = tuple[int, ...]
 FEW = 32
@@ -68,7 +68,7 @@ def _(product: str, a: Tensor, b: Tensor, geometry: Sequence[int]) -> Tensor:
     return _empty(a, Geometry.unpack(geometry).shape(product.split("_")[0]))
 
 
-@register_flop_formula(torch.ops.lnpu.toeplitz)
+@register_flop_formula(OPS.toeplitz)
 def _(product: str, a: Any, b: Any, geometry: Sequence[int], **_: Any) -> int:
     """As torch has it of any convolution, padding included."""
     return 2 * Geometry.unpack(geometry).slots
