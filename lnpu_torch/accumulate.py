@@ -65,8 +65,9 @@ def _columns(big: Tensor, geometry: Geometry) -> Tensor:
         after = (size - 1) * stride + (kernel - 1) * dilation + 1 - before - geometry.big[dim]
         axis = 2 + 2 * dim
         pads = [0, 0] * (big.dim() - axis - 1) + [before, after]
-        index = torch.arange(size)[:, None] * stride + torch.arange(kernel) * dilation
-        big = F.pad(big, pads).index_select(axis, index.flatten().to(big.device)).unflatten(axis, (size, kernel))
+        starts = torch.arange(size, device=big.device)[:, None] * stride
+        index = starts + torch.arange(kernel, device=big.device) * dilation
+        big = F.pad(big, pads).index_select(axis, index.flatten()).unflatten(axis, (size, kernel))
     big = big.unflatten(1, (geometry.groups, big.shape[1] // geometry.groups))  # [N, g, C/g, P, R, Q, S, ...]
     positions, offsets = [3 + 2 * dim for dim in range(dims)], [4 + 2 * dim for dim in range(dims)]
     return big.permute(1, 0, *positions, 2, *offsets).flatten(1 + dims + 1).flatten(1, 1 + dims)

@@ -45,14 +45,14 @@ class Pool:
         size = prod(shape) * dtype.itemsize
         if size < LARGE or not self.users or dtype not in KINDS:
             form = torch.channels_last if last else torch.contiguous_format
-            return torch.empty(shape, dtype=dtype, memory_format=form)
+            return torch.empty(shape, dtype=dtype, memory_format=form, device="cpu")
         with self._lock:
             self._collect()
             place = self._take(-(-size // PAGE) * PAGE)
             if place[1] <= self._size:
                 memory, address = self._block, self._address + place[0]
             else:
-                memory = torch.empty(size, dtype=torch.uint8)
+                memory = torch.empty(size, dtype=torch.uint8, device="cpu")
                 address = memory.data_ptr()
         lies = (shape[0], *shape[2:], shape[1]) if last else tuple(shape)
         array = np.asarray(_Lease(memory, address, lies, KINDS[dtype], place, self._returned))
@@ -100,7 +100,7 @@ class Pool:
 
     def _renew(self, size: int) -> None:
         """Another block; what is lent keeps the one before alive. Its size and place are kept: torch is slow to say."""
-        self._block, self._size = torch.empty(size, dtype=torch.uint8), size
+        self._block, self._size = torch.empty(size, dtype=torch.uint8, device="cpu"), size
         self._address = self._block.data_ptr()
 
 

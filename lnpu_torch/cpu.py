@@ -142,7 +142,7 @@ def quantize_flat(
     source, marks = _memory(dense), None if groups is None else _memory(groups)
     arrays = (source, _memory(values), marks)
     fp8, wide = shared_loops.quantize_flat(team(len(source)), *arrays, _parameters(rule, int(threshold)))
-    totals = torch.tensor((len(source) - fp8 - wide, fp8, wide))
+    totals = torch.tensor((len(source) - fp8 - wide, fp8, wide), device="cpu")
     return values, values.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
 
@@ -163,15 +163,19 @@ def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bo
     state = states.numpy()[row]
     current = int(state[0])
     if current != reference.UNSET and not training:
-        return torch.scalar_tensor(current, dtype=torch.int32)
+        return _scalar(current)
     if rule.adaptive and _has_histogram(x):
         chosen = shared_loops.choose_threshold(team(x.numel()), _memory(x), *_sampling(x, rule), _choice(rule), current)
     else:
-        chosen = int(reference.choose_threshold(x, rule, torch.tensor(current, dtype=torch.int32)))
+        chosen = int(reference.choose_threshold(x, rule, _scalar(current)))
     used = chosen if current == reference.UNSET else current
     if training:
         state[:] = used, chosen
-    return torch.scalar_tensor(rule.threshold_range[0] if used == reference.UNSET else used, dtype=torch.int32)
+    return _scalar(rule.threshold_range[0] if used == reference.UNSET else used)
+
+
+def _scalar(threshold: int) -> Tensor:
+    return torch.scalar_tensor(threshold, dtype=torch.int32, device="cpu")
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
@@ -195,7 +199,7 @@ def _sampling(x: Tensor, rule: Rule) -> tuple[Any, ...]:
 def _choice(rule: Rule) -> tuple[float, float, tuple[int, ...]]:
     """How a rule chooses: by `fp16_share` (negative: it does not), or by `max_error`, squared, and its formats."""
     low, wide = FORMATS[rule.low or "e4m3"], rule.wide
-    lowest = int(window_exponent(rule, torch.tensor(rule.threshold_range[0])))
+    lowest = int(window_exponent(rule, _scalar(rule.threshold_range[0])))
     formats = (low.mantissa, low.min_exponent, low.max_exponent, lowest, wide.mantissa, wide.min_exponent)
     return -1.0 if rule.fp16_share is None else rule.fp16_share, (rule.max_error or 0.0) ** 2, formats
 
@@ -224,7 +228,7 @@ def _memory(x: Tensor) -> Array:
 @lru_cache(maxsize=4096)
 def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
     """What `loops.quantize` needs to know of a rule and its T: bit patterns, exponents, limits."""
-    t, wide = torch.tensor(threshold, dtype=torch.int32), rule.wide
+    t, wide = _scalar(threshold), rule.wide
     last = np.int32(-1)  # the bits of the largest magnitude that is FP8's: none
     low_mantissa, low_least, low_max = wide.mantissa, wide.min_exponent, float("inf")
     if rule.low:

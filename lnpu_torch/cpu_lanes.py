@@ -19,7 +19,7 @@ def runs_of(values: Tensor) -> Tensor:
     last = bits.dim() == 2 or not bits.is_contiguous()
     bits = bits[None] if bits.dim() == 2 else bits.movedim(1, -1).flatten(1, -2) if last else bits.flatten(2)
     batch, positions, channels = bits.shape if last else (bits.shape[0], bits.shape[2], bits.shape[1])
-    runs = torch.empty(batch, channels, -(-positions // RUN), dtype=torch.uint8)
+    runs = torch.empty(batch, channels, -(-positions // RUN), dtype=torch.uint8, device="cpu")
     source, threads = bits.numpy(), team(values.numel())
     magnitude = source.dtype.type(np.iinfo(source.dtype).max)
     shared_loops.runs_of(threads, source, magnitude, runs.numpy(), last or None)
@@ -28,6 +28,6 @@ def runs_of(values: Tensor) -> Tensor:
 
 def profile(runs: Tensor) -> Tensor:
     """`lanes.profile`, of runs that are not empty."""
-    entries = torch.zeros(len(MEMBERS), dtype=torch.int64)
+    entries = torch.zeros(len(MEMBERS), dtype=torch.int64, device="cpu")
     shared_loops.profile(team(runs.numel()), runs.numpy(), entries.numpy())
     return entries

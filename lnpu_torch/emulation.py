@@ -26,19 +26,19 @@ Layout = tuple[int, int]
 """How many samples in a row share one count by position, and the number of channel groups."""
 
 
-def new_thresholds() -> Tensor:
+def new_thresholds(device: torch.device | str = "cpu") -> Tensor:
     """T's of a layer that has seen nothing: int32 [len(READS), 2], in use and to come."""
-    return torch.full((len(READS), 2), UNSET, dtype=torch.int32)
+    return torch.full((len(READS), 2), UNSET, dtype=torch.int32, device=device)
 
 
-def new_counters() -> Tensor:
+def new_counters(device: torch.device | str = "cpu") -> Tensor:
     """Counters of a layer that has done nothing: int64 [len(STEPS), counting.ROWS, counting.WIDTH]."""
-    return torch.zeros(len(STEPS), counting.ROWS, counting.WIDTH, dtype=torch.int64)
+    return torch.zeros(len(STEPS), counting.ROWS, counting.WIDTH, dtype=torch.int64, device=device)
 
 
-def new_lanes() -> Tensor:
+def new_lanes(device: torch.device | str = "cpu") -> Tensor:
     """Lane profiles of a layer that has done nothing, by step and operand: int64 [len(STEPS), 2, len(MEMBERS)]."""
-    return torch.zeros(len(STEPS), 2, len(MEMBERS), dtype=torch.int64)
+    return torch.zeros(len(STEPS), 2, len(MEMBERS), dtype=torch.int64, device=device)
 
 
 def new_call_sizes() -> Tensor:
@@ -69,7 +69,7 @@ class Operand(NamedTuple):
 class Emulation:
     """What a layer brings to each of its calls: precision, T's, and the counters that its steps add to."""
 
-    def __init__(self, chosen: Precision, device: torch.device | None = None) -> None:
+    def __init__(self, chosen: Precision, device: torch.device | str = "cpu") -> None:
         self.precision = chosen
         self.reads = plan(chosen)
         self._uses = {reading: uses(self.reads, reading) for reading in READINGS}
@@ -87,8 +87,8 @@ class Emulation:
         self.training = False
         self.counting = True
         self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
-        self.thresholds = new_thresholds().to(device)
-        self.counters, self.lanes = new_counters().to(device), new_lanes().to(device)
+        self.thresholds = new_thresholds(device)
+        self.counters, self.lanes = new_counters(device), new_lanes(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
         self._lock: Any = None  # where processes share the counters
         buffers.POOL.serve(self)
@@ -112,8 +112,10 @@ class Emulation:
     def move(self, device: torch.device) -> None:
         """Move the tensors. Those on the meta device, which have no values, begin anew."""
         if self.device.type == "meta" != device.type:
-            self.thresholds, self.counters, self.lanes = new_thresholds(), new_counters(), new_lanes()
-            self.histograms = None if self.histograms is None else torch.zeros(self.histograms.shape, dtype=torch.int32)
+            self.thresholds, self.counters, self.lanes = new_thresholds(device), new_counters(device), new_lanes(device)
+            self.histograms = None if self.histograms is None else torch.zeros(
+                self.histograms.shape, dtype=torch.int32, device=device
+            )
         self.thresholds, self.counters, self.lanes = (
             each.to(device) for each in (self.thresholds, self.counters, self.lanes)
         )
