@@ -147,6 +147,17 @@ def test_stochastic_rounding_is_unbiased_and_needs_its_bits():
     assert torch.equal(quantize(q, rule, scalar(8), bits)[0], q)
 
 
+@pytest.mark.parametrize(("rule", "bits"), [(Rule(), 3), (Rule(low=None), 10), (Rule(high=None), 3)], ids=str)
+def test_stochastic_rounding_goes_up_for_exactly_its_share_of_the_random_numbers(rule, bits):
+    """From [1, 2), where the share of a step is a whole number of 2^-24; what is exact, share 0, never moves."""
+    x = 1 + torch.cat([torch.arange(2**bits) * 2.0**-bits, torch.arange(0, 2**23, 4099) * 2.0**-23])
+    below = (x * 2**bits).floor() / 2**bits
+    share = ((x - below) * 2.0 ** (bits + 24)).long()
+    assert torch.equal(quantize(x, rule, scalar(8), share)[0], below)
+    moves = share > 0
+    assert torch.equal(quantize(x, rule, scalar(8), share - 1)[0][moves], (below + 2.0**-bits)[moves])
+
+
 def test_philox_known_answers():
     """Vectors of the generator's authors (Random123, kat_vectors)."""
     words = lambda *values: tuple(torch.tensor(value) for value in values)  # noqa: E731

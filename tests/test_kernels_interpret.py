@@ -151,6 +151,18 @@ def check_random_bits_follow_the_logical_order(kernels, layout):
     assert identical(got, q) and got.stride() == torch.empty_like(x).stride()
 
 
+NO_BITS = 12121362
+"""A key of which the first element's random bits are all zero."""
+
+
+@pytest.mark.parametrize("value", [1.0, 1.125, 5.0, 2.0**-9, 100.0625])
+def check_exact_values_never_move(kernels, value):
+    x, key = torch.full((1, 1), value), torch.tensor(NO_BITS)
+    assert reference.random_bits(x.shape, key, 0).tolist() == [[0]]
+    assert kernels.quantize(x, threshold(12), "e4m3", "fp16", seed=key)[0].item() == value
+    assert kernels.quantize_grid(x, threshold(12), "e4m3", "fp16", 1, 1, seed=key).half.item() == value
+
+
 BLOCKS = [  # shape, channel groups
     ((3, 192, 5, 7), 1),
     ((3, 192, 5, 7), 3),
