@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lnpu_torch import counting
+from lnpu_torch import counting, cpu_counting
 from lnpu_torch.geometry import Geometry
 
 
@@ -116,6 +116,37 @@ def test_elements(geometry):
     ):
         expected = [int((groups == value).sum()) for value in (0, 8, 16)]
         assert counting.elements(partial, groups.numel()).tolist() == expected
+
+
+ODD = 2**16 + 1
+"""Elements, whose square neither 32 bits nor a float32 can hold."""
+
+
+def check_large_counts(add_weight_step, add_grid_step):
+    """Linear layers of ODD**2 multiplications, with that many channels on both sides or on one, and all values FP16."""
+
+    def alike(elements, *shape):
+        return torch.stack((torch.zeros(shape), torch.full(shape, elements))).int()
+
+    for batch, big, small in ((1, ODD, ODD), (ODD, 1, ODD), (ODD, ODD, 1)):
+        packed = make(batch, big, small, 1, (), (), (), (), ()).pack()
+        grids = [(alike(batch, channels), alike(channels, batch, 1)) for channels in (big, small)]
+        for add, arguments, first, second in (
+            (add_weight_step, (grids[0][0], alike(small, big), packed, "big"), batch * big, big * small),
+            (add_weight_step, (grids[1][0], alike(big, small), packed, "small"), batch * small, big * small),
+            (add_grid_step, (*grids, packed, "big"), batch * big, batch * small),
+            (add_grid_step, (*grids, packed, "small"), batch * small, batch * big),
+        ):
+            counter = torch.zeros(counting.WIDTH, dtype=torch.int64)
+            add(counter, *arguments)
+            expected = torch.zeros_like(counter)
+            expected[[0, 1, 12, 15, 18]] = torch.tensor((1, ODD**2, ODD**2, first, second))
+            assert torch.equal(counter, expected)
+
+
+@pytest.mark.parametrize("module", [counting, cpu_counting], ids=["reference", "compiled"])
+def test_large_counts_are_exact(module):
+    check_large_counts(module.add_weight_step, module.add_grid_step)
 
 
 def test_counts_beyond_int32():

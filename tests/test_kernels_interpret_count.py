@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_counting import GEOMETRIES, make, operands
+from test_counting import GEOMETRIES, check_large_counts, make, operands
 from test_kernels_interpret import interpret
 
 from lnpu_torch import counting
@@ -86,6 +86,10 @@ def check_counts_beyond_int32(kernels):
     counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)
     kernels.add_weight_step(counter, position, weight, geometry.pack(), "big")
     assert counter[12] == geometry.slots == 2**34
+
+
+def check_large_counts_are_exact(kernels):
+    check_large_counts(kernels.add_weight_step, kernels.add_grid_step)
 
 
 def check_width(kernels):
