@@ -7,6 +7,7 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError, Precision, Rule
+from lnpu_torch.reads import READS
 from lnpu_torch.reference import (
     RANGE,
     SAMPLE,
@@ -194,6 +195,17 @@ def test_equal_rules_share_one_threshold_and_unlike_ones_do_not():
     used = lambda layer: (layer.emulation.thresholds[:, 0] != UNSET).tolist()  # noqa: E731
     assert used(shared) == [True, True, True, False, False, False]
     assert used(own) == [True, False, False, False, True, False]
+
+
+def test_every_read_with_a_rule_of_its_own_puts_its_threshold_into_use():
+    steps = {name: {} for name, _ in READS}
+    for i, (name, operand) in enumerate(READS):
+        steps[name][operand] = Rule(max_error=0.01 + 0.001 * i)
+    layer, thresholds = lnpu.nn.Linear(16, 16, precision=Precision(**steps)), []
+    for scale in (1.0, 64.0):
+        step(layer, gaussian(64, 16) * scale)
+        thresholds.append(layer.emulation.thresholds.clone())
+    assert (thresholds[1][:, 0] == thresholds[1][:, 1]).all() and (thresholds[0] != thresholds[1])[[0, 2, 4, 5]].all()
 
 
 def test_state_is_saved_and_restored():
