@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from processes import CONTEXT, start
 from small_run import EVERYTHING, QUIET, config, same_end
 
 from lnpu_torch.recipes import train as recipe
+from lnpu_torch.recipes.checkpoints import Checkpoints
 
 
 def train(settings: dict[str, Any], out: Path, begun: Any) -> None:
@@ -59,6 +62,28 @@ def kill_and_compare(settings: dict[str, Any], tmp_path: Path, times: int) -> No
 
 def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     kill_and_compare(EVERYTHING, tmp_path, times=3)
+
+
+def killed_within_a_write(folder: Path) -> None:
+    """In a process of its own: be killed when half of a checkpoint is written."""
+
+    def half(state: object, file: Any) -> None:
+        file.write(b"half of it")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    Checkpoints(folder, 3).save({}, 9, 0)
+
+
+def test_killed_within_a_write_the_checkpoints_before_are_left_as_they_were(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 3)
+    checkpoints.save({"epoch": 1}, 1, 0)
+    (whole,) = checkpoints.files()
+    victim = start(killed_within_a_write, tmp_path)
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
+    assert checkpoints.files() == [whole] and checkpoints.newest(pytest.fail) == {"epoch": 1}
 
 
 @pytest.mark.slow

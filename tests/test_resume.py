@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,13 @@ def test_the_last_few_checkpoints_are_kept(finished: Path) -> None:
     assert not (finished.parent / "none" / "checkpoints").exists()
 
 
+def test_the_highest_number_is_the_newest(tmp_path: Path) -> None:
+    for number in (2, 999_999, 1_000_000):
+        (tmp_path / f"{number:06d}-epoch1-step1.pt").touch()
+    Checkpoints(tmp_path, 2).save({}, 1, 2)
+    assert [file.name.split("-")[0] for file in Checkpoints(tmp_path, 2).files()] == ["1000000", "1000001"]
+
+
 def flipped(whole: bytes) -> bytes:
     """One bit of a weight is another: nothing in the file's structure tells."""
     middle = len(whole) // 2
@@ -223,6 +231,22 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(finished: Path, monkeypa
         Checkpoints(finished / "checkpoints", 3).save({}, 9, 0)
     assert RunFolder(finished).checkpoints.files() == before
     assert not list(finished.glob("checkpoints/.*partial"))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_name_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power, files have what was brought to the disk, and folders the names."""
+    synced: list[tuple[bool, int, int]] = []
+
+    def note(descriptor: int) -> None:
+        kept, named = os.fstat(descriptor), Checkpoints(tmp_path, 3).files()
+        synced.append((stat.S_ISDIR(kept.st_mode), 0 if named else kept.st_size, len(named)))
+
+    monkeypatch.setattr(os, "fsync", note)
+    Checkpoints(tmp_path, 3).save({"weights": torch.ones(1000)}, 1, 0)
+    (file,) = Checkpoints(tmp_path, 3).files()
+    assert synced == [(False, file.stat().st_size, 0), (True, 0, 1)]
 
 
 def test_what_a_killed_process_left_half_written_is_cleared(finished: Path) -> None:
