@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lnpu_torch.chip import chip
 from lnpu_torch.config import ConfigError
 from lnpu_torch.energies import event_energies
 from lnpu_torch.pricing import price
-from lnpu_torch.units import pj
+from lnpu_torch.units import ZJ_PER_PJ, pj, zj
 
 
 def test_both_ends_of_the_range_are_as_in_the_file() -> None:
@@ -26,6 +27,19 @@ def test_between_both_ends_clock_and_energy_are_powers_of_the_voltage() -> None:
     assert middle.energy_scale == pytest.approx(((0.367 / 200) / (0.0431 / 50)) ** 0.5)
     at_one = chip("lnpu", voltage=1.0).operating_point
     assert at_one.energy_scale == pytest.approx((1 / 0.78) ** 2.20, rel=1e-3)  # the exponent that chip.md derives
+
+
+def test_energies_are_rounded_to_the_nearest_zeptojoule() -> None:
+    """Neither up nor down, so that the sum of many is no more wrong in one direction than in the other."""
+    assert all(zj(pj(n)) == n for n in range(2000))  # the nearest float is often a little less
+    for thousandths in (1, 499, 501, 999):
+        assert zj((7 + thousandths / 1000) * 1e-9) == 7 + (thousandths > 500)
+    for voltage in (0.78, 0.91, 1.0, 1.1):
+        scale, energy = chip("lnpu", voltage).operating_point.energy_scale, chip("lnpu").energy
+        exact = energy.fp8_mac_pj.value * scale, energy.sram_read_pj_per_bit.value * scale
+        energies = event_energies(chip("lnpu", voltage))
+        for whole, value in zip((energies.fp8_mac, energies.sram_read_bit), exact, strict=True):
+            assert abs(whole - Fraction(value) * ZJ_PER_PJ) <= 0.501
 
 
 def test_voltage_moves_the_chips_energies_and_not_drams() -> None:
