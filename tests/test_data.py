@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def test_batches_are_normalised_and_ordered_by_seed_and_epoch() -> None:
     pixels = torch.cat([images for pieces in data.train(1) for images, _ in pieces])
     assert pixels.mean().abs() < 1e-3
     assert (pixels.std() - 1).abs() < 1e-3
+
+
+def test_every_epoch_has_every_image_once_and_far_from_its_neighbours() -> None:
+    """In a random order of n, images that follow each other were n / 3 apart."""
+    images, seen = 1200, []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1)):
+        order = torch.cat(Division(100, seed=seed).batches(images, epoch))
+        assert torch.equal(order.sort().values, torch.arange(images))
+        assert images / 3.5 < order.diff().abs().double().mean() < images / 2.5
+        seen.append(order)
+    assert all((one == other).sum() < 20 for one, other in itertools.combinations(seen, 2))
 
 
 def test_an_epoch_goes_on_at_any_step_as_if_it_had_not_stopped() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Interrupts
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.settings import TrainConfig
+from lnpu_torch.recipes.tally import Tallied, Tally
 from lnpu_torch.tables import si
 
 MODELS, DATA = ("alexnet", "resnet18", "vgg16"), ("cifar10", "cifar100", "imagenet")
@@ -132,15 +134,19 @@ def test_every_knob_changes_the_run(knob: str, tmp_path: Path, plain: list[dict[
 
 
 def test_the_average_of_the_weights_is_what_is_tested(tmp_path: Path) -> None:
-    begun = run(ema=0.5, out=str(tmp_path / "run"), limit=None, batch_size=200)
+    begun = run(ema=0.75, out=str(tmp_path / "run"), limit=None, batch_size=200)
     begun.accelerator.scaler._init_scale = 1024.0  # so that no step is left out
-    weights = []
+    states = []
     for pieces in itertools.islice(begun.batches.train(1), 2):
         begun.step(pieces, 0)
-        weights.append(begun.model.conv1.weight.clone())
-    assert begun.average is not None and not torch.equal(*weights)
+        states.append({name: value.clone() for name, value in begun.model.state_dict().items()})
+    assert begun.average is not None
     average = begun.average.module
-    assert torch.allclose(average.conv1.weight, sum(weights) / 2, atol=1e-7)  # type: ignore[union-attr, operator]
+    for name in ("conv1.weight", "bn1.running_mean"):  # weights and statistics
+        first, second = (state[name] for state in states)
+        assert not torch.equal(first, second)
+        expected = 0.75 * first + 0.25 * second
+        assert torch.allclose(average.state_dict()[name], expected, atol=1e-7)  # type: ignore[union-attr, operator]
     begun.test_accuracy()
     thresholds = lnpu.thresholds(begun.model)
     assert all(torch.equal(t, thresholds[name]) for name, t in lnpu.thresholds(average).items())  # type: ignore[arg-type]
@@ -205,6 +211,31 @@ def test_every_nth_step_can_stand_for_the_others(tmp_path: Path) -> None:
     assert [entry.slots for entry in counts[0].steps] == [entry.slots for entry in counts[1].steps]
     words = show.epoch(some, 1, [lnpu.price(counts[1], "lnpu")]).plain
     assert f"extrapolated from 3 counted step(s), standard error {some['energy_error']:.2%}" in words
+
+
+@pytest.mark.parametrize("every", range(1, 8))
+def test_like_steps_are_counted_as_often_as_they_were_taken(every: int) -> None:
+    """Six steps of four rows and a last one of three, whichever of them are counted."""
+    layer, rows = lnpu.convert(torch.nn.Linear(2, 5)), [4] * 6 + [3]
+    with Tally(layer, 6, every, "lnpu", Tallied()) as tally:
+        for number, count in enumerate(rows):
+            with tally.step(number):
+                layer(torch.ones(count, 2)).sum().backward()
+    forward, *_ = tally.so_far.counts.steps
+    assert (forward.slots, forward.calls) == (sum(rows) * 2 * 5, len(rows))
+    assert len(tally.so_far.energies_pj) == (len(range(0, 6, every)) if every > 1 else 0)
+
+
+def test_the_standard_error_is_that_of_steps_drawn_without_replacement() -> None:
+    """Squared and meant over every way to draw three of six, it is the variance of their means."""
+    energies = (3.0, 4.0, 7.0, 7.5, 11.0, 30.0)
+    drawn = list(itertools.combinations(energies, 3))
+    errors = [Tallied(energies_pj=each).error(6) for each in drawn]
+    squares = [(error * statistics.mean(each)) ** 2 for error, each in zip(errors, drawn, strict=True) if error]
+    assert len(squares) == 20
+    assert statistics.mean(squares) == pytest.approx(statistics.pvariance(map(statistics.mean, drawn)))
+    assert Tallied(energies_pj=energies).error(6) == 0
+    assert Tallied.merge([Tallied(energies_pj=(1.0, 2.0)), Tallied(energies_pj=(4.0, 8.0))]).energies_pj == (5.0, 10.0)
 
 
 def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> None:

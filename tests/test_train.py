@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from small_run import QUIET, config, image_file, run
+from small_run import QUIET, config, equal, image_file, run
 
 from lnpu_torch.config import ConfigError
 from lnpu_torch.recipes import diagnosis, machines, schedule
@@ -98,6 +100,67 @@ def test_a_new_folder_is_made_in_runs_and_threads_are_set(tmp_path: Path, monkey
     assert begun.folder.path.parent == Path("runs")
     assert begun.folder.path.name.startswith("resnet18_cifar-fgmp-")
     assert begun.optimizer.param_groups[0]["nesterov"] is False
+
+
+def test_a_step_without_gradient_shrinks_every_parameter_alike() -> None:
+    """Weight decay reaches norms and biases too, and Nesterov's momentum counts the decay of a first step twice."""
+    model = build(ModelConfig(name="resnet18_cifar", width=2), 3, (1, 8, 8))
+    settings = config(lr=0.1, momentum=0.75, weight_decay=0.25)
+    optimizer = schedule.make_optimizer(model, settings)
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    left = torch.tensor(1 - 0.1 * 0.25 * (1 + 0.75))
+    assert all(torch.allclose(parameter, left) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_a_steps_sums_are_those_of_the_smoothed_loss_by_hand(smoothing: float, tmp_path: Path) -> None:
+    begun = run(precision="float32", label_smoothing=smoothing, accumulate=2, out=str(tmp_path / "run"))
+    pieces = [pair for pieces in itertools.islice(begun.batches.train(1), 1) for pair in pieces]
+    twin, loss, right = copy.deepcopy(begun.model).train(), 0.0, 0
+    for images, labels in pieces:
+        chances = twin(images).detach().double().log_softmax(1)
+        wanted = torch.nn.functional.one_hot(labels, 10) * (1 - smoothing) + smoothing / 10
+        loss -= (chances * wanted).sum().item()
+        right += int((chances.argmax(1) == labels).sum())
+    assert begun.step(iter(pieces), 0) == [pytest.approx(loss, rel=1e-5), right, 32, 0]
+
+
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+def test_the_rate_follows_its_schedule_over_all_epochs(name: str, tmp_path: Path) -> None:
+    begun = run(precision="float32", schedule=name, epochs=3, limit=2, out=str(tmp_path / "run"))
+    step, rates = begun.step, []
+
+    def noted(pieces: Any, asked: int) -> list[float]:
+        rates.append(begun.optimizer.param_groups[0]["lr"])
+        return step(pieces, asked)
+
+    begun.step = noted  # type: ignore[method-assign]
+    for _ in range(3):
+        begun.finish_epoch(*begun.train_epoch(Interrupts()))
+    share = schedule.cosine if name == "cosine" else schedule.one_cycle
+    assert rates == pytest.approx([0.05 * share(done / 6) for done in range(6)])
+
+
+def test_testing_leaves_the_model_as_it_was_and_sees_every_image_as_it_is(tmp_path: Path) -> None:
+    """Batch norm by its statistics, no dropout; and the next epoch trains in training mode again."""
+    model = {"name": "vgg16_cifar", "width": 2}
+    begun = run(precision="float32", model=model, data={"kind": "digits", "size": 32}, out=str(tmp_path / "run"))
+    before = copy.deepcopy(begun.model.state_dict())
+    begun.model.train()
+    twin, right = copy.deepcopy(begun.model).eval(), list[torch.Tensor]()
+    begun.config = begun.config.model_copy(update={"limit": None})
+    accuracy = begun.test_accuracy()
+    for images, labels in begun.batches.test():
+        right.append(twin(images).argmax(1) == labels)
+    assert accuracy == torch.cat(right).double().mean().item() and len(torch.cat(right)) == 360
+    assert equal(before, begun.model.state_dict())
+    assert not begun.model.training
+    begun.train_epoch(Interrupts())
+    assert begun.model.training
+    assert {int(value) for name, value in begun.model.state_dict().items() if "num_batches" in name} == {2}
 
 
 @pytest.mark.parametrize(("name", "first", "last"), [("cosine", 1.0, 0.03), ("onecycle", 1 / 25, 0.06)])
