@@ -76,13 +76,17 @@ def weights_and_thresholds(settings: dict[str, Any]) -> dict[str, Any]:
     run = recipe.Run(config(**settings), QUIET)
     run.open(None, False)
     run.train_epoch(Interrupts())
-    return {"weights": dict(run.model.named_parameters()), "thresholds": lnpu.thresholds(run.model), "done": run.done}
+    weights, drawn = dict(run.model.named_parameters()), torch.rand(4)
+    run.test_accuracy()
+    state = {"thresholds": lnpu.thresholds(run.model), "done": run.done, "buffers": dict(run.model.named_buffers())}
+    return {"weights": weights, "drawn": drawn, **state}
 
 
 def test_ranks_hold_equal_weights_and_thresholds_after_20_steps(tmp_path: Path) -> None:
-    """With batch norm, dropout-free, and T's that follow what all ranks saw."""
+    """With batch norm, dropout-free, and T's that follow what all ranks saw. What they draw at random is their own."""
     settings = {"limit": 20, "epochs": 1, "batch_size": 16, "out": str(tmp_path / "run")}
     first, second = on_ranks(weights_and_thresholds, settings)
+    assert not torch.equal(first.pop("drawn"), second.pop("drawn"))
     assert first["done"] == 20 and equal(first, second)
     begun = recipe.Run(config(**{**settings, "out": None}), QUIET)
     assert not torch.equal(first["weights"]["conv1.weight"], begun.model.conv1.weight)
