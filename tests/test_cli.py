@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -19,8 +20,10 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import cli
+from lnpu_torch.comparison import Comparison
 from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts
+from lnpu_torch.report import csv_text, json_text
 
 
 @pytest.fixture
@@ -52,6 +55,30 @@ def test_price_prints_json_and_csv(counts: str) -> None:
     assert [each["chip"] for each in both] == ["lnpu", "dense-fp16"]
     rows = list(csv.DictReader(io.StringIO(lnpu_command("price", counts, *chips, "--format", "csv").stdout)))
     assert {row["chip"] for row in rows} == {"lnpu", "dense-fp16"}
+
+
+@pytest.mark.parametrize("by", [None, "layer", "step"])
+@pytest.mark.parametrize("chips", [["lnpu"], ["sparse-inference", "lnpu"]], ids=len)
+def test_price_prints_what_the_library_gives(chips: list[str], by: Any, counts: str) -> None:
+    arguments = ["price", counts, "--voltage", "0.9", *(["--by", by] if by else [])]
+    reports = [lnpu.price(lnpu.Counts.load(counts), lnpu.chip(name, 0.9)) for name in chips]
+    reports = [report.by(by) for report in reports] if by else reports
+    table = str(reports[0] if len(reports) == 1 else Comparison(reports))
+    assert "0.9 V" in str(reports[0])
+    texts = {"table": f"{table}\n", "json": json_text(reports), "csv": csv_text(reports)}
+    texts |= {"json": json_text(reports[0]), "csv": csv_text(reports[0])} if len(reports) == 1 else {}
+    for format, text in texts.items():
+        named = itertools.chain.from_iterable(("--chip", name) for name in chips)
+        assert lnpu_command(*arguments, *named, "--format", format).stdout == text
+
+
+@pytest.mark.parametrize(("precision", "groups"), [("fp16", (False, True)), ("fp8", (True, False))])
+def test_profile_takes_precision_and_voltage(precision: str, groups: tuple[bool, bool]) -> None:
+    options = ("--precision", precision, "--voltage", "1.1", "--format", "json")
+    result = json.loads(lnpu_command("profile", "test_cli:Classifier", "--input-shape", "2,3,6,6", *options).stdout)
+    pairs = {name for row in result["rows"] for name in row["pairs"]}
+    assert (any("fp8" in pair for pair in pairs), any("fp16" in pair for pair in pairs)) == groups
+    assert result["clock_hz"] == lnpu.chip("lnpu", 1.1).clock_hz
 
 
 def test_a_wrong_counts_file_or_option_is_refused(counts: str, tmp_path: Path) -> None:
