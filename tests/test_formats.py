@@ -174,3 +174,13 @@ def test_random_bits_differ_by_seed_and_stream():
     assert torch.equal(a, random_bits(shape, torch.tensor(1), 0))
     assert not torch.equal(a, b) and not torch.equal(a, c)
     assert a.min() >= 0 and a.max() < 2**24
+
+
+def test_random_bits_are_philoxs_words_by_seed_stream_and_number():
+    """The upper 24 bits of the first word; no part of the seed or of the number is left out."""
+    seed, stream, count = 2**61 + 2**33 + 3, 5, 2**16 + 2**8 + 1
+    bits = random_bits(torch.Size([3, count]), torch.tensor(seed), stream).flatten()
+    for number in (0, 1, 2**8, 2**16, 3 * count - 1):
+        counter = [torch.tensor(word) for word in (number, 0, stream, 0)]
+        word = philox(tuple(counter), (torch.tensor(seed % 2**32), torch.tensor(seed >> 32)))[0]
+        assert bits[number] == word >> 8

@@ -82,6 +82,13 @@ def check_choices(kernels, name, current):
     assert len(differ) > 5 or current != reference.UNSET or name in ("fixed", "fp16", "impossible", "no share")
 
 
+@pytest.mark.parametrize("above", range(8))
+def check_shares_that_are_met_exactly(kernels, above):
+    x, states = reference.tau(torch.arange(8, dtype=torch.int32), torch.float32), torch.zeros(1, 2, dtype=torch.int32)
+    kernels.choose([(x, choice(kernels, Rule(fp16_share=above / 8)), 0)], states, True)
+    assert states[0, 1] == 8 - above
+
+
 def check_two_at_once(kernels):
     large, small = spread(263, 500), spread(7, 3, 2).half()
     for first, second in ((large, small), (small, large), (small, small)):

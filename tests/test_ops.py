@@ -51,6 +51,16 @@ def test_nan_of_any_payload_is_in_the_group_of_the_large(rule):
     assert set(groups.tolist()) == {16 if rule.high else 8} and totals.sum() == totals.max() == 5
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("t", [-90, -3, 0, 6, 63])
+def test_fp8_ends_with_the_number_below_the_threshold(t, backend):
+    tau = reference.tau(scalar(t), torch.float32)
+    x = torch.stack((tau.nextafter(scalar(0.0).float()), tau, tau.nextafter(torch.tensor(torch.inf))))
+    with ops.backend(backend):
+        _, groups, _ = ops.quantize(torch.cat((x, -x)), scalar(t), None, Rule().model_dump_json(), 0, True)
+    assert groups.tolist() == [8, 16, 16] * 2
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize(("shape", "share", "groups"), LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("lies", ["contiguous", "channels_last", "turned"])
@@ -133,6 +143,15 @@ def test_chosen_thresholds(shape):
                 results.append((ops.next_threshold(x, states, 1, rule.model_dump_json(), True), states))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert states[0].tolist() == [reference.UNSET] * 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("above", range(8))
+def test_a_share_of_fp16_may_be_met_exactly(above, backend):
+    x = reference.tau(torch.arange(8, dtype=torch.int32), torch.float32)
+    states, text = torch.full((1, 2), reference.UNSET, dtype=torch.int32), Rule(fp16_share=above / 8).model_dump_json()
+    with ops.backend(backend):
+        assert ops.next_threshold(x, states, 0, text, False) == 8 - above
 
 
 STEPS = ((1, False, False), (1, True, True), (8, True, False), (30, True, True), (1, False, False))
