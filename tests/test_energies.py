@@ -6,9 +6,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from handmade import bottom_up, counts, step, variant
+from handmade import bottom_up, counts, network, step, variant
 
-from lnpu_torch.chip import chip
+from lnpu_torch.chip import Chip, chip
 from lnpu_torch.config import ConfigError
 from lnpu_torch.energies import event_energies
 from lnpu_torch.pricing import price
@@ -91,6 +91,17 @@ def test_bottom_up_has_no_band_and_other_constants() -> None:
     report = price(counts(step()), bottom_up())
     assert (report.band, report.energy_range_pj) == (None, (report.total.energy_pj,) * 2)
     assert any(note.startswith("constants: 6 published, ") for note in report.notes)
+
+
+@pytest.mark.parametrize("voltage", [0.78, 1.1])
+def test_the_ends_of_the_band_are_the_prices_at_these_ratios(voltage: float) -> None:
+    def with_ratio(value: float, ends: tuple[float, float] | None) -> Chip:
+        ratio = chip("lnpu").energy.fp16_to_fp8.model_copy(update={"value": value, "range": ends})
+        energy = chip("lnpu").energy.model_copy(update={"fp16_to_fp8": ratio})
+        return chip(chip("lnpu").model_copy(update={"energy": energy}), voltage)
+
+    report, ends = price(network(), with_ratio(2.5, (1.5, 5.0))), (1.5, 5.0)
+    assert report.energy_range_pj == tuple(price(network(), with_ratio(end, None)).total.energy_pj for end in ends)
 
 
 def test_a_larger_bank_costs_more_per_bit() -> None:
