@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade import network
 from rich.console import Console
 from small_run import QUIET, config, image_file, photographs, run
 
 import lnpu_torch as lnpu
+from lnpu_torch import tables
 from lnpu_torch.config import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes import show
 from lnpu_torch.recipes import train as recipe
@@ -247,6 +249,18 @@ def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> No
     energies = f"{si(row['lnpu_energy_pj'], 'pJ')} = {by_step}"
     shares = f"FP8 {row['lnpu_fp8_share']:.1%}, zeros {row['lnpu_zero_share']:.1%}"
     assert line == f"  lnpu: {energies}; {shares}; {si(row['lnpu_time_s'], 's')}"
+
+
+def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
+    epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], ["lnpu", "dense-fp16"]
+    lines = {" ".join(line.split()) for line in tables.plain(show.summary(epochs, chips)).splitlines()}
+    whole = [lnpu.price(network() * 4, chip) for chip in chips]
+    expected = {"total": [report.total for report in whole]}
+    expected |= {name: [lnpu.price(counts, chip).total for chip in chips] for name, counts in epochs}
+    for key in ("layer", "step"):
+        rows = zip(*(report.by(key).rows for report in whole), strict=True)
+        expected |= {getattr(each[0], key): list(each) for each in rows}
+    assert {f"{name} {' '.join(si(row.energy_pj, 'pJ') for row in rows)}" for name, rows in expected.items()} <= lines
 
 
 def test_the_energy_so_far_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
