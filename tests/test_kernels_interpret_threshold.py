@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_kernels_interpret import interpret, spread
+from test_ops import of_error_3_in_128
 
 from lnpu_torch import reference
 from lnpu_torch.precision import Rule
@@ -87,6 +88,12 @@ def check_shares_that_are_met_exactly(kernels, above):
     x, states = reference.tau(torch.arange(8, dtype=torch.int32), torch.float32), torch.zeros(1, 2, dtype=torch.int32)
     kernels.choose([(x, choice(kernels, Rule(fp16_share=above / 8)), 0)], states, True)
     assert states[0, 1] == 8 - above
+
+
+def check_an_error_that_is_met_exactly(kernels):
+    states = torch.zeros(1, 2, dtype=torch.int32)
+    kernels.choose([(of_error_3_in_128(), choice(kernels, Rule(max_error=3 / 128)), 0)], states, True)
+    assert states[0, 1] == 4
 
 
 def check_two_at_once(kernels):

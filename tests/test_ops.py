@@ -27,6 +27,13 @@ LAYOUTS = {
 EVERYTHING = (True, True, True, True)
 
 
+def of_error_3_in_128():
+    """Numbers of [1, 2) whose squared error in E4M3 is predicted to be (3 / 128)^2 of their squares, exactly."""
+    counts = torch.tensor([1, 25, 22, 6])
+    assert (counts * torch.tensor([61, 91, 127, 169])).sum() * 9 == 1024 * counts.sum()
+    return (1 + torch.arange(4) / 4).repeat_interleave(counts)
+
+
 def strides(x):
     """Strides of the dimensions in which there is a next element."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
@@ -152,6 +159,13 @@ def test_a_share_of_fp16_may_be_met_exactly(above, backend):
     states, text = torch.full((1, 2), reference.UNSET, dtype=torch.int32), Rule(fp16_share=above / 8).model_dump_json()
     with ops.backend(backend):
         assert ops.next_threshold(x, states, 0, text, False) == 8 - above
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_error_may_be_met_exactly(backend):
+    states, text = torch.full((1, 2), reference.UNSET, dtype=torch.int32), Rule(max_error=3 / 128).model_dump_json()
+    with ops.backend(backend):
+        assert ops.next_threshold(of_error_3_in_128(), states, 0, text, False) == 4  # all in FP8
 
 
 STEPS = ((1, False, False), (1, True, True), (8, True, False), (30, True, True), (1, False, False))

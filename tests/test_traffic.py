@@ -71,7 +71,8 @@ def test_grad_weight_writes_the_gradient_in_fp16() -> None:
 def test_an_error_that_only_grad_weight_reads_was_written_too() -> None:
     untold = step("grad_input", pairs=((0, 0, 0),) * 3, padding=0, not_run=9, first=(0, 0, 0), second=(0, 0, 0))
     for others in ((), (untold,)):
-        assert bits(step("grad_weight"), holding(), *others)[0] == 71 + 96 + 6 * 16 + 96
+        dram, _, dense = bits(step("grad_weight"), holding(), *others)
+        assert (dram, dense) == (71 + 96 + 6 * 16 + 96, 16 * (10 + 8 + 6 + 8))
     elsewhere = step("grad_input", layer="conv2")
     rows = price(counts(step("grad_weight"), elsewhere), holding()).rows
     assert rows[0].dram_bits == 71 + 96 + 6 * 16 + 96

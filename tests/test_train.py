@@ -126,6 +126,7 @@ def test_a_steps_sums_are_those_of_the_smoothed_loss_by_hand(smoothing: float, t
         loss -= (chances * wanted).sum().item()
         right += int((chances.argmax(1) == labels).sum())
     assert begun.step(iter(pieces), 0) == [pytest.approx(loss, rel=1e-5), right, 32, 0]
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in begun.model.parameters())
 
 
 @pytest.mark.parametrize("name", ["cosine", "onecycle"])
@@ -187,6 +188,7 @@ def test_one_cycle_is_torchs() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * schedule.one_cycle(step / 1000), abs=5e-4)
         optimizer.step()
         torchs.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * schedule.one_cycle(1.0), rel=1e-6)
 
 
 def test_training_follows_the_data(tmp_path: Path) -> None:
