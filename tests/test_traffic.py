@@ -43,8 +43,9 @@ def test_how_often_operands_are_fetched(first: int, second: int, result: int, of
 
 def test_what_is_fetched_again_is_never_less_with_less_sram() -> None:
     """Whatever the zeros: both operands come at most as often, for a hundred shapes."""
+    chips = [holding(sram_bytes) for sram_bytes in (20, 50, 100, 200, 300, 400, 900, 5000)]
     for sizes in product((40, 99, 150, 300, 2000), repeat=3):
-        often = [fetches(sizes, holding(sram_bytes)) for sram_bytes in (20, 50, 100, 200, 300, 400, 900, 5000)]
+        often = [fetches(sizes, chip) for chip in chips]
         assert all(more[0] >= less[0] and more[1] >= less[1] for more, less in pairwise(often))
 
 
