@@ -113,8 +113,10 @@ class Emulation:
         """Move the tensors. Those on the meta device, which have no values, begin anew."""
         if self.device.type == "meta" != device.type:
             self.thresholds, self.counters, self.lanes = new_thresholds(device), new_counters(device), new_lanes(device)
-            self.histograms = None if self.histograms is None else torch.zeros(
-                self.histograms.shape, dtype=torch.int32, device=device
+            self.histograms = (
+                None
+                if self.histograms is None
+                else torch.zeros(self.histograms.shape, dtype=torch.int32, device=device)
             )
         self.thresholds, self.counters, self.lanes = (
             each.to(device) for each in (self.thresholds, self.counters, self.lanes)
