@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, names
+from lnpu_torch.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, missing, names
 from lnpu_torch.rows import share
 from lnpu_torch.tables import add_row, plain, plain_table, si
 
@@ -37,7 +37,7 @@ class Comparison:
 
     def _notes(self) -> Iterator[str]:
         """Each note once, with the chips it holds for unless it holds for all."""
-        notes = [[*lacking(report), *report.notes] for report in self.reports]
+        notes = [[*missing(report), *lacking(report), *report.notes] for report in self.reports]
         for note in dict.fromkeys(note for each in notes for note in each):
             chips = [report.chip for report, each in zip(self.reports, notes, strict=True) if note in each]
             yield note if len(chips) == len(self.reports) else f"{', '.join(chips)}: {note}"

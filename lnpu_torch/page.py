@@ -131,6 +131,8 @@ def _tiles(study: Study) -> Iterator[dict[str, str]]:
     chip, last = study["chips"][0], study["metrics"][-1]
     total = chip["total"]
     yield {"value": _energy(total["energy_pj"]), "label": f"on chip {chip['chip']}"}
+    if chip["float_macs"]:
+        yield {"value": _share(chip["float_share"]), "label": "of all MACs ran in float: in no figure here"}
     yield {"value": _energy(total["dram_energy_pj"]), "label": "in DRAM"}
     waits = " (the SIMD core's)" if chip["time_s"] > chip["mac_time_s"] else ""
     yield {"value": si(chip["time_s"], "s"), "label": f"time at {si(chip['clock_hz'], 'Hz')}{waits}"}

@@ -216,6 +216,15 @@ def lacking(report: Report) -> list[str]:
     return lines + ([] if layers else ["no step of an emulated layer was counted"])
 
 
+def missing(report: Report) -> list[str]:
+    """A line that says how much of the multiply-accumulates no total has in it, if any."""
+    if not report.float_macs:
+        return []
+    ops = ", ".join(f"{op} ({each.calls} x)" for op, each in (report.in_float or {}).items())
+    share_ = f"{report.float_share or 0:.1%} of all multiply-accumulates"
+    return [f"NOT IN THE TOTAL: {share_}, {si(report.float_macs)}, which ran in float: {ops}"]
+
+
 def names(row: Row) -> tuple[str, str, str]:
     """Layer, kind and step as tables show them."""
     return row.layer or "(model)", row.kind, SHORT.get(row.step, row.step)
@@ -263,23 +272,14 @@ def _footer(report: Report) -> list[str]:
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
         f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
-        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)"
-        f"{_missing(report)}",
+        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)",
+        *missing(report),
         *_layers_access(report),
         *([f"energy band: {band(report)}, {report.band}"] if report.band else []),
         f"executed, streamed operand first: {pairs}",
         *lacking(report),
         *report.notes,
     ]
-
-
-def _missing(report: Report) -> str:
-    """What the total leaves out, as its end."""
-    if not report.float_macs:
-        return ""
-    ops = ", ".join(f"{op} ({each.calls} x)" for op, each in (report.in_float or {}).items())
-    ran = f"{report.float_share or 0:.1%} of all multiply-accumulates, {si(report.float_macs)}, ran in float: {ops}"
-    return f"\n    NOT IN THE TOTAL: {ran}"
 
 
 def _time(report: Report) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
@@ -18,6 +20,7 @@ from lnpu_torch.config import ConfigError, parse_yaml
 from lnpu_torch.counts import Counts
 from lnpu_torch.files import write_text
 from lnpu_torch.pricing import price
+from lnpu_torch.report import missing
 from lnpu_torch.rows import Row
 from lnpu_torch.tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj
@@ -52,12 +55,13 @@ class Point:
 class Sweep:
     """All points, in the order of the settings. `str()` is a table; a rich console prints it too.
 
-    `energy` says what points are compared by.
+    `energy` says what points are compared by; `missing`, if anything, what no point has in it.
     """
 
     keys: tuple[str, ...]
     points: tuple[Point, ...]
     energy: Literal["chip and DRAM", "chip"]
+    missing: tuple[str, ...] = ()
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -80,11 +84,11 @@ class Sweep:
             writer.writerow([point.chip, *point.values.values(), *measures, *numbers, int(point.pareto)])
         return text.getvalue()
 
-    def __rich__(self) -> Table:
-        return self._table()
+    def __rich__(self) -> RenderableType:
+        return Group(self._table(), *map(Text, self.missing))
 
     def __str__(self) -> str:
-        return plain(self._table())
+        return plain(self._table(), *map(Text, self.missing))
 
     def _table(self) -> Table:
         few = len(self.points) <= SHOWN
@@ -125,18 +129,19 @@ def sweep(
     starts = [read_chip(each) for each in chips]
     if not starts or not all(settings.values()):
         raise ConfigError("a sweep needs a chip, and a value for each setting")
-    points = []
+    points, left_out = [], dict[str, None]()
     for start, values in itertools.product(starts, itertools.product(*settings.values())):
         chosen = dict(zip(settings, values, strict=True))
         report = price(counts, start.having(chosen))
         total = report.total
+        left_out |= dict.fromkeys(missing(report))
         if total.energy_pj is None:
             raise ConfigError(f"{start.name}: no model covers any of what was counted")
         energy = pj(_sum(total)) if dram else total.energy_pj
         points.append(Point(start.name, chosen, total, report.time_s, report.tflops_per_watt, energy))
     front = _front(points)
     marked = tuple(replace(point, pareto=place in front) for place, point in enumerate(points))
-    return Sweep(tuple(settings), marked, "chip and DRAM" if dram else "chip")
+    return Sweep(tuple(settings), marked, "chip and DRAM" if dram else "chip", tuple(left_out))
 
 
 def value_text(value: Any) -> str:

@@ -13,11 +13,12 @@ from rich.console import Console
 
 from lnpu_torch.comparison import Comparison
 from lnpu_torch.config import ConfigError
-from lnpu_torch.counts import Counts
+from lnpu_torch.counts import Counts, FloatProduct
 from lnpu_torch.elements import ElementOp, Elements
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report, csv_text, json_text
 from lnpu_torch.rows import FIELDS, MODELLED, LaneCycles, Part, Row
+from lnpu_torch.sweep import sweep
 from lnpu_torch.tables import si
 
 FIELDS_EXPECTED = [
@@ -213,6 +214,25 @@ def test_chips_side_by_side() -> None:
     assert any(line.split()[:1] == ["lnpu"] and f" {ACCESS:.3f} " in line for line in text.splitlines())
     assert "dense-fp16: this chip has no FP8" in text
     assert "lnpu: utilisation not recorded: their cycles assume" in text  # a dense chip's is 1
+
+
+def test_what_ran_in_float_stands_beside_every_total() -> None:
+    products = {"aten.mm.default": FloatProduct(calls=2, macs=300), "aten.bmm.default": FloatProduct(calls=1, macs=0)}
+    whole = network()
+    seen = whole.model_copy(update={"in_float": products})
+    total = price(whole, "lnpu").total
+    share = 300 / (300 + total.slots - total.not_run)
+    line = f"NOT IN THE TOTAL: {share:.1%} of all multiply-accumulates, 300, which ran in float: aten.mm.default (2 x)"
+    reports = [price(seen, chip) for chip in ("lnpu", "dense-fp16")]
+    swept = sweep(seen, ["lnpu"], {"lanes.balancer": [1, 4]})
+    for printed in (reports[0], Comparison(reports), swept):
+        assert line in " ".join(str(printed).split())
+    assert reports[0].float_share == share and price(seen + seen, "lnpu").float_share == pytest.approx(
+        600 / (600 + 2 * (total.slots - total.not_run))
+    )
+    for nothing in (whole, whole.model_copy(update={"in_float": {}}), seen + whole):  # of the last, nobody knows
+        assert "NOT IN THE TOTAL" not in str(price(nothing, "lnpu"))
+    assert price(whole, "lnpu").float_share is None and price(whole, "lnpu").to_dict()["in_float"] is None
 
 
 def test_only_reports_of_one_run_stand_side_by_side() -> None:
