@@ -281,6 +281,10 @@ def _reason(module: nn.Module, model: nn.Module) -> str:
         return "added since: call convert again" if emulated_layers(model) else "not converted"
     if isinstance(module, tuple(LAYERS)):
         base = next(cls for cls in type(module).__mro__ if cls in LAYERS)
+        if "forward" in vars(module):
+            return "its forward was replaced: convert before that"
+        if type(module).__module__.startswith("torch."):
+            return f"derived from {base.__name__} by torch, as fully_shard does: convert before that"
         return f"a subclass of {base.__name__}, whose own forward would be lost"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Bilinear):
         return "no emulated layer of this kind"

@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from lnpu_torch import functional
@@ -64,6 +62,8 @@ class Emulated(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if parametrize.is_parametrized(self):  # torch refuses it, by a state that cannot be got
+            return super().__reduce_ex__(protocol)
         if get_spawning_popen() is None:  # else it goes to a process that computes with it
             warnings.warn(PICKLED, stacklevel=2)
         return _unpickled, (self.original_class,), self.__dict__
@@ -187,13 +187,17 @@ FORWARD = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_imp
 
 
 def torch_layer(module: nn.Module) -> type[nn.Module] | None:
-    """The class of torch's whose forward a module has, if there is an emulated one of it."""
+    """The class of torch's whose forward a module has, if there is an emulated one of it.
+
+    What torch itself derives from its layers (lazy ones, fully_shard's, attention's projections) is none of these.
+    """
     cls = _unparametrized(module)
     base = next((each for each in cls.__mro__ if each in LAYERS), None)
-    if base is None or "forward" in vars(module) or issubclass(cls, LazyModuleMixin | NonDynamicallyQuantizableLinear):
+    if base is None or "forward" in vars(module):
         return None
     between = cls.__mro__[: cls.__mro__.index(base)]
-    return None if any(name in vars(each) for each in between for name in FORWARD) else base
+    own = any(name in vars(each) for each in between for name in FORWARD)
+    return None if own or any(each.__module__.startswith("torch.") for each in between) else base
 
 
 def emulate(module: nn.Module) -> None:
@@ -245,9 +249,9 @@ def _unpickled(original: type[nn.Module]) -> nn.Module:
 
 
 def _in_float(input: Tensor) -> bool:
-    """Whether torch's own forward is taken: for shapes alone, and by those who export or draw the model."""
+    """Whether torch's own forward is taken: for shapes alone, and by those who trace or draw the model."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.onnx.is_in_onnx_export()
     return input.is_meta or torch._C._is_tracing()
 
 

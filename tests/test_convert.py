@@ -291,6 +291,20 @@ def test_parametrized_layers_are_emulated_whenever_they_became_so(register, when
     assert type(float_layer) is nn.Linear
 
 
+def test_a_parametrized_layer_is_not_pickled():
+    model = nn.Sequential(parametrizations.weight_norm(lnpu.nn.Linear(8, 8)))
+    with pytest.raises(RuntimeError, match="parametrized modules"):
+        pickle.dumps(model)
+
+
+def test_a_layer_whose_forward_was_replaced_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].forward = lambda x: x
+    assert [row.reason for row in lnpu.coverage(lnpu.convert(model)).in_float] == [
+        "its forward was replaced: convert before that"
+    ]
+
+
 def test_emulation_looks_at_a_computed_weight_once_a_forward():
     layer = parametrizations.spectral_norm(nn.Linear(8, 8))
     twin, x = copy.deepcopy(layer), torch.randn(4, 8)
@@ -415,12 +429,14 @@ def test_weights_that_the_emulation_cannot_read_are_said_so():
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_those_who_export_a_model_get_it_in_float():
+def test_those_who_trace_a_model_get_it_in_float(monkeypatch):
     layers = [nn.Linear(8, 8), nn.ReLU(), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 2), nn.ConvTranspose1d(3, 2, 2)]
     model, x = lnpu.convert(nn.Sequential(*layers)), torch.randn(4, 8)
     expected = lnpu.revert(copy.deepcopy(model))(x)
     assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), expected)
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    with monkeypatch.context() as patch:  # as torch.onnx.export does
+        patch.setattr("torch.onnx._internal.exporter._flags._is_onnx_exporting", True)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
     with pytest.raises(RuntimeError, match="revert it first"):
         torch.jit.script(model)
     assert isinstance(model[0], lnpu.nn.Emulated)
