@@ -195,6 +195,7 @@ def _emulate(
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif input.dtype != weight.dtype:
         raise TypeError(f"input is {input.dtype} and weight {weight.dtype}: convert one, or use autocast")
+    product.check(input, weight, bias)
     input, weight = input.resolve_neg(), weight.resolve_neg()  # ops read memory, which such views do not tell of
     bias = None if bias is None else bias.resolve_neg()
     asked = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias)]

@@ -54,6 +54,15 @@ class Linear:
     input_side: str = "big"
     output_side: str = "small"
 
+    def check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises torch's own error if these do not fit together, before anything is kept of them."""
+        inputs, results = (
+            x.dim() > 0 and x.shape[-1:] == weight.shape[1:],
+            bias is None or bias.shape == weight.shape[:1],
+        )
+        if not (inputs and results):
+            F.linear(x, weight, bias)
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
         bias = by.bias(bias, x)
         if by.form == "fp32":
@@ -123,6 +132,15 @@ class Convolution:
     @property
     def output_side(self) -> str:
         return "big" if self.transposed else "small"
+
+    def check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises torch's own error if these do not fit together, before anything is kept of them."""
+        channels = [weight.shape[0], weight.shape[1] * self.groups]
+        inputs, results = channels if self.transposed else reversed(channels)
+        grid = [self._output(x.shape[2 + d], weight.shape[2 + d], d) for d in range(len(self.stride))]
+        fits = x.shape[1] == inputs and weight.shape[0] % self.groups == 0 and min((*grid, *x.shape[2:])) > 0
+        if not fits or (bias is not None and bias.shape != (results,)):
+            torch.ops.aten.convolution(x, weight, bias, *self._arguments)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
         bias = by.bias(bias, x)
