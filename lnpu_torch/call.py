@@ -65,6 +65,7 @@ class Call:
             later=later,
             halves=self.halves,
             last=self.last,
+            joined=self.geometry.pointwise,
         )
 
     def weights(self, weight: Tensor, seed: Tensor | None, step: str, threshold: Tensor | None = None) -> Operand:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from math import prod
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lnpu_torch import backends, buffers, count_ops, counting, lane_ops, ops, product_ops
 from lnpu_torch.config import ConfigError
-from lnpu_torch.lane_family import MEMBERS
+from lnpu_torch.lane_family import MEMBERS, RUNS
 from lnpu_torch.precision import Precision
 from lnpu_torch.products import Accumulator
 from lnpu_torch.reads import READINGS, READS, STEPS, Read, Use, plan, uses
@@ -189,6 +190,7 @@ class Emulation:
         sampled: bool = False,
         halves: bool = False,
         last: bool = False,
+        joined: bool = False,
         threshold: Tensor | None = None,
     ) -> dict[str, Operand]:
         """An operand as each of the steps reads it, rounded once for each rule.
@@ -202,12 +204,14 @@ class Emulation:
             sampled: whether these need its counts by sample, as grad_weight does anyway.
             halves: whether the steps can compute with binary16 values.
             last: whether values shall lie in channels_last.
+            joined: whether runs of lanes go on from sample to sample.
             threshold: a T that it was read by before, to be read so again.
         """
         found = {}
+        joined = joined and len(x) > 1 and prod(x.shape[2:]) % RUNS[-1] != 0  # else they end there in either case
         for use in self._uses[operand, now, later]:
             wanted = (sampled or use.sampled, self.counting and operand != "weight")
-            rounded = self._read(x, use, wanted, halves, layout, seed, last, threshold)
+            rounded = self._read(x, use, wanted, halves, layout, seed, last, joined, threshold)
             for step in use.steps:
                 found[step] = rounded
         return found
@@ -234,17 +238,19 @@ class Emulation:
         layout: Layout,
         seed: Tensor | None,
         last: bool,
+        joined: bool,
         threshold: Tensor | None,
     ) -> Operand:
         read, (sampled, streamed) = use.read, counted
         if read.rule is None:
-            lanes = lane_ops.lane_profile(lane_ops.count_runs(x)) if streamed else None
+            lanes = _lane_profile(x, joined) if streamed else None
             position, sample = ops.count_float(x, layout, sampled)
             return Operand(x, x, position, sample, lanes)
         half = read.half and x.dtype != torch.float64
         now_half, later_half = (use.now and half and halves), (use.later and half)
         single = (use.now and not now_half) or (use.later and not later_half)
-        wanted, random = (single, now_half or later_half, *counted), seed if read.stochastic else None
+        wanted = (single, now_half or later_half, sampled, streamed and not joined)
+        random = seed if read.stochastic else None
         if threshold is None:
             self._note(x, read)
             state = (self.thresholds, random, read.rule, read.row)
@@ -252,6 +258,8 @@ class Emulation:
         else:
             found = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted, last)
         in_single, in_half, position, sample, lanes = found
+        if streamed and joined:
+            lanes = _lane_profile(in_half if now_half or later_half else in_single, joined)
         kept = in_half if later_half else in_single, position, sample, lanes if streamed else None
         return Operand(in_half if now_half else in_single, *kept, threshold)
 
@@ -278,3 +286,8 @@ class Emulation:
 def counting_lock(emulation: Emulation) -> AbstractContextManager[Any]:
     """What to count a step in. Compiled code takes no locks."""
     return nullcontext() if torch.compiler.is_compiling() else emulation.lock
+
+
+def _lane_profile(x: Tensor, joined: bool) -> Tensor:
+    profile: Tensor = lane_ops.lane_profile((lane_ops.count_joined_runs if joined else lane_ops.count_runs)(x))
+    return profile

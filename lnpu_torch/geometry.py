@@ -39,6 +39,15 @@ class Geometry:
     dilation: tuple[int, ...]
 
     @property
+    def pointwise(self) -> bool:
+        """Whether each position meets only the same one of the other grid, as in a linear layer of as many rows.
+
+        There the end of a sample means nothing.
+        """
+        alone = not any(self.padding) and all(size == 1 for size in self.kernel)
+        return alone and self.big == self.small
+
+    @property
     def per_offset(self) -> int:
         """Multiplications for each kernel offset and small position."""
         return self.batch * self.small_channels * (self.big_channels // self.groups)

@@ -29,6 +29,16 @@ def _(values: Tensor) -> Tensor:
     return values.new_empty(runs_shape(values.shape), dtype=torch.uint8)
 
 
+def count_joined_runs(values: Tensor) -> Tensor:
+    """`count_runs` of an operand [N, C, *grid] as if it were [rows, C]: runs go on from sample to sample."""
+    if values.dim() == 2 or backends.lies_last(values):
+        return count_runs(values.movedim(1, -1).flatten(0, -2))  # type: ignore[no-any-return]
+    channels = values.shape[1]
+    apart = count_runs(values.flatten(2).transpose(0, 1).reshape(channels, 1, values[:, 0].numel()))
+    joined: Tensor = apart.transpose(0, 1)
+    return joined
+
+
 @op()
 def lane_profile(runs: Tensor) -> Tensor:
     """`lanes.profile`: int64 [len(MEMBERS)], on the device of the runs; the host waits for nothing."""
