@@ -195,7 +195,7 @@ def find(func: Any) -> Formula | Other:
     space, _, name = full.partition("::")
     if full in SPECIAL or space in SILENT:
         return SPECIAL.get(full, Other.NOTHING)
-    if space == "lnpu":  # the datapath of the multiply-accumulates, or emulation
+    if space.startswith("lnpu"):  # the datapath of the multiply-accumulates, or emulation
         return Other.NOTHING
     name = name.rstrip("_").removeprefix("_foreach_")
     if space == "aten" and name in FORMULAS:
