@@ -122,31 +122,32 @@ ODD = 2**16 + 1
 """Elements, whose square neither 32 bits nor a float32 can hold."""
 
 
-def check_large_counts(add_weight_step, add_grid_step):
-    """Linear layers of ODD**2 multiplications, with that many channels on both sides or on one, and all values FP16."""
+def assert_large_counts(module, batch, big, small):
+    """A linear layer's steps of so many rows and channels, all of whose values are FP16, are added exactly."""
 
     def alike(elements, *shape):
         return torch.stack((torch.zeros(shape), torch.full(shape, elements))).int()
 
-    for batch, big, small in ((1, ODD, ODD), (ODD, 1, ODD), (ODD, ODD, 1)):
-        packed = make(batch, big, small, 1, (), (), (), (), ()).pack()
-        grids = [(alike(batch, channels), alike(channels, batch, 1)) for channels in (big, small)]
-        for add, arguments, first, second in (
-            (add_weight_step, (grids[0][0], alike(small, big), packed, "big"), batch * big, big * small),
-            (add_weight_step, (grids[1][0], alike(big, small), packed, "small"), batch * small, big * small),
-            (add_grid_step, (*grids, packed, "big"), batch * big, batch * small),
-            (add_grid_step, (*grids, packed, "small"), batch * small, batch * big),
-        ):
-            before = torch.arange(100, 100 + counting.WIDTH)
-            counter, added = before.clone(), torch.zeros_like(before)
-            add(counter, *arguments)
-            added[[0, 1, 12, 15, 18]] = torch.tensor((1, ODD**2, ODD**2, first, second))
-            assert torch.equal(counter - before, added)
+    packed = make(batch, big, small, 1, (), (), (), (), ()).pack()
+    grids = [(alike(batch, channels), alike(channels, batch, 1)) for channels in (big, small)]
+    for add, arguments, first, second in (
+        (module.add_weight_step, (grids[0][0], alike(small, big), packed, "big"), batch * big, big * small),
+        (module.add_weight_step, (grids[1][0], alike(big, small), packed, "small"), batch * small, big * small),
+        (module.add_grid_step, (*grids, packed, "big"), batch * big, batch * small),
+        (module.add_grid_step, (*grids, packed, "small"), batch * small, batch * big),
+    ):
+        before = torch.arange(100, 100 + counting.WIDTH)
+        counter, added = before.clone(), torch.zeros_like(before)
+        add(counter, *arguments)
+        macs = batch * big * small
+        added[[0, 1, 12, 15, 18]] = torch.tensor((1, macs, macs, first, second))
+        assert torch.equal(counter - before, added)
 
 
+@pytest.mark.parametrize("sizes", [(1, ODD, ODD), (ODD, 1, ODD), (ODD, ODD, 1)])
 @pytest.mark.parametrize("module", [counting, cpu_counting], ids=["reference", "compiled"])
-def test_large_counts_are_exact(module):
-    check_large_counts(module.add_weight_step, module.add_grid_step)
+def test_large_counts_are_exact(module, sizes):
+    assert_large_counts(module, *sizes)
 
 
 def test_counts_beyond_int32():
