@@ -70,6 +70,25 @@ def test_ranks_hold_equal_thresholds_after_every_step():
         assert [entry.slots for entry in both.steps] == [entry.slots for entry in cost.counts.steps]
 
 
+def thresholds_of_shrinking_batches(precision):
+    """T's of the first layer's input after each of two steps, the second of smaller numbers."""
+    net, rank = model(precision), dist.get_rank()
+    shared, seen = lnpu.SharedThresholds(net), []
+    for images in batches(3)[[2, 0]]:
+        net(images[4 * rank : 4 * rank + 4]).square().sum().backward()
+        shared.merge()
+        seen.append(lnpu.thresholds(net)["0"][0].tolist())
+    return seen
+
+
+@pytest.mark.parametrize(("precision", "rule"), [("fgmp", Rule()), ("fp8", Rule(high=None))])
+def test_what_was_merged_is_forgotten(precision, rule):
+    unseen = torch.tensor(UNSET, dtype=torch.int32)
+    expected = [[int(choose_threshold(images, rule, unseen))] * 2 for images in batches(3)[[2, 0]]]
+    assert expected[0] != expected[1]
+    assert on_ranks(thresholds_of_shrinking_batches, precision) == [expected] * 2
+
+
 @pytest.mark.parametrize("rule", [Rule(), Rule(fp16_share=0.1), Rule(high="e6m9"), Rule(high=None)])
 def test_the_choice_from_a_histogram_is_the_choice_from_its_tensor(rule):
     random = torch.Generator().manual_seed(0)
