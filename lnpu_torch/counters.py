@@ -157,7 +157,7 @@ def _counts(life: Life, model: nn.Module) -> Counts:
 
 def _values(counters: Tensor) -> Tensor:
     """Counters on the host; on the meta device nothing can have been counted."""
-    return torch.zeros(counters.shape, dtype=counters.dtype) if counters.is_meta else counters.cpu()
+    return torch.zeros(counters.shape, dtype=counters.dtype, device="cpu") if counters.is_meta else counters.cpu()
 
 
 def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:

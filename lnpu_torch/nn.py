@@ -34,6 +34,10 @@ class Emulated(nn.Module):
     emulation: Emulation
     weight: Tensor
 
+    def __init_subclass__(cls) -> None:
+        if "original_class" not in vars(cls) and "torch_class" in vars(cls):
+            cls.original_class = cls.torch_class
+
     def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
         """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
         super().__init__(*args, **kwargs)
@@ -77,13 +81,13 @@ class Emulated(nn.Module):
 class Linear(Emulated, nn.Linear):
     """`torch.nn.Linear`, emulated."""
 
-    torch_class = original_class = nn.Linear
+    torch_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's: [..., in_features] -> [..., out_features], in the dtype that it would return."""
-        if _in_float(input):
-            return F.linear(input, self.weight, self.bias)
         weight = self.weight
+        if _in_float(input, weight):
+            return F.linear(input, weight, self.bias)
         return functional.linear(input, weight, self.bias, self.ready(weight))
 
 
@@ -91,7 +95,7 @@ class _Conv(Emulated, nn.modules.conv._ConvNd):
     """A convolution of any number of dimensions; its padding mode is torch's own, and only zeros are padding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _in_float(input):
+        if _in_float(input, weight):
             return super()._conv_forward(input, weight, bias)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -112,29 +116,29 @@ class _Conv(Emulated, nn.modules.conv._ConvNd):
 class Conv1d(_Conv, nn.Conv1d):
     """`torch.nn.Conv1d`, emulated."""
 
-    torch_class = original_class = nn.Conv1d
+    torch_class = nn.Conv1d
 
 
 class Conv2d(_Conv, nn.Conv2d):
     """`torch.nn.Conv2d`, emulated."""
 
-    torch_class = original_class = nn.Conv2d
+    torch_class = nn.Conv2d
 
 
 class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d`, emulated."""
 
-    torch_class = original_class = nn.Conv3d
+    torch_class = nn.Conv3d
 
 
 class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
     """A transposed convolution of any number of dimensions."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if _in_float(input):
+        dims, weight = len(self.kernel_size), self.weight
+        if _in_float(input, weight):
             output: Tensor = super().forward(input, output_size)
             return output
-        dims, weight = len(self.kernel_size), self.weight
         output_padding = self._output_padding(
             input,
             output_size,
@@ -161,19 +165,19 @@ class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d`, emulated."""
 
-    torch_class = original_class = nn.ConvTranspose1d
+    torch_class = nn.ConvTranspose1d
 
 
 class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d`, emulated."""
 
-    torch_class = original_class = nn.ConvTranspose2d
+    torch_class = nn.ConvTranspose2d
 
 
 class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d`, emulated."""
 
-    torch_class = original_class = nn.ConvTranspose3d
+    torch_class = nn.ConvTranspose3d
 
 
 LAYERS: dict[type[nn.Module], type[Emulated]] = {
@@ -248,24 +252,27 @@ def _unpickled(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _in_float(input: Tensor) -> bool:
+def _in_float(input: Tensor, weight: Tensor) -> bool:
     """Whether torch's own forward is taken: for shapes alone, and by those who trace or draw the model."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return input.is_meta or torch._C._is_tracing()
+    return (input.is_meta and weight.is_meta) or torch._C._is_tracing()
 
 
 LISTENERS: list[Callable[[], None]] = []
 """Called before and after layers are converted or reverted."""
 
 
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers that are none of its parts: DDP's, torch.compile's."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    """The model inside of wrappers that are none of its parts: DDP's, DataParallel's, torch.compile's."""
+    while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
         model = model.get_submodule("_orig_mod" if hasattr(model, "_orig_mod") else "module")
     return model
 
 
 def emulated_layers(model: nn.Module) -> dict[str, Emulated]:
-    """The model's emulated layers by name, a shared one once. Wrappers (DDP, torch.compile) add nothing to names."""
+    """The model's emulated layers by name, a shared one once. Wrappers add nothing to names."""
     return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, Emulated)}

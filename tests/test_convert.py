@@ -370,6 +370,8 @@ def test_coverage_looks_into_wrappers():
     model, x = lnpu.convert(nn.Sequential(nn.Linear(8, 8))), torch.randn(4, 8)
     for wrapped in (torch.compile(model, backend="eager"), nn.Sequential(torch.compile(model, backend="eager"))):
         assert lnpu.coverage(wrapped, x).products == ()
+    parallel = nn.DataParallel(model)
+    assert lnpu.coverage(parallel, x).products == () and lnpu.thresholds(parallel).keys() == {"0"}
 
 
 def test_layers_that_came_later_are_not_called_a_choice():

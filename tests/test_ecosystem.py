@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint_sequential
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError
@@ -188,3 +191,30 @@ def test_a_model_compiled_to_machine_code_computes_and_counts_as_an_eager_one() 
             run(x).square().sum().backward()
     assert a.counts == b.counts
     assert all(torch.equal(p, q) for p, q in zip(gradients(eager), gradients(compiled), strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of each op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[str(func)] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_selective_checkpointing_keeps_what_its_policy_names() -> None:
+    model = lnpu.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "fp16")
+    x, products, gradients = torch.randn(4, 8), [], []
+    for kept in (None, [], [torch.ops.aten.addmm.default]):
+        inner = x.clone().requires_grad_()
+        contexts = partial(create_selective_checkpoint_contexts, kept)
+        with Calls() as calls:
+            out = model(inner) if kept is None else checkpoint(model, inner, use_reentrant=False, context_fn=contexts)
+            out.square().sum().backward()
+        products.append(calls.of["aten.addmm.default"])
+        gradients.append(inner.grad)
+    assert products == [2, 4, 2]
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])

@@ -102,7 +102,7 @@ def test_channels_last_counts_and_computes_alike():
     assert all(steps(x)[key].first == entry.first for key, entry in steps(y).items() if key[0] == "0")
 
 
-@pytest.mark.parametrize("layer", [lnpu.nn.Linear(4, 4), lnpu.nn.Linear(4, 4, precision=Precision()), lnpu.nn.ReLU()])
+@pytest.mark.parametrize("layer", [lnpu.nn.Linear(4, 4), lnpu.nn.Linear(4, 4, precision=Precision())])
 def test_double_backward_says_so(layer):
     x = torch.randn(2, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"double backward .* is not supported"):
