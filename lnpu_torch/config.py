@@ -1,4 +1,4 @@
-"""Reads YAML and JSON into frozen, validated models. It knows nothing of what they mean."""
+"""Reads YAML and JSON into frozen, validated models."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Emulation:
         return self.__dict__
 
     def check_thresholds(self, name: str, state: Tensor) -> None:
-        """Raises ConfigError unless these can be the T's of this layer, by shape, dtype and the ranges of its rules."""
+        """Raises ConfigError unless these fit this layer's thresholds in shape, dtype and range."""
         if not isinstance(state, Tensor) or state.shape != self.thresholds.shape:
             found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
             raise ConfigError(f"thresholds of {name!r}: expected a tensor {list(self.thresholds.shape)}, got {found}")

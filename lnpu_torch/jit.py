@@ -1,4 +1,4 @@
-"""How the loops that Numba compiles are compiled, and kept on disk. It knows none of them."""
+"""Compiles loops by Numba, and keeps the result on disk."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_ranks_hold_equal_thresholds_after_every_step():
 
 
 def thresholds_of_shrinking_batches(precision):
-    """T's of the first layer's input after each of two steps, the second of smaller numbers."""
+    """Thresholds of the first layer's input after each of two steps, the second of smaller numbers."""
     net, rank = model(precision), dist.get_rank()
     shared, seen = lnpu.SharedThresholds(net), []
     for images in batches(3)[[2, 0]]:

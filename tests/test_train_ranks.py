@@ -83,7 +83,7 @@ def weights_and_thresholds(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_ranks_hold_equal_weights_and_thresholds_after_20_steps(tmp_path: Path) -> None:
-    """With batch norm, dropout-free, and T's that follow what all ranks saw. What they draw at random is their own."""
+    """With batch norm, and thresholds that follow what all ranks saw. What they draw at random is their own."""
     settings = {"limit": 20, "epochs": 1, "batch_size": 16, "out": str(tmp_path / "run")}
     first, second = on_ranks(weights_and_thresholds, settings)
     assert not torch.equal(first.pop("drawn"), second.pop("drawn"))

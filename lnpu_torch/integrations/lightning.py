@@ -18,7 +18,7 @@ class LnpuCallback(Callback):
     """Trains the module on the chip's arithmetic, logs each epoch's energy and shares, and writes the run's folder.
 
     The arguments are those of `CostLog`. The module is converted in place before training begins, with the layers that
-    it makes in its `setup` or `configure_model`, and stays so. Each layer's T's are in the Trainer's checkpoints.
+    it makes in its `setup` or `configure_model`, and stays so. Thresholds are in the Trainer's checkpoints.
     Validation is not counted. Logged are `CHIP_energy_pj`, `zero_share` and `fp8_share`, summed over ranks.
     `costs.finish()`'s reports are in `reports` after the fit.
     """
