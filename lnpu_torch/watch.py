@@ -114,7 +114,8 @@ class Watch:
         self._layer_calls = 0
         self._compiled_before = compiled_code()
         self._compiled = False
-        self._reason: str | None = None  # known once it was stopped
+        self._alive = False  # whether there is compiled code
+        self._reason: str | None = None  # why what ran may not all have been seen
         self._elsewhere = False
         self._sums: dict[tuple[Kind, Phase, str], list[int]] = {}
         self._uncounted: Counter[str] = Counter()
@@ -135,13 +136,16 @@ class Watch:
 
     def stop(self) -> None:
         """See no more; what was seen remains. Watches may be stopped in any order."""
+        self._look_for_compiled_code()
         if self._tracer:
             self._tracer.remove(self)
-        self._reason = self._why_compiled()
+            self._tracer = None  # what it has seen stays as it is
 
     def is_compiled(self, layer_calls: int) -> bool:
         """Whether code that torch.compile made has run, as far as can be told."""
-        return self._compiled or (self._layer_calls < layer_calls and bool(compiled_code()))
+        if self._tracer:
+            self._look_for_compiled_code()
+        return self._compiled or (self._layer_calls < layer_calls and self._alive)
 
     def sees_products(self, layer_calls: int) -> bool:
         """Whether products were in sight: all that ran in this thread and its backward, compiled or not."""
@@ -157,8 +161,7 @@ class Watch:
             return NotCounted(reason=COMPILED)
         if self._layer_calls < layer_calls:
             return NotCounted(reason=f"only {self._layer_calls} of {layer_calls} steps of layers ran in sight")
-        reason = self._reason if self._tracer is None or self not in self._tracer.watches else self._why_compiled()
-        return NotCounted(reason=reason) if reason else self.elements
+        return NotCounted(reason=self._reason) if self._reason else self.elements
 
     @property
     def elements(self) -> Elements:
@@ -207,12 +210,13 @@ class Watch:
         elif steps.bias:
             self.add_up("other", "forward", "bias", (1, steps.bias, 0, steps.results))
 
-    def _why_compiled(self) -> str | None:
-        """Why what ran may not all have been seen, if so."""
+    def _look_for_compiled_code(self) -> None:
         codes = compiled_code()
+        self._alive, self._reason = bool(codes), None
         if codes - self._compiled_before:  # it was compiled to be run
-            return COMPILED
-        return COMPILED_FUNCTION if any(not _is_models(code) for code in codes) else None
+            self._reason = COMPILED
+        elif not all(map(_is_models, codes)):
+            self._reason = COMPILED_FUNCTION
 
 
 class _Tracer(LayerWatcher):
