@@ -9,19 +9,24 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from handmade import network
 from rich.console import Console
 from small_run import EVERYTHING, QUIET, config, image_file, photographs, run, same_end
 
 from lnpu_torch.config import ConfigError
+from lnpu_torch.recipes import state
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.recipes.interrupts import Interrupts, Stopped
 from lnpu_torch.recipes.run_folder import RunFolder
+from lnpu_torch.recipes.tally import Tallied
 
+CPU = torch.device("cpu")
 RUNS: dict[str, dict[str, Any]] = {
     "fgmp": {},
     "float32": {"precision": "float32"},
@@ -62,6 +67,18 @@ class signalled_after_a_step:
 
     def __exit__(self, *_: object) -> None:
         recipe.Run.step = self.step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1), (2, 2), (3, 2)])
+def test_other_ranks_take_over_what_was_counted_once(before: int, now: int) -> None:
+    counted = [Tallied(network() * rank, (1.0 * rank, 2.0)) for rank in range(1, before + 1)]
+    saved = [{"rng": [torch.get_rng_state()], "tallied": each.state()} for each in counted]
+    parts = []
+    for rank in range(now):
+        begun: Any = SimpleNamespace(accelerator=SimpleNamespace(process_index=rank), ranks=now, device=CPU)
+        state._restore_ranks(begun, saved)
+        parts.append(begun.tallied)
+    assert Tallied.merge(parts) == Tallied.merge(counted)
 
 
 def test_photographs_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
