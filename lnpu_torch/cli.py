@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -67,7 +68,8 @@ def profile(
     """
     chips = [lnpu.chip(name, voltage) for name in chip]
     batch = make_batch(parse_shape(input_shape))
-    network = lnpu.convert(import_model(model), precision)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that nothing was converted is an error here
+        network = lnpu.convert(import_model(model), precision)
     if not lnpu.coverage(network).emulated:
         raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(network)}")
     with lnpu.CostCounter(network) as cost:

@@ -98,10 +98,15 @@ def _value(text: str, kinds: Sequence[Any], key: str) -> Any:
     """The value that a setting's text stands for, where it may be of these types."""
     if str in kinds and not (type(None) in kinds and text in ("", "null")):
         return text
-    several = [kind for kind in kinds if any(str in _members(inner) for inner in get_args(kind))]
+    several = [kind for kind in kinds if any(str in _members(inner) for inner in _items(kind))]
     if any(get_origin(kind) is tuple for kind in several) and not text.lstrip().startswith("["):
         return text  # one for several
     return parse_yaml(text, key, as_text=bool(several))
+
+
+def _items(kind: Any) -> tuple[Any, ...]:
+    """The types of a container's items; of a mapping's values alone."""
+    return get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind)
 
 
 def _kinds(kind: Any, parts: Sequence[str]) -> list[Any]:

@@ -139,7 +139,8 @@ def test_a_wrong_layout_says_what_is_expected_and_what_is_there(root: Path) -> N
 
 def test_a_model_trains_on_photographs(root: Path, tmp_path: Path) -> None:
     data = {"kind": "imagefolder", "path": str(root), "size": 16, "workers": 1, "flip": True}
-    row = recipe.train(config(data=data, batch_size=4, channels_last=True, epochs=1, out=str(tmp_path / "run")), QUIET)[
-        -1
-    ]
+    # in channels_last torch 2.13's own gradients of fewer than 8 channels corrupt memory on some CPUs (docs/limits.md)
+    model = {"name": "resnet18_cifar", "width": 16}
+    settings = {"batch_size": 4, "channels_last": True, "epochs": 1, "out": str(tmp_path / "run")}
+    row = recipe.train(config(data=data, model=model, **settings), QUIET)[-1]
     assert row["lnpu_energy_pj"] > 0

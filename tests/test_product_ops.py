@@ -32,8 +32,11 @@ def test_opcheck(memory_format):
     error = torch.ops.aten.convolution(x, weight, None, *ARGUMENTS)
     calls = [
         (product_ops.convolution, (x, weight, torch.randn(6), *ARGUMENTS)),
-        (product_ops.convolution_backward, (error, None, weight, x.shape, None, *ARGUMENTS, (True, False, False))),
-        (product_ops.convolution_backward, (error, x, None, weight.shape, [6], *ARGUMENTS, (False, True, True))),
+        (
+            product_ops.convolution_backward,
+            (error, None, weight, x.shape, False, None, *ARGUMENTS, (True, False, False)),
+        ),
+        (product_ops.convolution_backward, (error, x, None, weight.shape, False, [6], *ARGUMENTS, (False, True, True))),
         (product_ops.widened, (x.half(), torch.float32)),
         *[
             (product_ops.rounded_result, (x, form, dtype, turned))
@@ -55,7 +58,7 @@ def test_the_gradients_that_are_asked_for(mask):
     error = torch.ops.aten.convolution(x, weight, None, *ARGUMENTS)
     expected = torch.ops.aten.convolution_backward(error, x, weight, [6], *ARGUMENTS, mask)
     read = (None, weight, x.shape) if mask[0] else (x, None, weight.shape)
-    found = product_ops.convolution_backward(error, *read, [6], *ARGUMENTS, mask)
+    found = product_ops.convolution_backward(error, *read, False, [6], *ARGUMENTS, mask)
     wanted = [gradient for gradient, asked in zip(expected, mask, strict=True) if asked]
     assert len(found) == len(wanted) and all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 

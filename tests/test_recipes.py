@@ -252,7 +252,7 @@ def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> No
 
 
 def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
-    epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], ["lnpu", "dense-fp16"]
+    epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], [lnpu.chip("lnpu"), lnpu.chip("dense-fp16")]
     lines = {" ".join(line.split()) for line in tables.plain(show.summary(epochs, chips)).splitlines()}
     whole = [lnpu.price(network() * 4, chip) for chip in chips]
     expected = {"total": [report.total for report in whole]}

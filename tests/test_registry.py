@@ -24,8 +24,8 @@ class Subclass(torch.Tensor):
     """Whose ops may mean something else."""
 
 
-def direct(*more):
-    with registry.direct([torch.ones(3), None, *more]):
+def direct():
+    with registry.direct(True):
         return registry._thread.direct
 
 
@@ -48,10 +48,12 @@ def test_inside_a_layer_they_are_plain_calls(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # the profiler's own
 def test_where_somebody_looks_they_are_torchs():
     with torch.no_grad():
-        assert direct() and direct(torch.nn.Parameter(torch.ones(3)))
-        assert not direct(torch.ones(3).as_subclass(Subclass)) and not direct(torch.ones(3, device="meta"))
-        with Seen():
-            assert not direct()
+        assert direct() and registry.is_plain([torch.nn.Parameter(torch.ones(3)), None])
+        for foreign in (torch.ones(3).as_subclass(Subclass), torch.ones(3, device="meta")):
+            assert not registry.is_plain([torch.ones(3), foreign])
+        with Seen() as seen:
+            lnpu.nn.Linear(3, 2)(torch.randn(4, 3))
+        assert "lnpu::read" in seen.names
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             lnpu.nn.Linear(3, 2)(torch.randn(4, 3))
             assert not direct()
@@ -60,6 +62,6 @@ def test_where_somebody_looks_they_are_torchs():
 
 
 def test_an_error_ends_it():
-    with torch.no_grad(), pytest.raises(ValueError, match="here"), registry.direct([]):
+    with torch.no_grad(), pytest.raises(ValueError, match="here"), registry.direct(True):
         raise ValueError("here")
     assert not registry._thread.direct

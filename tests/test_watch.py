@@ -182,9 +182,17 @@ def test_what_has_no_formula_is_named() -> None:
 
 def test_a_call_that_its_formula_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMULAS, "neg", Formula("other", lambda call: (call.args[7], 0)))
-    with Watch() as watch:
-        torch.neg(torch.ones(3))
-    assert watch.elements == Elements(uncounted={"aten.neg.default": 1})
+    found: list[Elements] = []
+
+    def run() -> None:  # in a thread that has looked no formula up yet
+        with Watch() as watch:
+            torch.neg(torch.ones(3))
+        found.append(watch.elements)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [Elements(uncounted={"aten.neg.default": 1})]
 
 
 def test_products_outside_emulated_layers_have_their_share_beside_the_total() -> None:
