@@ -91,8 +91,9 @@ def test_sums_and_files(tmp_path: Path) -> None:
     assert twice.steps[0].first.lanes.lane_cycles == tuple(2 * n for n in entry.first.lanes.lane_cycles)  # type: ignore[union-attr]
     assert price(twice, "lnpu").total.utilisation == 0.5
     assert (counts(entry) + counts(step())).steps[0].first.lanes is None
-    with pytest.raises(ConfigError, match="of 64 and of 32 channels"):
-        counts(entry) + counts(with_lanes(step(), first=lanes(32, WORK, lambda _: 10)))
+    apart = counts(entry) + counts(with_lanes(step(), first=lanes(32, WORK, lambda _: 10)))
+    profiles = [(each.layer, each.first.lanes.channels) for each in apart.steps if each.first.lanes]
+    assert profiles == [(entry.layer, 64), (f"{entry.layer} (2)", 32)]
     twice.save(tmp_path / "counts.json")
     assert Counts.load(tmp_path / "counts.json") == twice
     text = (tmp_path / "counts.json").read_text()
