@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from lnpu_torch.tables import si
+from lnpu_torch.text_tables import si
 
 NETWORKS = {
     "resnet18": ("ResNet-18", "resnet18_cifar10", ()),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import buffers
-from lnpu_torch.config import listed
+from lnpu_torch.files import listed
 from lnpu_torch.precision import Rule
 
 Backend = Literal["auto", "reference", "triton"]

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from lnpu_torch.chip import Chip
 from lnpu_torch.energies import event_energies
-from lnpu_torch.tables import add_row, plain_table
 from lnpu_torch.tagged import Ranged, Tagged
+from lnpu_torch.text_tables import add_row, plain_table
 from lnpu_torch.units import pj
 
 RATES = ["V", "MHz", "MAC/cycle FP8", "FP16", "pJ/MAC FP8", "FP16", "skipped", "SRAM KiB"]

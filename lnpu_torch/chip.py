@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lnpu_torch.bottom_up import BottomUp
-from lnpu_torch.config import (
+from lnpu_torch.files import (
     MOST,
     ConfigError,
     Frozen,

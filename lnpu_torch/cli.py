@@ -19,7 +19,7 @@ import lnpu_torch as lnpu
 from lnpu_torch import cli_cost, cli_report, cli_reproduce, cli_train
 from lnpu_torch.cli_cost import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.cli_errors import errors_as_messages
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 
 app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

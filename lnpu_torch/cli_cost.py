@@ -14,15 +14,14 @@ from lnpu_torch.catalogue import chip_table, chips_table
 from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.chip import chips as all_chips
 from lnpu_torch.comparison import Comparison
-from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts
-from lnpu_torch.files import user_path
+from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.plot import require_matplotlib, save_plot
 from lnpu_torch.pricing import price as price_on
 from lnpu_torch.report import Report, csv_text, json_text
 from lnpu_torch.sweep import parse_setting
 from lnpu_torch.sweep import sweep as sweep_over
-from lnpu_torch.tables import plain
+from lnpu_torch.text_tables import plain
 
 File = Annotated[
     Path, typer.Argument(metavar="COUNTS", parser=user_path, help="A counts file, as in a run's folder counts/.")

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 
 USER_ERROR = 2
 """Exit code for a mistake in what the user gave, and for a run that cannot go on; Ctrl-C's is 130."""

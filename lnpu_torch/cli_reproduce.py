@@ -16,8 +16,7 @@ from rich.console import Console
 
 from lnpu_torch import drawing
 from lnpu_torch.cli_train import keys, with_settings
-from lnpu_torch.config import ConfigError, find, parse_yaml, read_text, validate
-from lnpu_torch.files import user_path, write_text
+from lnpu_torch.files import ConfigError, find, parse_yaml, read_text, user_path, validate, write_text
 from lnpu_torch.versions import versions
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from lnpu_torch.cli_errors import fail
-from lnpu_torch.config import ConfigError, find, inside, parse_yaml, read_text, validate
-from lnpu_torch.tables import plain
+from lnpu_torch.files import ConfigError, find, inside, parse_yaml, read_text, validate
+from lnpu_torch.text_tables import plain
 
 if TYPE_CHECKING:
     from lnpu_torch.recipes.settings import TrainConfig

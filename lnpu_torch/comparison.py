@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lnpu_torch.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, missing, names
 from lnpu_torch.rows import share
-from lnpu_torch.tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import add_row, plain, plain_table, si
 
 
 class Comparison:

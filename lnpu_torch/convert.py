@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lnpu_torch.config import ConfigError, listed, nearest
+from lnpu_torch.files import ConfigError, listed, nearest
 from lnpu_torch.float_products import forward_macs
 from lnpu_torch.nn import LAYERS, LISTENERS, Emulated, emulate, emulated_layers, restore, torch_layer, unwrapped
 from lnpu_torch.precision import Precision, Rule, precision

@@ -11,10 +11,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from lnpu_torch.config import MOST, ConfigError, Frozen, parse_json, read_text, validate
 from lnpu_torch.elements import Elements, NotCounted
 from lnpu_torch.elements import merge as merge_elements
-from lnpu_torch.files import write_text
+from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
 from lnpu_torch.lane_profile import LaneProfile
 
 VERSION: Literal[3] = 3

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lnpu_torch.config import ConfigError
-from lnpu_torch.files import write, write_text
+from lnpu_torch.files import ConfigError, write, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lnpu_torch.config import MOST, Frozen
+from lnpu_torch.files import MOST, Frozen
 
 Kind = Literal["normalisation", "activation", "pooling", "loss", "optimizer", "other"]
 Phase = Literal["forward", "backward", "update"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, buffers, count_ops, counting, lane_ops, ops, product_ops
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.lane_family import MEMBERS, RUNS
 from lnpu_torch.precision import Precision
 from lnpu_torch.products import Accumulator

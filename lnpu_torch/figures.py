@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lnpu_torch.study import OPERANDS, Study
-from lnpu_torch.tables import si
+from lnpu_torch.text_tables import si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.config import Frozen, is_file, validate
+from lnpu_torch.files import Frozen, is_file, validate
 from lnpu_torch.precision import PRESETS, Precision
 from lnpu_torch.precision import precision as read_precision
 

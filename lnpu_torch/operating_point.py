@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from lnpu_torch.config import Frozen
+from lnpu_torch.files import Frozen
 from lnpu_torch.tagged import Positive, Tagged
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lnpu_torch.study import Study
-from lnpu_torch.tables import si
+from lnpu_torch.text_tables import si
 
 FOLDER = Path(__file__).parent
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lnpu_torch.config import ConfigError
-from lnpu_torch.files import write
+from lnpu_torch.files import ConfigError, write
 from lnpu_torch.sweep import Point, Sweep, value_text
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from lnpu_torch.config import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
+from lnpu_torch.files import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
 from lnpu_torch.formats import FORMATS, Format
 
 MAX_ERROR = 0.013

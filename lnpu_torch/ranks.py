@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.nn import emulated_layers
 from lnpu_torch.precision import Rule
 from lnpu_torch.reads import READS

@@ -17,7 +17,7 @@ from rich.text import Text
 from lnpu_torch.counts import FloatProduct
 from lnpu_torch.files import write_text
 from lnpu_torch.rows import FIELDS, Part, Row, add, share
-from lnpu_torch.tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj
 
 ALL = "all"

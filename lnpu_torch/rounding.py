@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import ops
-from lnpu_torch.config import ConfigError, listed, nearest
 from lnpu_torch.emulation import Emulation
+from lnpu_torch.files import ConfigError, listed, nearest
 from lnpu_torch.precision import PRESETS, Precision, Rule
 
 

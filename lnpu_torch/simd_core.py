@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lnpu_torch.config import Frozen
+from lnpu_torch.files import Frozen
 from lnpu_torch.tagged import Natural, NotNegative, Tagged
 
 

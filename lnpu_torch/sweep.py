@@ -16,13 +16,12 @@ from rich.text import Text
 
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.config import ConfigError, parse_yaml
 from lnpu_torch.counts import Counts
-from lnpu_torch.files import write_text
+from lnpu_torch.files import ConfigError, parse_yaml, write_text
 from lnpu_torch.pricing import price
 from lnpu_torch.report import missing
 from lnpu_torch.rows import Row
-from lnpu_torch.tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj
 
 SHOWN = 40

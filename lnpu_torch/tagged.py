@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from lnpu_torch.config import MOST, Frozen
+from lnpu_torch.files import MOST, Frozen
 
 Tag = Literal["published", "derived", "assumed"]
 Value = TypeVar("Value")

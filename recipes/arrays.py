@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.config import ConfigError, listed
+from lnpu_torch.files import ConfigError, listed
 from lnpu_torch.recipes.settings import CIFAR_FOLDER, DataConfig
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 

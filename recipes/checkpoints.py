@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from lnpu_torch.config import ConfigError, inside
-from lnpu_torch.files import write
+from lnpu_torch.files import ConfigError, inside, write
 
 NAME = re.compile(r"[0-9]+-epoch[0-9]+-step[0-9]+\.pt")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lnpu_torch.config import Frozen, find, read_yaml
+from lnpu_torch.files import Frozen, find, read_yaml
 
 Tag = Literal["published", "derived", "assumed"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 
 LEAST = 2
 """Images in a piece at least: of a single one, batch norm could make nothing."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lnpu_torch.config import ConfigError, Frozen, listed, nearest
+from lnpu_torch.files import ConfigError, Frozen, listed, nearest
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
 TORCHVISION = ("alexnet", "mobilenet_v2", "resnet18", "vgg16")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lnpu_torch.config import ConfigError, listed
+from lnpu_torch.files import ConfigError, listed
 from lnpu_torch.recipes.augment import Augment
 from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.interrupts import EXIT_CODES

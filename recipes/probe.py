@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, Frozen, listed
+from lnpu_torch.files import ConfigError, Frozen, listed
 from lnpu_torch.recipes.data import open_batches
 from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.models import ModelConfig, build

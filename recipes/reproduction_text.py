@@ -12,7 +12,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.recipes.evidence import STEPS, Evidence, layers
 from lnpu_torch.recipes.probe import Settings
 from lnpu_torch.recipes.reproduce import Row
-from lnpu_torch.tables import add_row, plain, plain_table
+from lnpu_torch.text_tables import add_row, plain, plain_table
 
 BASIS = {
     "held out": "nothing of the claim went into our figure",

@@ -23,8 +23,7 @@ from typing import Any
 import yaml
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, inside, parse_json, parse_yaml, read_text
-from lnpu_torch.files import create_text, write_text
+from lnpu_torch.files import ConfigError, create_text, inside, parse_json, parse_yaml, read_text, write_text
 from lnpu_torch.named_files import differences
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.recipes.settings import FREE

@@ -15,9 +15,9 @@ from rich.text import Text
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import builtin_names, find, parse_yaml, validate
+from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes.settings import TrainConfig
-from lnpu_torch.tables import add_row, plain_table, si
+from lnpu_torch.text_tables import add_row, plain_table, si
 
 ENERGY_EVERY_S = 1.0
 """Reading the counters waits for the device, so the energy so far is refreshed this often, in seconds."""

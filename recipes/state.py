@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import machines
 from lnpu_torch.recipes.schedule import make_schedule
 from lnpu_torch.recipes.tally import Tallied

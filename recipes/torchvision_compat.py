@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 
 OPERATORS = ("nms", "qnms")
 _declared: list[torch.library.Library] = []  # a declaration lasts as long as its Library object

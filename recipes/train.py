@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.named_files import PrecisionFile, held
 from lnpu_torch.recipes import diagnosis, machines, show, state
 from lnpu_torch.recipes.data import Pair, loader_speed, open_batches

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lnpu_torch.chip import Chip, chip
-from lnpu_torch.config import validate
 from lnpu_torch.counts import Counts, StepCounts
+from lnpu_torch.files import validate
 from lnpu_torch.lane_family import MEMBERS, Member
 from lnpu_torch.lane_profile import LaneProfile
 

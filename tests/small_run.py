@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lnpu_torch.config import validate
+from lnpu_torch.files import validate
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.settings import TrainConfig

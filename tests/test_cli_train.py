@@ -12,7 +12,7 @@ import pytest
 from command import lnpu_command, refused
 
 from lnpu_torch import cli_train
-from lnpu_torch.config import builtin_names
+from lnpu_torch.files import builtin_names
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Stopped
 from lnpu_torch.recipes.settings import TrainConfig

@@ -13,7 +13,7 @@ import torch
 from small_run import image_file
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError, validate
+from lnpu_torch.files import ConfigError, validate
 from lnpu_torch.recipes.arrays import load
 from lnpu_torch.recipes.augment import Augment, cut_out
 from lnpu_torch.recipes.data import BytesOnDevice, open_batches

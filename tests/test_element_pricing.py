@@ -7,9 +7,9 @@ from handmade import counts, network, step, variant
 
 from lnpu_torch.chip import chips
 from lnpu_torch.comparison import Comparison
-from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts
 from lnpu_torch.elements import ElementOp, Elements, NotCounted
+from lnpu_torch.files import ConfigError
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report
 from lnpu_torch.sweep import sweep

@@ -194,7 +194,7 @@ def test_a_checkout_on_the_path_finds_its_parts(tmp_path: Path) -> None:
     # -S leaves out site-packages' .pth files, and with them an editable install; the libraries are named by hand.
     path = os.pathsep.join([str(ROOT), sysconfig.get_paths()["purelib"]])
     code = (
-        "import lnpu_torch.kernels, lnpu_torch.recipes.train, lnpu_torch.config as c\n"
+        "import lnpu_torch.kernels, lnpu_torch.recipes.train, lnpu_torch.files as c\n"
         "print(lnpu_torch.__file__, *c.builtin_names('chips'), *c.builtin_names('recipes'))"
     )
     found = run(code, "-S", cwd=tmp_path, path=path)

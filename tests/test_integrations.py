@@ -16,7 +16,7 @@ from processes import on_ranks
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 from lnpu_torch.run import read_run

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.reference import UNSET
 
 WHOLE = (6, 2)

@@ -11,7 +11,7 @@ import pytest
 from loading import load, nothing_happens
 
 from lnpu_torch import ConfigError, chip
-from lnpu_torch.config import LONGEST_YAML, find, parse_json, parse_yaml, validate
+from lnpu_torch.files import LONGEST_YAML, find, parse_json, parse_yaml, validate
 from lnpu_torch.precision import Precision, precision
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from small_run import QUIET, config, photographs
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.data import Pair
 from lnpu_torch.recipes.division import Division

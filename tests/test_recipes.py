@@ -18,15 +18,15 @@ from rich.console import Console
 from small_run import QUIET, config, image_file, photographs, run
 
 import lnpu_torch as lnpu
-from lnpu_torch import tables
-from lnpu_torch.config import builtin_names, find, parse_yaml, validate
+from lnpu_torch import text_tables as tables
+from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes import show
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Interrupts
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.settings import TrainConfig
 from lnpu_torch.recipes.tally import Tallied, Tally
-from lnpu_torch.tables import si
+from lnpu_torch.text_tables import si
 
 MODELS, DATA = ("alexnet", "resnet18", "vgg16"), ("cifar10", "cifar100", "imagenet")
 

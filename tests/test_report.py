@@ -12,14 +12,14 @@ from handmade import counts, network, step
 from rich.console import Console
 
 from lnpu_torch.comparison import Comparison
-from lnpu_torch.config import ConfigError
 from lnpu_torch.counts import Counts, FloatProduct
 from lnpu_torch.elements import ElementOp, Elements
+from lnpu_torch.files import ConfigError
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report, csv_text, json_text
 from lnpu_torch.rows import FIELDS, MODELLED, LaneCycles, Part, Row
 from lnpu_torch.sweep import sweep
-from lnpu_torch.tables import si
+from lnpu_torch.text_tables import si
 
 FIELDS_EXPECTED = [
     "layer",

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lnpu_torch as lnpu
 from lnpu_torch import cli
-from lnpu_torch.config import ConfigError, find, parse_yaml, validate
+from lnpu_torch.files import ConfigError, find, parse_yaml, validate
 from lnpu_torch.recipes import reproduce as recipe
 from lnpu_torch.recipes import reproduction_text
 from lnpu_torch.recipes.claims import Claim, read_claims

@@ -18,7 +18,7 @@ from handmade import network
 from rich.console import Console
 from small_run import EVERYTHING, QUIET, config, image_file, photographs, run, same_end
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import state
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints

@@ -9,7 +9,7 @@ from run_by_hand import epoch_counts, write_run
 from typer.testing import CliRunner
 
 from lnpu_torch.cli import app
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.run import read_run
 
 

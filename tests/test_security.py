@@ -24,7 +24,7 @@ from loading import nothing_happens
 from run_by_hand import epoch_counts, write_run
 
 from lnpu_torch import ConfigError
-from lnpu_torch.config import inside
+from lnpu_torch.files import inside
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes import state
 from lnpu_torch.recipes.arrays import load as load_images

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import lnpu_torch as lnpu
 from lnpu_torch import cli, plot
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.pricing import price
 from lnpu_torch.sweep import SHOWN, Sweep, parse_setting, sweep
 

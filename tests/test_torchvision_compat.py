@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import torchvision_compat
 
 IN_A_FRESH_PROCESS = """

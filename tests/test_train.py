@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from small_run import QUIET, config, equal, image_file, run
 
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import diagnosis, machines, schedule
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Interrupts, Stopped

@@ -14,7 +14,7 @@ from small_run import QUIET, config, equal
 from torch import distributed as dist
 
 import lnpu_torch as lnpu
-from lnpu_torch.config import ConfigError
+from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Interrupts, Stopped
 from lnpu_torch.recipes.run_folder import RunFolder
