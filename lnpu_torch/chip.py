@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lnpu_torch.bottom_up import BottomUp
 from lnpu_torch.files import (
@@ -24,6 +25,7 @@ from lnpu_torch.files import (
     validate,
 )
 from lnpu_torch.lane_family import LANES
+from lnpu_torch.named_files import NamedFile, file_to_read
 from lnpu_torch.operating_point import OperatingPoint
 from lnpu_torch.simd_core import SimdCore
 from lnpu_torch.tagged import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
@@ -238,3 +240,28 @@ def _merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)) or "value" in base or "value" in over:
         return over
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+class ChipFile(NamedFile):
+    """A chip's file, and what it said, with what it is `like` filled in."""
+
+    content: Chip
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _of_plain_data(cls, value: Any) -> Any:
+        return validate(Chip, value, "content") if isinstance(value, dict) else value
+
+
+def hold_chip(value: str | ChipFile, again: bool = False) -> str | ChipFile:
+    """A chip's name as it is; its file's name with what the file says.
+
+    Args:
+        value: a name, a path, or what this function gave for a path.
+        again: read the file anew, if it is there.
+
+    Raises:
+        ConfigError: the file is no chip.
+    """
+    name = file_to_read(value, again)
+    return value if name is None else ChipFile(file=os.path.abspath(name), content=chip(name))

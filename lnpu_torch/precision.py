@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lnpu_torch.files import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
 from lnpu_torch.formats import FORMATS, Format
+from lnpu_torch.named_files import NamedFile, file_to_read
 
 MAX_ERROR = 0.013
 """Default bound on a tensor's relative RMS error (assumed). On a Gaussian it leaves 27 to 37 % of the elements in
@@ -152,3 +154,25 @@ def precision(value: str | Path | Rule | Precision) -> Precision:
             f"unknown precision {str(value)!r}{nearest(str(value), PRESETS)}; known: {listed(PRESETS)}, or a YAML file"
         )
     return validate(Precision, parse_yaml(read_text(Path(value)), str(value)), str(value))
+
+
+class PrecisionFile(NamedFile):
+    """A precision's file, and what it said."""
+
+    content: Precision
+
+
+def hold_precision(value: str | PrecisionFile, again: bool = False) -> str | PrecisionFile:
+    """A precision's name as it is; its file's name with what the file says.
+
+    Args:
+        value: a name, a path, or what this function gave for a path.
+        again: read the file anew, if it is there.
+
+    Raises:
+        ConfigError: the file is no precision.
+    """
+    name = file_to_read(value, again)
+    if name is None or name in PRESETS:
+        return value
+    return PrecisionFile(file=os.path.abspath(name), content=precision(name))

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from lnpu_torch.chip import ChipFile, hold_chip
 from lnpu_torch.files import Frozen, listed
-from lnpu_torch.named_files import ChipFile, PrecisionFile, hold_chip, hold_precision
+from lnpu_torch.precision import PrecisionFile, hold_precision
 from lnpu_torch.recipes.models import ModelConfig
 
 

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
-from lnpu_torch.named_files import PrecisionFile, held
+from lnpu_torch.named_files import held
+from lnpu_torch.precision import PrecisionFile
 from lnpu_torch.recipes import diagnosis, machines, show, state
 from lnpu_torch.recipes.data import Pair, loader_speed, open_batches
 from lnpu_torch.recipes.division import Division
