@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import accumulate, counting, lanes, ops, reference
-from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.formats import FORMATS
+from lnpu_torch.quant.precision import Rule
 
 Verdicts = Iterator[tuple[str, bool]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.precision import PRESETS, precision
+from lnpu_torch.quant.precision import PRESETS, precision
 from lnpu_torch.recipes.models import ModelConfig, build
 
 CLASSES, SHAPE = 10, (3, 32, 32)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from lnpu_torch import counting, reference
 from lnpu_torch.geometry import Geometry
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 Rows = Iterator[Row]
 BURST_S = 4e-3

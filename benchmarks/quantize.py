@@ -16,7 +16,7 @@ from peers import add_option, installed
 from rows import Operation, Row, add_options, alternate, cpu_name, origin, ratio, write
 
 from lnpu_torch import cpu
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 SIZE = 2**24
 

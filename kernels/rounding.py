@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.formats import FORMATS, Format
 from lnpu_torch.kernels.launch import check_device, check_dtype
+from lnpu_torch.quant.formats import FORMATS, Format
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

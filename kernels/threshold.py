@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.formats import FORMATS
 from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors, scratch
 from lnpu_torch.kernels.rounding import FLOATS, bits_of, dense, readable
+from lnpu_torch.quant.formats import FORMATS
 
 SAMPLE = 2**14
 """At most this many elements are looked at for a histogram; the same as `reference.SAMPLE`."""

@@ -13,8 +13,8 @@ from lnpu_torch.cost import CostCounter  # noqa: E402
 from lnpu_torch.counters import uncounted  # noqa: E402
 from lnpu_torch.counts import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
-from lnpu_torch.precision import Precision, Rule  # noqa: E402
 from lnpu_torch.pricing import price  # noqa: E402
+from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402
 from lnpu_torch.ranks import SharedThresholds  # noqa: E402
 from lnpu_torch.report import Report  # noqa: E402
 from lnpu_torch.rounding import quantize  # noqa: E402

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.formats import Format
 from lnpu_torch.geometry import Geometry, part
+from lnpu_torch.quant.formats import Format
 from lnpu_torch.reference import round_to
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lnpu_torch import buffers
 from lnpu_torch.files import listed
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 Backend = Literal["auto", "reference", "triton"]
 _chosen: list[Backend] = ["auto"]

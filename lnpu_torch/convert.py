@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from lnpu_torch.files import ConfigError, listed, nearest
 from lnpu_torch.float_products import forward_macs
 from lnpu_torch.nn import LAYERS, LISTENERS, Emulated, emulate, emulated_layers, restore, torch_layer, unwrapped
-from lnpu_torch.precision import Precision, Rule, precision
+from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,7 +12,7 @@ from lnpu_torch import gpu_lanes
 from lnpu_torch.kernels import count, grid, launch, matmul, result
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import threshold as thresholds
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = {

@@ -19,7 +19,7 @@ class NamedFile(Frozen):
 
 
 def file_to_read(value: str | NamedFile, again: bool) -> str | None:
-    """The file that a setting names, if there is one to be read: that of a NamedFile, only if it is to be read again."""
+    """The file that a setting names, if it is to be read: that of a NamedFile only where `again`."""
     name = value if isinstance(value, str) else value.file if again else None
     return name if name is not None and is_file(Path(name)) else None
 

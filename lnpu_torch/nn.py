@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from lnpu_torch import functional
 from lnpu_torch.emulation import Emulation
-from lnpu_torch.precision import Precision, Rule, precision
+from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PICKLED = (
     "an emulated model is pickled whole: it loads only where lnpu_torch is installed, and not by "

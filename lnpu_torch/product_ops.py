@@ -17,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch import accumulate as accumulating
 from lnpu_torch import backends, buffers, reference
-from lnpu_torch.formats import FORMATS
 from lnpu_torch.geometry import Geometry
+from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.registry import OPS, fake, op
 
 

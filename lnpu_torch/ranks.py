@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn import emulated_layers
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 from lnpu_torch.reads import READS
 from lnpu_torch.reference import choose_by_histogram
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lnpu_torch.precision import Precision, Rule
+from lnpu_torch.quant.precision import Precision, Rule
 
 STEPS = ("forward", "grad_input", "grad_weight")
 READS = (

@@ -10,8 +10,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from lnpu_torch.formats import FORMATS, Format
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.formats import FORMATS, Format
+from lnpu_torch.quant.precision import Rule
 
 UNSET = -(2**31)
 """The threshold of a tensor that has not been seen yet."""

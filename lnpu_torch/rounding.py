@@ -10,7 +10,7 @@ from torch import Tensor
 from lnpu_torch import ops
 from lnpu_torch.emulation import Emulation
 from lnpu_torch.files import ConfigError, listed, nearest
-from lnpu_torch.precision import PRESETS, Precision, Rule
+from lnpu_torch.quant.precision import PRESETS, Precision, Rule
 
 
 def quantize(

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
 from lnpu_torch.named_files import held
-from lnpu_torch.precision import PrecisionFile
+from lnpu_torch.quant.precision import PrecisionFile
 from lnpu_torch.recipes import diagnosis, machines, show, state
 from lnpu_torch.recipes.data import Pair, loader_speed, open_batches
 from lnpu_torch.recipes.division import Division

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lnpu_torch as lnpu
 from lnpu_torch import ops
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 Array = np.ndarray[Any, Any]
 

@@ -26,7 +26,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.catalogue import chip_table
 from lnpu_torch.cli_train import read_recipe
 from lnpu_torch.files import CONFIGS
-from lnpu_torch.precision import precision
+from lnpu_torch.quant.precision import precision
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.run import read_run
 from lnpu_torch.text_tables import plain

@@ -6,7 +6,7 @@ import torch
 from test_counting import GEOMETRIES
 
 from lnpu_torch import accumulate
-from lnpu_torch.formats import FORMATS
+from lnpu_torch.quant.formats import FORMATS
 
 FP32, FP16 = FORMATS["fp32"], FORMATS["fp16"]
 

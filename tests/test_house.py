@@ -81,7 +81,7 @@ ACROSS: dict[str, tuple[str, ...]] = dict.fromkeys(("gpu", "gpu_lanes"), ("lnpu_
 ACROSS |= dict.fromkeys(("cli_train", "cli_reproduce"), ("lnpu_torch.recipes",))
 ACROSS |= {"watch": ("lnpu_torch.hiding", "lnpu_torch.float_products"), "cli": ("lnpu_torch",)}
 ACROSS |= {"counters": ("lnpu_torch.nn", "lnpu_torch.convert")}
-ACROSS |= {"named_files": ("lnpu_torch.precision",)}
+ACROSS |= {"named_files": ("lnpu_torch.quant.precision",)}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
 PUBLIC = {"lnpu_torch", *(f"lnpu_torch.{name}" for name in ("config", "files", "named_files", "tables"))}
 
@@ -127,7 +127,7 @@ def test_imports_point_down_only(row: list[str], place: int) -> None:
 def test_kernels_import_triton_torch_and_formats_only() -> None:
     for file in (ROOT / "kernels").glob("*.py"):
         foreign = {name for name in imports(file) if name.split(".")[0] not in {*EXTERNAL_TO_KERNELS, "lnpu_torch"}}
-        above = {name for name in own(file) if not name.startswith(("lnpu_torch.formats", "lnpu_torch.kernels"))}
+        above = {name for name in own(file) if not name.startswith(("lnpu_torch.quant.formats", "lnpu_torch.kernels"))}
         assert not foreign | above, f"{file.name} imports {sorted(foreign | above)}"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lnpu_torch import counting, lanes, reference
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 pytest.importorskip("triton")
 RULES = [("e4m3", "fp16"), ("e5m2", "fp16"), ("e4m3", None), ("e5m2", None), (None, "fp16"), ("e4m3", "e6m9")]

@@ -11,7 +11,7 @@ from test_counting import GEOMETRIES
 from test_kernels_interpret import identical, interpret
 
 from lnpu_torch import accumulate
-from lnpu_torch.formats import FORMATS
+from lnpu_torch.quant.formats import FORMATS
 
 triton = pytest.importorskip("triton")
 PLANE = {name: geometry for name, geometry in GEOMETRIES.items() if len(geometry.kernel) < 3}

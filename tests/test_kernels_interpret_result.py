@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_kernels_interpret import LAYOUTS, identical, interpret, spread
 
-from lnpu_torch.formats import FORMATS
+from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.reference import round_to
 
 pytest.importorskip("triton")

@@ -6,7 +6,7 @@ from test_kernels_interpret import interpret, spread
 from test_ops import of_error_3_in_128
 
 from lnpu_torch import reference
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 pytest.importorskip("triton")
 RULES = {

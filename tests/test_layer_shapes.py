@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.formats import FORMATS
+from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.reference import float_groups, round_to
 
 RULE = Rule(threshold=0)

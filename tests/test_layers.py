@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.formats import FORMATS
+from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.reference import float_groups, round_to
 
 FLOAT = Precision()

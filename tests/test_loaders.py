@@ -12,7 +12,7 @@ from loading import load, nothing_happens
 
 from lnpu_torch import ConfigError, chip
 from lnpu_torch.files import LONGEST_YAML, find, parse_json, parse_yaml, validate
-from lnpu_torch.precision import Precision, precision
+from lnpu_torch.quant.precision import Precision, precision
 
 
 @pytest.mark.parametrize("name", fuzz.LOADERS)

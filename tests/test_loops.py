@@ -6,7 +6,7 @@ import torch
 from test_formats import scalar
 
 from lnpu_torch import cpu, lanes, loops, ops, reference
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 LIES = ["contiguous", "channels_last", "turned"]
 

@@ -6,7 +6,7 @@ from test_counting import GEOMETRIES, operands, over_big, over_small, per_positi
 from test_formats import all_patterns, identical, random_patterns, scalar
 
 from lnpu_torch import count_ops, counting, lanes, ops, reference
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 
 RULES = {
     "fgmp": Rule(),

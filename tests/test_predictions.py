@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_formats import scalar
 
-from lnpu_torch.precision import Rule
+from lnpu_torch.quant.precision import Rule
 from lnpu_torch.reference import RANGE, SAMPLE, UNSET, choose_by_histogram, error_table, histogram, quantize, tau
 
 

@@ -26,7 +26,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.chip import ChipFile, hold_chip
 from lnpu_torch.files import ConfigError, create_text, inside, parse_yaml, read_text, write_text
 from lnpu_torch.named_files import differences, held
-from lnpu_torch.precision import hold_precision
+from lnpu_torch.quant.precision import hold_precision
 
 Overrides = Mapping[str, str | Path | lnpu.Rule | lnpu.Precision | None]
 

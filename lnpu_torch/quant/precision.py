@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lnpu_torch.files import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
-from lnpu_torch.formats import FORMATS, Format
 from lnpu_torch.named_files import NamedFile, file_to_read
+from lnpu_torch.quant.formats import FORMATS, Format
 
 MAX_ERROR = 0.013
 """Default bound on a tensor's relative RMS error (assumed). On a Gaussian it leaves 27 to 37 % of the elements in
