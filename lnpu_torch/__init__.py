@@ -11,7 +11,7 @@ from lnpu_torch.chip import Chip, chip  # noqa: E402
 from lnpu_torch.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.cost import CostCounter  # noqa: E402
 from lnpu_torch.counters import uncounted  # noqa: E402
-from lnpu_torch.counts import Counts  # noqa: E402
+from lnpu_torch.counts.schema import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
 from lnpu_torch.pricing import price  # noqa: E402
 from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402

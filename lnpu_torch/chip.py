@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lnpu_torch.bottom_up import BottomUp
+from lnpu_torch.counts.lane_configs import LANES
 from lnpu_torch.files import (
     MOST,
     ConfigError,
@@ -24,7 +25,6 @@ from lnpu_torch.files import (
     read_text,
     validate,
 )
-from lnpu_torch.lane_family import LANES
 from lnpu_torch.named_files import NamedFile, file_to_read
 from lnpu_torch.operating_point import OperatingPoint
 from lnpu_torch.simd_core import SimdCore

@@ -14,7 +14,7 @@ from lnpu_torch.catalogue import chip_table, chips_table
 from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.chip import chips as all_chips
 from lnpu_torch.comparison import Comparison
-from lnpu_torch.counts import Counts
+from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.plot import require_matplotlib, save_plot
 from lnpu_torch.pricing import price as price_on

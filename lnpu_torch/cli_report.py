@@ -13,7 +13,7 @@ import typer
 
 from lnpu_torch import drawing
 from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.counts import Counts
+from lnpu_torch.counts.schema import Counts
 from lnpu_torch.figures import figures
 from lnpu_torch.files import user_path, write_text
 from lnpu_torch.page import page

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import buffers, counting, cpu_lanes, reference, shared_loops
-from lnpu_torch.lane_family import MEMBERS, runs_shape
+from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 from lnpu_torch.reference import sample_step, tau, window_exponent

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import shared_loops
-from lnpu_torch.lane_family import MEMBERS, RUN
+from lnpu_torch.counts.lane_configs import MEMBERS, RUN
 from lnpu_torch.threads import team
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

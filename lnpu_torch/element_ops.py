@@ -9,7 +9,7 @@ import torch
 
 from lnpu_torch import formulas as by
 from lnpu_torch import layer_formulas as layer
-from lnpu_torch.elements import Kind
+from lnpu_torch.counts.vector_ops import Kind
 from lnpu_torch.formulas import Call, Formula, each, each_read, scatter_add
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, buffers, count_ops, counting, lane_ops, ops, product_ops
+from lnpu_torch.counts.lane_configs import MEMBERS, RUNS
 from lnpu_torch.files import ConfigError
-from lnpu_torch.lane_family import MEMBERS, RUNS
 from lnpu_torch.products import Accumulator
 from lnpu_torch.quant.precision import Precision
 from lnpu_torch.reads import READINGS, READS, STEPS, Read, Use, plan, uses

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lnpu_torch.elements import Kind
+from lnpu_torch.counts.vector_ops import Kind
 
 
 class Call(NamedTuple):

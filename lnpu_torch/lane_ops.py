@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch import backends, lanes
-from lnpu_torch.lane_family import MEMBERS, runs_shape
+from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
 from lnpu_torch.registry import fake, op
 
 

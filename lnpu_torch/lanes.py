@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.lane_family import BALANCERS, LANES, MEMBERS, RUN, RUNS
+from lnpu_torch.counts.lane_configs import BALANCERS, LANES, MEMBERS, RUN, RUNS
 
 
 def runs_of(values: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, uint64
 
+from lnpu_torch.counts.lane_configs import RUN
 from lnpu_torch.jit import compiled, inlined
-from lnpu_torch.lane_family import RUN
 from lnpu_torch.packed_counters import count_runs, fold, fold_runs, sum_groups, unpack
 from lnpu_torch.regions import bounds
 from lnpu_torch.vector_rounding import (

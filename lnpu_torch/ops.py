@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lnpu_torch import backends, counting, lanes, reference
 from lnpu_torch.backends import backend as backend
-from lnpu_torch.lane_family import MEMBERS
+from lnpu_torch.counts.lane_configs import MEMBERS
 from lnpu_torch.quant.precision import Rule
 from lnpu_torch.registry import fake, op
 

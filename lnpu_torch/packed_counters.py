@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from numba import int32, uint32, uint64
 
+from lnpu_torch.counts.lane_configs import RUN
 from lnpu_torch.jit import compiled
-from lnpu_torch.lane_family import RUN
 from lnpu_torch.vector_rounding import MOST, add_to, get, nothing, ones, plus, total
 from lnpu_torch.vectors import LANES
 

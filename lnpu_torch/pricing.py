@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.counts import OPERANDS, Counts, StepCounts
+from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
 from lnpu_torch.cycles import lane_cycles, not_recorded
 from lnpu_torch.element_pricing import element_notes, element_parts
 from lnpu_torch.energies import Energies, event_energies

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.counts import FloatProduct
+from lnpu_torch.counts.schema import FloatProduct
 from lnpu_torch.files import write_text
 from lnpu_torch.rows import FIELDS, Part, Row, add, share
 from lnpu_torch.text_tables import add_row, plain, plain_table, si

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from lnpu_torch import count_loops, lane_loops, loops, threshold_loops, vectors
+from lnpu_torch.counts.lane_configs import LONGEST
 from lnpu_torch.jit import compiled
-from lnpu_torch.lane_family import LONGEST
 from lnpu_torch.regions import bounds, in_parallel
 
 

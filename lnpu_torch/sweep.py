@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lnpu_torch.chip import Chip
 from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.counts import Counts
+from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, parse_yaml, write_text
 from lnpu_torch.pricing import price
 from lnpu_torch.report import missing

@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
 from lnpu_torch.element_ops import Other, find, general_kind
-from lnpu_torch.elements import ELSEWHERE, SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
 from lnpu_torch.float_products import is_product, macs
 from lnpu_torch.formulas import Call, Formula, tensors
 from lnpu_torch.hiding import LayerSteps, LayerWatcher

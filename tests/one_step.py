@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.elements import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import ElementOp, Elements
 
 IMAGES, LABELS = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from handmade import lanes, network, with_lanes
 
-from lnpu_torch.counts import Counts
-from lnpu_torch.elements import ElementOp, Elements
+from lnpu_torch.counts.schema import Counts
+from lnpu_torch.counts.vector_ops import ElementOp, Elements
 
 NAME = "<b>layer</b> & 'one'"
 RELU = ElementOp(kind="activation", phase="forward", op="relu", calls=1, read=40, written=40, operations=40, special=0)

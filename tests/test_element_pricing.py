@@ -7,8 +7,8 @@ from handmade import counts, network, step, variant
 
 from lnpu_torch.chip import chips
 from lnpu_torch.comparison import Comparison
-from lnpu_torch.counts import Counts
-from lnpu_torch.elements import ElementOp, Elements, NotCounted
+from lnpu_torch.counts.schema import Counts
+from lnpu_torch.counts.vector_ops import ElementOp, Elements, NotCounted
 from lnpu_torch.files import ConfigError
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_kernels_interpret import LAYOUTS, interpret
 
-from lnpu_torch import lane_family, lanes
+from lnpu_torch import lanes
+from lnpu_torch.counts import lane_configs as lane_family
 
 pytest.importorskip("triton")
 SHAPES = [

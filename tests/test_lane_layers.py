@@ -9,9 +9,9 @@ from lane_simulator import Simulator
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.counts import OPERANDS
+from lnpu_torch.counts.lane_configs import BALANCERS, LANES, MEMBERS, RUNS
+from lnpu_torch.counts.schema import OPERANDS
 from lnpu_torch.emulation import Emulation
-from lnpu_torch.lane_family import BALANCERS, LANES, MEMBERS, RUNS
 from lnpu_torch.recipes.models import ModelConfig, build
 
 BETWEEN = (3, 6, 12, 20, 24, 40, 48, 96, 192, 768)

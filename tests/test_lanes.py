@@ -5,7 +5,7 @@ import torch
 from lane_simulator import Simulator
 
 from lnpu_torch import cpu_lanes, lane_ops, lanes, ops
-from lnpu_torch.lane_family import BALANCERS, MEMBERS, RUNS, Member
+from lnpu_torch.counts.lane_configs import BALANCERS, MEMBERS, RUNS, Member
 
 SHAPES = {
     "grid": (3, 20, 9, 7),

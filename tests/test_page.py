@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import lnpu_torch as lnpu
 from lnpu_torch import drawing
 from lnpu_torch.cli import app
-from lnpu_torch.counts import Counts
+from lnpu_torch.counts.schema import Counts
 from lnpu_torch.figures import FIGURES, figures
 from lnpu_torch.page import COLUMNS, page
 from lnpu_torch.pricing import price

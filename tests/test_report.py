@@ -12,8 +12,8 @@ from handmade import counts, network, step
 from rich.console import Console
 
 from lnpu_torch.comparison import Comparison
-from lnpu_torch.counts import Counts, FloatProduct
-from lnpu_torch.elements import ElementOp, Elements
+from lnpu_torch.counts.schema import Counts, FloatProduct
+from lnpu_torch.counts.vector_ops import ElementOp, Elements
 from lnpu_torch.files import ConfigError
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report, csv_text, json_text

@@ -11,10 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from lnpu_torch.elements import Elements, NotCounted
-from lnpu_torch.elements import merge as merge_elements
+from lnpu_torch.counts.lane_profile import LaneProfile
+from lnpu_torch.counts.vector_ops import Elements, NotCounted
+from lnpu_torch.counts.vector_ops import merge as merge_elements
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
-from lnpu_torch.lane_profile import LaneProfile
 
 VERSION: Literal[3] = 3
 """Version of the file format. Files of version 1, without lane profiles, and of 2, without `in_float`, are read."""

@@ -8,8 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from lnpu_torch.counts.lane_configs import MEMBERS, Member
 from lnpu_torch.files import MOST, ConfigError, Frozen
-from lnpu_torch.lane_family import MEMBERS, Member
 
 Cycles = Annotated[int, Field(ge=0, le=MOST)]
 PLACES = {member: place for place, member in enumerate(MEMBERS)}

@@ -1,0 +1,1 @@
+"""What a run did: plain records, as they are saved."""
