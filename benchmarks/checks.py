@@ -17,8 +17,12 @@ from sizes import Sizes, sizes
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import accumulate, counting, lanes, ops, reference
-from lnpu_torch.geometry import Geometry
+from lnpu_torch.ops.gemm import reference as accumulate
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 

@@ -26,8 +26,9 @@ from sizes import sizes
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import counting, reference
-from lnpu_torch.geometry import Geometry
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
 
 Rows = Iterator[Row]
@@ -115,7 +116,7 @@ def grid(place: Place) -> Rows:
                 label = f"{list(shape)} {checks.layout(last)} {str(dtype).removeprefix('torch.')}"
                 name = "quantize_grid" if moved > CACHED else "cached quantize_grid"
                 yield over_memcpy(f"{name} {label}", run, moved, place)
-    from lnpu_torch import gpu
+    from lnpu_torch.ops.quantize import gpu
 
     x = checks.activations(*sizes(place).grids[0], place=place)
     ours, plain = partial(gpu.histogram, x, rule), partial(reference.histogram, x, rule)

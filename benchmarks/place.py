@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from rows import Operation, wall_seconds
 
-from lnpu_torch import ops
+from lnpu_torch.ops.quantize import torch_ops as ops
 
 
 class Place(NamedTuple):

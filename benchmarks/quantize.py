@@ -15,7 +15,7 @@ import torch
 from peers import add_option, installed
 from rows import Operation, Row, add_options, alternate, cpu_name, origin, ratio, write
 
-from lnpu_torch import cpu
+from lnpu_torch.ops.quantize import cpu
 from lnpu_torch.quant.precision import Rule
 
 SIZE = 2**24

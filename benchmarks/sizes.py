@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from place import Place
 
-from lnpu_torch.geometry import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 
 Shape = tuple[int, ...]
 

@@ -31,7 +31,9 @@ from rows import add_options, alternate, cpu_name, origin, ratio, write
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import backends, count_ops, lane_ops
+from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.lanes import torch_ops as lane_ops
+from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.recipes.models import ModelConfig, build
 
 MODELS = ("resnet18_cifar", "vgg16_cifar", "alexnet_cifar")

@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch import ops
 from lnpu_torch.call import Call
 from lnpu_torch.emulation import Emulation
 from lnpu_torch.hiding import hidden
+from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.products import Convolution, Linear
 
 

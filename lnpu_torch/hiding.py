@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from lnpu_torch import registry
+from lnpu_torch.ops import registry
 
 
 class LayerSteps(NamedTuple):

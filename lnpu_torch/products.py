@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch import backends, product_ops, toeplitz
-from lnpu_torch.geometry import Geometry, part
+from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.gemm import half_precision as product_ops
+from lnpu_torch.ops.gemm import toeplitz
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
 
 ONEDNN = torch.backends.mkldnn.is_available()
 MANY = 2**23
@@ -42,7 +44,7 @@ class Accumulator:
         return None if bias is None else bias.to(torch.float32 if summed and x.dtype == torch.float16 else x.dtype)
 
     def __call__(self, product: str, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
-        """One of the products of `lnpu_torch.accumulate`, by name."""
+        """One of the products of `lnpu_torch.ops.gemm.reference`, by name."""
         result: Tensor = product_ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
         return result
 

@@ -10,9 +10,9 @@ from torch import distributed as dist
 
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn import emulated_layers
+from lnpu_torch.ops.quantize.reference import choose_by_histogram
 from lnpu_torch.quant.precision import Rule
 from lnpu_torch.reads import READS
-from lnpu_torch.reference import choose_by_histogram
 
 
 class SharedThresholds:

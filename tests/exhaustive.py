@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import lnpu_torch as lnpu
-from lnpu_torch import ops
+from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
 
 Array = np.ndarray[Any, Any]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_counting import GEOMETRIES
 
-from lnpu_torch import accumulate
+from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
 
 FP32, FP16 = FORMATS["fp32"], FORMATS["fp16"]

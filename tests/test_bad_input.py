@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import backends
+from lnpu_torch.ops import dispatch as backends
 
 TRAIN = """
 import sys, torch, lnpu_torch as lnpu

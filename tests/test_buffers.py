@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import lnpu_torch as lnpu
-from lnpu_torch import buffers
-from lnpu_torch.buffers import LARGE, LATELY, POOL, Pool
+from lnpu_torch.ops import buffers
+from lnpu_torch.ops.buffers import LARGE, LATELY, POOL, Pool
 
 
 def empty(pool, size):

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from lnpu_torch import counting, cpu_counting
-from lnpu_torch.geometry import Geometry
+from lnpu_torch.ops.pair_counts import cpu as cpu_counting
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 
 
 def make(batch, big_channels, small_channels, groups, big, kernel, stride, padding, dilation):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.backends import Backend, backend
 from lnpu_torch.nn import emulated_layers
-from lnpu_torch.reference import UNSET
+from lnpu_torch.ops.dispatch import Backend, backend
+from lnpu_torch.ops.quantize.reference import UNSET
 
 SUBNORMAL = 2.0**-140
 """A subnormal of float32, far below half of the smallest number of any format here but float32."""

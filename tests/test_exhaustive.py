@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_kernels_interpret import interpret
 
-from lnpu_torch import reference
+from lnpu_torch.ops.quantize import reference
 
 
 def test_reference_and_numba() -> None:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from lnpu_torch.ops.quantize.reference import _power, philox, quantize, random_bits, round_to
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
-from lnpu_torch.reference import _power, philox, quantize, random_bits, round_to
 
 ORACLES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "fp16": np.float16}
 THRESHOLDS = (-100, -99, -40, -29, -28, -27, -1, 0, 1, 2, 3, 5, 28, 35, 60, 63)

@@ -11,7 +11,8 @@ from test_kernels_interpret import interpret
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import Precision, Rule, ops
+from lnpu_torch import Precision, Rule
+from lnpu_torch.ops.quantize import torch_ops as ops
 
 pytest.importorskip("triton")
 PRECISIONS = {

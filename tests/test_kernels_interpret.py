@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lnpu_torch import counting, lanes, reference
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
 
 pytest.importorskip("triton")

@@ -5,7 +5,7 @@ import torch
 from test_counting import GEOMETRIES, assert_large_counts, make, operands
 from test_kernels_interpret import interpret
 
-from lnpu_torch import counting
+from lnpu_torch.ops.pair_counts import reference as counting
 
 pytest.importorskip("triton")
 MORE = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_kernels_interpret import LAYOUTS, interpret
 
-from lnpu_torch import lanes
 from lnpu_torch.counts import lane_configs as lane_family
+from lnpu_torch.ops.lanes import reference as lanes
 
 pytest.importorskip("triton")
 SHAPES = [

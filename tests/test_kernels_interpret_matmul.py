@@ -10,7 +10,7 @@ import torch
 from test_counting import GEOMETRIES
 from test_kernels_interpret import identical, interpret
 
-from lnpu_torch import accumulate
+from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
 
 triton = pytest.importorskip("triton")

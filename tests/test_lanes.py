@@ -4,8 +4,11 @@ import pytest
 import torch
 from lane_simulator import Simulator
 
-from lnpu_torch import cpu_lanes, lane_ops, lanes, ops
 from lnpu_torch.counts.lane_configs import BALANCERS, MEMBERS, RUNS, Member
+from lnpu_torch.ops.lanes import cpu as cpu_lanes
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.lanes import torch_ops as lane_ops
+from lnpu_torch.ops.quantize import torch_ops as ops
 
 SHAPES = {
     "grid": (3, 20, 9, 7),

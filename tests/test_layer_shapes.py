@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
+from lnpu_torch.ops.quantize.reference import float_groups, round_to
 from lnpu_torch.quant.formats import FORMATS
-from lnpu_torch.reference import float_groups, round_to
 
 RULE = Rule(threshold=0)
 STATIC = Precision(input=RULE, weight=RULE, grad_output=RULE)

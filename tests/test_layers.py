@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
+from lnpu_torch.ops.quantize.reference import float_groups, round_to
 from lnpu_torch.quant.formats import FORMATS
-from lnpu_torch.reference import float_groups, round_to
 
 FLOAT = Precision()
 CASES = {

@@ -6,7 +6,7 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
-from lnpu_torch.reference import UNSET
+from lnpu_torch.ops.quantize.reference import UNSET
 
 WHOLE = (6, 2)
 

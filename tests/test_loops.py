@@ -5,7 +5,10 @@ import pytest
 import torch
 from test_formats import scalar
 
-from lnpu_torch import cpu, lanes, loops, ops, reference
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.quantize import cpu, reference
+from lnpu_torch.ops.quantize import cpu_loops as loops
+from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
 
 LIES = ["contiguous", "channels_last", "turned"]

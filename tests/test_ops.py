@@ -5,7 +5,11 @@ import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
 from test_formats import all_patterns, identical, random_patterns, scalar
 
-from lnpu_torch import count_ops, counting, lanes, ops, reference
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.pair_counts import torch_ops as count_ops
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
 
 RULES = {

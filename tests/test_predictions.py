@@ -4,8 +4,17 @@ import pytest
 import torch
 from test_formats import scalar
 
+from lnpu_torch.ops.quantize.reference import (
+    RANGE,
+    SAMPLE,
+    UNSET,
+    choose_by_histogram,
+    error_table,
+    histogram,
+    quantize,
+    tau,
+)
 from lnpu_torch.quant.precision import Rule
-from lnpu_torch.reference import RANGE, SAMPLE, UNSET, choose_by_histogram, error_table, histogram, quantize, tau
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(low="e5m2"), Rule(high="e6m9")], ids=str)

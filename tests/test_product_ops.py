@@ -8,8 +8,11 @@ import torch
 from test_formats import all_patterns, identical, random_patterns
 
 import lnpu_torch as lnpu
-from lnpu_torch import ops, product_ops, products, reference
-from lnpu_torch.geometry import Geometry
+from lnpu_torch import products
+from lnpu_torch.ops.gemm import half_precision as product_ops
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.quantize import torch_ops as ops
 
 ARGUMENTS = ((2, 1), (1, 1), (1, 1), False, (0, 0), 2)
 

@@ -5,7 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import ops, product_ops, registry
+from lnpu_torch.ops import registry
+from lnpu_torch.ops.gemm import half_precision as product_ops
+from lnpu_torch.ops.quantize import torch_ops as ops
 
 
 class Seen(TorchDispatchMode):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lnpu_torch import threads
-from lnpu_torch.cpu import round_half
-from lnpu_torch.jit import compiled
-from lnpu_torch.regions import in_parallel
+from lnpu_torch.ops import threads
+from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.quantize.cpu import round_half
+from lnpu_torch.ops.regions import in_parallel
 
 LARGE = 4 * threads.SMALL
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import products, toeplitz
-from lnpu_torch.geometry import Geometry
+from lnpu_torch import products
+from lnpu_torch.ops.gemm import toeplitz
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 from lnpu_torch.products import Accumulator, Convolution
 
 pytestmark = pytest.mark.skipif(not products.ONEDNN, reason="torch is built without oneDNN")

@@ -124,8 +124,8 @@ def _keep(seen: dict[str, Tensor], layer: nn.Module, input: Tensor, output: Tens
 
 def chosen_threshold(x: Tensor) -> int:
     """The T that the default rule picks for a tensor."""
+    from lnpu_torch.ops.quantize.reference import choose_threshold
     from lnpu_torch.quant.precision import PRESETS
-    from lnpu_torch.reference import choose_threshold
 
     return int(choose_threshold(x, PRESETS["fgmp"], torch.zeros((), dtype=torch.int32)))
 

@@ -11,7 +11,7 @@ import numpy as np
 from numba import int32, uint8, uint16, uint64
 
 from lnpu_torch.counts.lane_configs import BALANCERS, JOIN, LANES, LEVELS, LONGEST, RUN, RUNS
-from lnpu_torch.jit import compiled
+from lnpu_torch.ops.numba_jit import compiled
 
 TILE = 2**15
 """Runs in a tile, so that it and its maxima stay in a core's own cache."""

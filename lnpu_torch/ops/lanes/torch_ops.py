@@ -7,9 +7,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lnpu_torch import backends, lanes
 from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
-from lnpu_torch.registry import fake, op
+from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.registry import fake, op
 
 
 def implementation(x: Tensor) -> ModuleType:

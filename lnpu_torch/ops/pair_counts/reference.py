@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lnpu_torch.geometry import Geometry, part
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
 
 WIDTH = 19
 """Integers that describe one step: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""

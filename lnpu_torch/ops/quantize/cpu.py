@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers, counting, cpu_lanes, reference, shared_loops
 from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
+from lnpu_torch.ops import buffers, shared_loops
+from lnpu_torch.ops.lanes import cpu as cpu_lanes
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.quantize.reference import sample_step, tau, window_exponent
+from lnpu_torch.ops.threads import team
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
-from lnpu_torch.reference import sample_step, tau, window_exponent
-from lnpu_torch.threads import team
 
 Array = np.ndarray[Any, Any]
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch import shared_loops
 from lnpu_torch.counts.lane_configs import MEMBERS, RUN
-from lnpu_torch.threads import team
+from lnpu_torch.ops import shared_loops
+from lnpu_torch.ops.threads import team
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from lnpu_torch import count_loops, lane_loops, loops, threshold_loops, vectors
 from lnpu_torch.counts.lane_configs import LONGEST
-from lnpu_torch.jit import compiled
-from lnpu_torch.regions import bounds, in_parallel
+from lnpu_torch.ops import vectors
+from lnpu_torch.ops.lanes import cpu_loops as lane_loops
+from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.pair_counts import cpu_loops as count_loops
+from lnpu_torch.ops.quantize import cpu_loops as loops
+from lnpu_torch.ops.quantize import cpu_threshold_loops as threshold_loops
+from lnpu_torch.ops.regions import bounds, in_parallel
 
 
 @compiled

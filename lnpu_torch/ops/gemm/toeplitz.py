@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lnpu_torch import buffers
-from lnpu_torch.geometry import Geometry
-from lnpu_torch.product_ops import fast_linear
-from lnpu_torch.registry import OPS, fake, op
+from lnpu_torch.ops import buffers
+from lnpu_torch.ops.gemm.half_precision import fast_linear
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.registry import OPS, fake, op
 
 Sizes = tuple[int, ...]
 FEW = 32

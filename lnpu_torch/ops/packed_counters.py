@@ -8,9 +8,9 @@ from __future__ import annotations
 from numba import int32, uint32, uint64
 
 from lnpu_torch.counts.lane_configs import RUN
-from lnpu_torch.jit import compiled
-from lnpu_torch.vector_rounding import MOST, add_to, get, nothing, ones, plus, total
-from lnpu_torch.vectors import LANES
+from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.vector_rounding import MOST, add_to, get, nothing, ones, plus, total
+from lnpu_torch.ops.vectors import LANES
 
 
 @compiled

@@ -10,10 +10,10 @@ import numpy as np
 from numba import int32, uint64
 
 from lnpu_torch.counts.lane_configs import RUN
-from lnpu_torch.jit import compiled, inlined
-from lnpu_torch.packed_counters import count_runs, fold, fold_runs, sum_groups, unpack
-from lnpu_torch.regions import bounds
-from lnpu_torch.vector_rounding import (
+from lnpu_torch.ops.numba_jit import compiled, inlined
+from lnpu_torch.ops.packed_counters import count_runs, fold, fold_runs, sum_groups, unpack
+from lnpu_torch.ops.regions import bounds
+from lnpu_torch.ops.vector_rounding import (
     MOST,
     add_to,
     in_half,
@@ -27,7 +27,7 @@ from lnpu_torch.vector_rounding import (
     store,
     total,
 )
-from lnpu_torch.vectors import AHEAD, LANES, prefetch_to_read, prefetch_to_write, turn, turn_rows
+from lnpu_torch.ops.vectors import AHEAD, LANES, prefetch_to_read, prefetch_to_write, turn, turn_rows
 
 CHUNK = 1024
 """Elements that are rounded before what is known of them is summed up: few enough to lie in the nearest cache."""

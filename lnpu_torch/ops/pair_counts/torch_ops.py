@@ -8,9 +8,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from lnpu_torch import backends, counting
-from lnpu_torch.geometry import Geometry
-from lnpu_torch.registry import op
+from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.registry import op
 
 
 @op(["counters", "sizes", "lanes"])

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lnpu_torch import backends, counting, lanes, reference
-from lnpu_torch.backends import backend as backend
 from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.dispatch import backend as backend
+from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.registry import fake, op
 from lnpu_torch.quant.precision import Rule
-from lnpu_torch.registry import fake, op
 
 
 @lru_cache(maxsize=256)

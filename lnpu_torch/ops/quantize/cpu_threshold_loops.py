@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba import float32, int32, int64
 from numba.extending import intrinsic
 
-from lnpu_torch.jit import compiled
-from lnpu_torch.reference import RANGE
-from lnpu_torch.vector_rounding import INFINITY, MAGNITUDE
+from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.quantize.reference import RANGE
+from lnpu_torch.ops.vector_rounding import INFINITY, MAGNITUDE
 
 FETCHED = 1024
 """Elements of a sample that are fetched at once."""

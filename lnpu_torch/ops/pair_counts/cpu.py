@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lnpu_torch import shared_loops
-from lnpu_torch.geometry import Geometry
-from lnpu_torch.threads import team
+from lnpu_torch.ops import shared_loops
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.threads import team
 
 Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]

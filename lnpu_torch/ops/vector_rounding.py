@@ -16,7 +16,7 @@ from numba import int32, types, uint16, uint32
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from lnpu_torch.vectors import INTEGERS, LANES, VECTOR, address, halved, leading, load_leading, splat, store_leading
+from lnpu_torch.ops.vectors import INTEGERS, LANES, VECTOR, address, halved, leading, load_leading, splat, store_leading
 
 FP8, WIDE = 1, 0x100
 """The marks of both groups; a zero has none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from lnpu_torch.jit import compiled, inlined
+from lnpu_torch.ops.numba_jit import compiled, inlined
 
 
 @compiled

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lnpu_torch import gpu_lanes
 from lnpu_torch.kernels import count, grid, launch, matmul, result
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import threshold as thresholds
+from lnpu_torch.ops.lanes import gpu as gpu_lanes
 from lnpu_torch.quant.precision import Rule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,7 +115,7 @@ def accumulates(a: Tensor, b: Tensor, form: str, dims: int) -> bool:
 
 
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], chunk: int) -> Tensor:
-    """A product of `lnpu_torch.accumulate`, by name, with a binary16 accumulator; float32."""
+    """A product of `lnpu_torch.ops.gemm.reference`, by name, with a binary16 accumulator; float32."""
     result: Tensor = PRODUCTS[product](a, b, geometry, chunk=chunk)
     return result
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lnpu_torch import lanes
 from lnpu_torch.kernels import lanes as kernels
 from lnpu_torch.kernels import launch
+from lnpu_torch.ops.lanes import reference as lanes
 
 
 def runs_of(values: Tensor) -> Tensor:

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from lnpu_torch import accumulate as accumulating
-from lnpu_torch import backends, buffers, reference
-from lnpu_torch.geometry import Geometry
+from lnpu_torch.ops import buffers
+from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.gemm import reference as accumulating
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.registry import OPS, fake, op
 from lnpu_torch.quant.formats import FORMATS
-from lnpu_torch.registry import OPS, fake, op
 
 
 def _vendor() -> str:
@@ -220,7 +222,7 @@ fake("convolution_backward")(inspect.unwrap(convolution_backward))
 
 @op()
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
-    """A product of `lnpu_torch.accumulate`, by name; its accumulator is rounded to a format every `chunk` products."""
+    """A product of `lnpu_torch.ops.gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
     shape, module = Geometry.unpack(geometry), backends.gpu_module(a)
     if module is not None and module.accumulates(a, b, form, len(shape.kernel)):
         return module.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]

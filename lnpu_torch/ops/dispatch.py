@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lnpu_torch import buffers
 from lnpu_torch.files import listed
+from lnpu_torch.ops import buffers
 from lnpu_torch.quant.precision import Rule
 
 Backend = Literal["auto", "reference", "triton"]
@@ -65,7 +65,7 @@ def gpu_module(x: Tensor, name: str = "gpu") -> ModuleType | None:
 
 
 def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """`lnpu_torch.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
+    """`lnpu_torch.ops.quantize.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
     module = _module("cpu") if _chosen[-1] == "auto" and x.is_cpu else gpu_module(x)
     return module if module is not None and module.supports(x, rule) else None
 
@@ -78,7 +78,7 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
 
 
 def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """`lnpu_torch.cpu`, if its loops over float32 as it lies in memory (`relu`, `read`) take this tensor (and rule)."""
+    """`lnpu_torch.ops.quantize.cpu`, if its loops over float32 as it lies in memory (`relu`, `read`) take this tensor (and rule)."""
     loops = _chosen[-1] == "auto" and x.is_cpu and x.dtype == torch.float32 and buffers.is_dense(x)
     return fast(x, rule) if loops else None
 

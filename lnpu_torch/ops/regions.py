@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from lnpu_torch.jit import compiled
+from lnpu_torch.ops.numba_jit import compiled
 
 NUMBER, ADDRESS = ir.IntType(64), ir.IntType(8).as_pointer()
 NEXT, SHARES, FAILED, ARGUMENTS = range(4)

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lnpu_torch.jit import compiled
+from lnpu_torch.ops.numba_jit import compiled
 
 LANES = 16
 """Elements in a vector."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.geometry import Geometry, part
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
+from lnpu_torch.ops.quantize.reference import round_to
 from lnpu_torch.quant.formats import Format
-from lnpu_torch.reference import round_to
 
 
 def reduce(a: Tensor, b: Tensor, form: Format, chunk: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""The operations that emulated layers are made of, with an implementation in plain torch, for CPUs and for GPUs."""

@@ -1,0 +1,1 @@
+"""Products with emulated accumulation."""

@@ -1,0 +1,1 @@
+"""Counts the work of a chip's lanes."""

@@ -1,0 +1,1 @@
+"""Counts the pairs of operands that a product multiplies, by precision class."""

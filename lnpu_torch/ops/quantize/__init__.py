@@ -1,0 +1,1 @@
+"""Chooses thresholds, rounds and counts by precision class."""
