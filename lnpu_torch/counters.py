@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from lnpu_torch.convert import why_nothing_is_emulated
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
 from lnpu_torch.files import ConfigError
-from lnpu_torch.nn import LISTENERS, Emulated, emulated_layers, unwrapped
+from lnpu_torch.nn.convert import why_nothing_is_emulated
+from lnpu_torch.nn.modules import LISTENERS, Emulated, emulated_layers, unwrapped
 from lnpu_torch.watch import unwatched
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's

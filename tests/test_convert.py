@@ -12,8 +12,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import ConfigError, Precision, float_products
-from lnpu_torch.convert import FloatProduct
+from lnpu_torch import ConfigError, Precision
+from lnpu_torch.nn import coverage as float_products
+from lnpu_torch.nn.convert import FloatProduct
 
 torchvision = pytest.importorskip("lnpu_torch.recipes.torchvision_compat").import_torchvision()
 

@@ -52,4 +52,4 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # strict: a warning is an error
     assert "operating_point" in (tmp_path / "constants.html").read_text()
-    assert 'id="lnpu_torch.convert.convert"' in (tmp_path / "api.html").read_text()
+    assert 'id="lnpu_torch.nn.convert.convert"' in (tmp_path / "api.html").read_text()

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_sel
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError
-from lnpu_torch.nn import emulated_layers
+from lnpu_torch.nn.modules import emulated_layers
 
 
 def network(precision: str = "fp16") -> nn.Sequential:

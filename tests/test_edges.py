@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.nn import emulated_layers
+from lnpu_torch.nn.modules import emulated_layers
 from lnpu_torch.ops.dispatch import Backend, backend
 from lnpu_torch.ops.quantize.reference import UNSET
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch.call import Call
-from lnpu_torch.hiding import LayerWatcher
+from lnpu_torch.nn.layer_call import Call
+from lnpu_torch.nn.observers import LayerWatcher
 
 
 def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import lnpu_torch as lnpu
 from lnpu_torch.counts.lane_configs import BALANCERS, LANES, MEMBERS, RUNS
 from lnpu_torch.counts.schema import OPERANDS
-from lnpu_torch.emulation import Emulation
+from lnpu_torch.nn.layer_state import Emulation
 from lnpu_torch.recipes.models import ModelConfig, build
 
 BETWEEN = (3, 6, 12, 20, 24, 40, 48, 96, 192, 768)

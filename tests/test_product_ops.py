@@ -8,7 +8,7 @@ import torch
 from test_formats import all_patterns, identical, random_patterns
 
 import lnpu_torch as lnpu
-from lnpu_torch import products
+from lnpu_torch.nn import gemms as products
 from lnpu_torch.ops.gemm import half_precision as product_ops
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 from lnpu_torch.ops.quantize import reference

@@ -8,8 +8,8 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError, Precision, Rule
+from lnpu_torch.nn.threshold_sync import _choose
 from lnpu_torch.ops.quantize.reference import UNSET, choose_threshold, histogram, largest_bin
-from lnpu_torch.ranks import _choose
 
 MIXED = Precision(input=Rule(threshold=3), weight=Rule(), grad_output=Rule(high=None))
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError, Precision, Rule
+from lnpu_torch.nn.reads import READS
 from lnpu_torch.ops.quantize.reference import (
     RANGE,
     SAMPLE,
@@ -18,7 +19,6 @@ from lnpu_torch.ops.quantize.reference import (
     strided_sample,
     tau,
 )
-from lnpu_torch.reads import READS
 
 UNSEEN = torch.tensor(UNSET, dtype=torch.int32)
 

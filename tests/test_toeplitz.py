@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch import products
+from lnpu_torch.nn import gemms as products
+from lnpu_torch.nn.gemms import Accumulator, Convolution
 from lnpu_torch.ops.gemm import toeplitz
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
-from lnpu_torch.products import Accumulator, Convolution
 
 pytestmark = pytest.mark.skipif(not products.ONEDNN, reason="torch is built without oneDNN")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError, Precision, Rule
-from lnpu_torch.nn import emulated_layers
+from lnpu_torch.nn.modules import emulated_layers
 
 PRECISIONS = {
     "fgmp": "fgmp",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lnpu_torch.emulation import Emulation
 from lnpu_torch.files import ConfigError, listed, nearest
+from lnpu_torch.nn.layer_state import Emulation
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import PRESETS, Precision, Rule
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnpu_torch.files import ConfigError, listed, nearest
-from lnpu_torch.float_products import forward_macs
-from lnpu_torch.nn import LAYERS, LISTENERS, Emulated, emulate, emulated_layers, restore, torch_layer, unwrapped
+from lnpu_torch.nn.coverage import forward_macs
+from lnpu_torch.nn.modules import LAYERS, LISTENERS, Emulated, emulate, emulated_layers, restore, torch_layer, unwrapped
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
@@ -241,7 +241,7 @@ def why_nothing_is_emulated(model: nn.Module) -> str:
     if not reasons:
         return "it has no layers with weights"
     if any(_convertible(module) for module in model.modules()):
-        return "call lnpu_torch.convert(model, ...) first"
+        return "call lnpu_torch.nn.convert(model, ...) first"
     most = [f"{reason} ({count} x)" if count > 1 else reason for reason, count in reasons.most_common(5)]
     more = f"; and {len(reasons) - 5} reasons more" if len(reasons) > 5 else ""
     return "; ".join(most) + more

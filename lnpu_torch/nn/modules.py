@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lnpu_torch import functional
-from lnpu_torch.emulation import Emulation
+from lnpu_torch.nn import functional
+from lnpu_torch.nn.layer_state import Emulation
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PICKLED = (

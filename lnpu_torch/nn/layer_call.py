@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lnpu_torch.emulation import Emulation, Operand, counting_lock
+from lnpu_torch.nn.gemms import Accumulator, Convolution, Linear
+from lnpu_torch.nn.layer_state import Emulation, Operand, counting_lock
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.gemm import half_precision as product_ops
 from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
-from lnpu_torch.products import Accumulator, Convolution, Linear
 
 
 class Call:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import MEMBERS, RUNS
 from lnpu_torch.files import ConfigError
+from lnpu_torch.nn.gemms import Accumulator
+from lnpu_torch.nn.reads import READINGS, READS, STEPS, Read, Use, plan, uses
 from lnpu_torch.ops import buffers
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.gemm import half_precision as product_ops
@@ -25,9 +27,7 @@ from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.ops.quantize.reference import UNSET
-from lnpu_torch.products import Accumulator
 from lnpu_torch.quant.precision import Precision
-from lnpu_torch.reads import READINGS, READS, STEPS, Read, Use, plan, uses
 
 Layout = tuple[int, int]
 """How many samples in a row share one count by position, and the number of channel groups."""

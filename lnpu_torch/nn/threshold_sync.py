@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lnpu_torch.files import ConfigError
-from lnpu_torch.nn import emulated_layers
+from lnpu_torch.nn.modules import emulated_layers
+from lnpu_torch.nn.reads import READS
 from lnpu_torch.ops.quantize.reference import choose_by_histogram
 from lnpu_torch.quant.precision import Rule
-from lnpu_torch.reads import READS
 
 
 class SharedThresholds:
@@ -32,7 +32,7 @@ class SharedThresholds:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         self._emulations = [layer.emulation for layer in emulated_layers(model).values()]
         if not self._emulations:
-            raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
+            raise ConfigError("no layer of this model is emulated: call lnpu_torch.nn.convert(model, ...) first")
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError("there are no ranks to share T's with: call torch.distributed.init_process_group() first")
         self._group, self._places = group, self._rules()

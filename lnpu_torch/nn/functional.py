@@ -19,11 +19,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch.call import Call
-from lnpu_torch.emulation import Emulation
-from lnpu_torch.hiding import hidden
+from lnpu_torch.nn.gemms import Convolution, Linear
+from lnpu_torch.nn.layer_call import Call
+from lnpu_torch.nn.layer_state import Emulation
+from lnpu_torch.nn.observers import hidden
 from lnpu_torch.ops.quantize import torch_ops as ops
-from lnpu_torch.products import Convolution, Linear
 
 
 def _refuse_double_backward() -> None:

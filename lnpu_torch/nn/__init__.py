@@ -1,0 +1,1 @@
+"""Emulated layers, and the conversion of models to them."""
