@@ -7,11 +7,11 @@ if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a check
     __path__.append(str(_SOURCE))
 
 from lnpu_torch import functional, nn  # noqa: E402
-from lnpu_torch.chip import Chip, chip  # noqa: E402
 from lnpu_torch.cost import CostCounter  # noqa: E402
 from lnpu_torch.counters import uncounted  # noqa: E402
 from lnpu_torch.counts.schema import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
+from lnpu_torch.hardware.chip import Chip, chip  # noqa: E402
 from lnpu_torch.nn.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.nn.rounding import quantize  # noqa: E402
 from lnpu_torch.nn.threshold_sync import SharedThresholds  # noqa: E402

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from lnpu_torch.catalogue import chip_table, chips_table
-from lnpu_torch.chip import chip as read_chip
-from lnpu_torch.chip import chips as all_chips
 from lnpu_torch.comparison import Comparison
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path
+from lnpu_torch.hardware.chip import chip as read_chip
+from lnpu_torch.hardware.chip import chips as all_chips
 from lnpu_torch.plot import require_matplotlib, save_plot
 from lnpu_torch.pricing import price as price_on
 from lnpu_torch.report import Report, csv_text, json_text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lnpu_torch.chip import Chip
 from lnpu_torch.counts.schema import OPERANDS, StepCounts
+from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.rows import LaneCycles, Part
 
 

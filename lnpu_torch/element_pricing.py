@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lnpu_torch.chip import Chip
 from lnpu_torch.counts.vector_ops import KINDS, PHASES, ElementOp, Elements, NotCounted, Phase
 from lnpu_torch.energies import Energies
+from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.rows import Part
 
 SIMD = "SIMD"

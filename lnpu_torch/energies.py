@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lnpu_torch.bottom_up import BottomUp
-from lnpu_torch.chip import Chip
+from lnpu_torch.hardware.chip import Chip
+from lnpu_torch.hardware.energy_tables import BottomUp
 from lnpu_torch.units import Component, zj
 
 

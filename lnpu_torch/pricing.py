@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lnpu_torch.chip import Chip
-from lnpu_torch.chip import chip as read_chip
 from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
 from lnpu_torch.cycles import lane_cycles, not_recorded
 from lnpu_torch.element_pricing import element_notes, element_parts
 from lnpu_torch.energies import Energies, event_energies
+from lnpu_torch.hardware.chip import Chip
+from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.report import Report
 from lnpu_torch.rows import Part
 from lnpu_torch.traffic import bits_moved

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lnpu_torch.chip import Chip, ChipFile
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import MOST, ConfigError, inside, parse_json, parse_yaml, read_text, validate
+from lnpu_torch.hardware.chip import Chip, ChipFile
 
 EPOCH = re.compile(r"epoch(0|[1-9][0-9]{0,8})\.json")
 """The name of a file of counts."""

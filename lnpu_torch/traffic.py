@@ -12,8 +12,8 @@ bits are linear in what was counted, and a sum of runs moves the sum of their bi
 
 from __future__ import annotations
 
-from lnpu_torch.chip import Chip, Storage
 from lnpu_torch.counts.schema import Calls, StepCounts, Triple
+from lnpu_torch.hardware.chip import Chip, Storage
 
 FP16_BITS = 16
 

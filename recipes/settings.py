@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from lnpu_torch.chip import ChipFile, hold_chip
 from lnpu_torch.files import Frozen, listed
+from lnpu_torch.hardware.chip import ChipFile, hold_chip
 from lnpu_torch.quant.precision import PrecisionFile, hold_precision
 from lnpu_torch.recipes.models import ModelConfig
 

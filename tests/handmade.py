@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lnpu_torch.chip import Chip, chip
 from lnpu_torch.counts.lane_configs import MEMBERS, Member
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import Counts, StepCounts
 from lnpu_torch.files import validate
+from lnpu_torch.hardware.chip import Chip, chip
 
 PAIRS = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
 """Multiplications by group (zero, fp8, wide) of the first operand, and of the second."""

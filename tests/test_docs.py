@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import lnpu_torch as lnpu
-from lnpu_torch.chip import chips
+from lnpu_torch.hardware.chip import chips
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from handmade import counts, network, step, variant
 
-from lnpu_torch.chip import chips
 from lnpu_torch.comparison import Comparison
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.counts.vector_ops import ElementOp, Elements, NotCounted
 from lnpu_torch.files import ConfigError
+from lnpu_torch.hardware.chip import chips
 from lnpu_torch.pricing import price
 from lnpu_torch.report import Report
 from lnpu_torch.sweep import sweep

@@ -12,11 +12,11 @@ from handmade import counts, lanes, network, step, variant, with_lanes
 from pydantic import ValidationError
 
 import lnpu_torch as lnpu
-from lnpu_torch.chip import chip
 from lnpu_torch.counts.lane_configs import LANES, MEMBERS, Member
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import Counts, StepCounts
 from lnpu_torch.files import ConfigError
+from lnpu_torch.hardware.chip import chip
 from lnpu_torch.ops.lanes import cpu as cpu_lanes
 from lnpu_torch.pricing import price
 

@@ -17,8 +17,8 @@ from run_by_hand import epoch_counts, write_run
 from small_run import QUIET, config, image_file
 
 import lnpu_torch as lnpu
-from lnpu_torch.chip import Chip, chip
 from lnpu_torch.files import ConfigError, read_text, validate
+from lnpu_torch.hardware.chip import Chip, chip
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.run import read_run

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from handmade import counts, step, variant
 
-from lnpu_torch.chip import Chip
 from lnpu_torch.counts.schema import Counts
+from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.pricing import price
 from lnpu_torch.rows import Row
 from lnpu_torch.traffic import fetches

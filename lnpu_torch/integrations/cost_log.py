@@ -23,8 +23,8 @@ from pydantic import BaseModel
 from torch import distributed, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.chip import ChipFile, hold_chip
 from lnpu_torch.files import ConfigError, create_text, inside, parse_yaml, read_text, write_text
+from lnpu_torch.hardware.chip import ChipFile, hold_chip
 from lnpu_torch.named_files import differences, held
 from lnpu_torch.quant.precision import hold_precision
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lnpu_torch.bottom_up import BottomUp
 from lnpu_torch.counts.lane_configs import LANES
 from lnpu_torch.files import (
     MOST,
@@ -25,10 +24,11 @@ from lnpu_torch.files import (
     read_text,
     validate,
 )
+from lnpu_torch.hardware.energy_tables import BottomUp
+from lnpu_torch.hardware.operating_point import OperatingPoint
+from lnpu_torch.hardware.simd_core import SimdCore
+from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
 from lnpu_torch.named_files import NamedFile, file_to_read
-from lnpu_torch.operating_point import OperatingPoint
-from lnpu_torch.simd_core import SimdCore
-from lnpu_torch.tagged import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
 
 
 class MacsPerCycle(Frozen):

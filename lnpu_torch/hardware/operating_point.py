@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import model_validator
 
 from lnpu_torch.files import Frozen
-from lnpu_torch.tagged import Positive, Tagged
+from lnpu_torch.hardware.sourced_value import Positive, Tagged
 
 
 class Point(Frozen):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lnpu_torch.files import Frozen
-from lnpu_torch.tagged import Natural, NotNegative, Tagged
+from lnpu_torch.hardware.sourced_value import Natural, NotNegative, Tagged
 
 
 class SimdCore(Frozen):

@@ -1,0 +1,1 @@
+"""Chips: what the files of configs/chips say."""
