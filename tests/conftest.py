@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lnpu_torch.watch import compiled_code
+from lnpu_torch.profiler.op_tracer import compiled_code
 
 # The tests are small, and run in several processes at once: threads would only wait for each other.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.watch import Watch
+from lnpu_torch.profiler.op_tracer import Watch
 
 Key = tuple[str, str, str]
 

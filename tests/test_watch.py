@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch.counts.vector_ops import Elements, NotCounted, merge
-from lnpu_torch.element_ops import FORMULAS, MOVES
-from lnpu_torch.formulas import Formula
+from lnpu_torch.profiler.op_formulas import Formula
+from lnpu_torch.profiler.op_table import FORMULAS, MOVES
+from lnpu_torch.profiler.op_tracer import COMPILED, COMPILED_FUNCTION, Watch
 from lnpu_torch.recipes.models import NAMES, ModelConfig, build
-from lnpu_torch.watch import COMPILED, COMPILED_FUNCTION, Watch
 
 
 @pytest.fixture(autouse=True)

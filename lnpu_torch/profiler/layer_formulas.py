@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lnpu_torch.formulas import Call, Formula, Operations, elements
+from lnpu_torch.profiler.op_formulas import Call, Formula, Operations, elements
 
 
 def softmax(call: Call) -> Operations:

@@ -20,7 +20,7 @@ from lnpu_torch.counts.schema import OPERANDS, STEPS, Calls, Counts, Operand, St
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import why_nothing_is_emulated
 from lnpu_torch.nn.modules import LISTENERS, Emulated, emulated_layers, unwrapped
-from lnpu_torch.watch import unwatched
+from lnpu_torch.profiler.op_tracer import unwatched
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's
 _SERIALS = itertools.count()

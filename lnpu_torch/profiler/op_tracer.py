@@ -14,11 +14,11 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
-from lnpu_torch.element_ops import Other, find, general_kind
-from lnpu_torch.formulas import Call, Formula, tensors
 from lnpu_torch.nn.coverage import is_product, macs
 from lnpu_torch.nn.observers import LayerSteps, LayerWatcher
 from lnpu_torch.nn.observers import unwatched as unwatched
+from lnpu_torch.profiler.op_formulas import Call, Formula, tensors
+from lnpu_torch.profiler.op_table import Other, find, general_kind
 
 UNREADABLE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a formula raises for arguments that it was not written for; they must not end anyone's training."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lnpu_torch import formulas as by
-from lnpu_torch import layer_formulas as layer
 from lnpu_torch.counts.vector_ops import Kind
-from lnpu_torch.formulas import Call, Formula, each, each_read, scatter_add
+from lnpu_torch.profiler import layer_formulas as layer
+from lnpu_torch.profiler import op_formulas as by
+from lnpu_torch.profiler.op_formulas import Call, Formula, each, each_read, scatter_add
 
 
 class Other(Enum):

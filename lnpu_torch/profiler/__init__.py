@@ -1,0 +1,1 @@
+"""Counts what layers and torch's operations do inside a block."""
