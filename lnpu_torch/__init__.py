@@ -7,20 +7,20 @@ if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a check
     __path__.append(str(_SOURCE))
 
 from lnpu_torch import functional, nn  # noqa: E402
+from lnpu_torch.cost.cost_row import Row  # noqa: E402
+from lnpu_torch.cost.pricing import price  # noqa: E402
+from lnpu_torch.cost.report import Report  # noqa: E402
+from lnpu_torch.cost.sweep import Sweep, sweep  # noqa: E402
 from lnpu_torch.counts.schema import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
 from lnpu_torch.hardware.chip import Chip, chip  # noqa: E402
 from lnpu_torch.nn.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.nn.rounding import quantize  # noqa: E402
 from lnpu_torch.nn.threshold_sync import SharedThresholds  # noqa: E402
-from lnpu_torch.pricing import price  # noqa: E402
 from lnpu_torch.profiler.cost_counter import CostCounter  # noqa: E402
 from lnpu_torch.profiler.layer_counters import uncounted  # noqa: E402
 from lnpu_torch.profiler.op_tracer import unwatched  # noqa: E402
 from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402
-from lnpu_torch.report import Report  # noqa: E402
-from lnpu_torch.rows import Row  # noqa: E402
-from lnpu_torch.sweep import Sweep, sweep  # noqa: E402
 from lnpu_torch.versions import versions  # noqa: E402
 
 __version__ = "0.1.0"

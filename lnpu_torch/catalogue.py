@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lnpu_torch.energies import event_energies
+from lnpu_torch.cost.energy_table import event_energies
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.sourced_value import Ranged, Tagged
 from lnpu_torch.text_tables import add_row, plain_table

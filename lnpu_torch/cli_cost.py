@@ -11,16 +11,16 @@ import typer
 from rich.console import Console
 
 from lnpu_torch.catalogue import chip_table, chips_table
-from lnpu_torch.comparison import Comparison
+from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.pricing import price as price_on
+from lnpu_torch.cost.report import Report, csv_text, json_text
+from lnpu_torch.cost.sweep import parse_setting
+from lnpu_torch.cost.sweep import sweep as sweep_over
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.chip import chips as all_chips
 from lnpu_torch.plot import require_matplotlib, save_plot
-from lnpu_torch.pricing import price as price_on
-from lnpu_torch.report import Report, csv_text, json_text
-from lnpu_torch.sweep import parse_setting
-from lnpu_torch.sweep import sweep as sweep_over
 from lnpu_torch.text_tables import plain
 
 File = Annotated[

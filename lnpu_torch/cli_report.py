@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 
 from lnpu_torch import drawing
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.cost.report import csv_text
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.figures import figures
 from lnpu_torch.files import user_path, write_text
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.page import page
-from lnpu_torch.pricing import price
-from lnpu_torch.report import csv_text
 from lnpu_torch.run import read_run
 from lnpu_torch.study import study
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lnpu_torch.cost.sweep import Point, Sweep, value_text
 from lnpu_torch.files import ConfigError, write
-from lnpu_torch.sweep import Point, Sweep, value_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

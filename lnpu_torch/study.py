@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lnpu_torch.catalogue import value_text
+from lnpu_torch.cost.cost_row import share
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.cost.report import Report
 from lnpu_torch.counts.schema import Counts, StepCounts, Triple
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.named_files import names
-from lnpu_torch.pricing import price
-from lnpu_torch.report import Report
-from lnpu_torch.rows import share
 from lnpu_torch.run import Run
 from lnpu_torch.versions import versions
 

@@ -20,10 +20,10 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import cli
-from lnpu_torch.comparison import Comparison
+from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.report import csv_text, json_text
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError
-from lnpu_torch.report import csv_text, json_text
 
 
 @pytest.fixture

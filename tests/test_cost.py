@@ -10,12 +10,12 @@ import torch
 from handmade import bottom_up, counts, network, step, variant
 
 import lnpu_torch as lnpu
+from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, builtin_names
 from lnpu_torch.hardware.chip import Chip
-from lnpu_torch.pricing import price
 from lnpu_torch.profiler.cost_counter import CostCounter
-from lnpu_torch.rows import Row
 
 E8, E16, SKIP = 0.575, 1.15, 0.024  # pJ, as in lnpu.yaml
 CHIPS = builtin_names("chips")

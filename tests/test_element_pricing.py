@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from handmade import counts, network, step, variant
 
-from lnpu_torch.comparison import Comparison
+from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.cost.report import Report
+from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.counts.vector_ops import ElementOp, Elements, NotCounted
 from lnpu_torch.files import ConfigError
 from lnpu_torch.hardware.chip import chips
-from lnpu_torch.pricing import price
-from lnpu_torch.report import Report
-from lnpu_torch.sweep import sweep
 
 OPERATION, SRAM_READ, SRAM_WRITE, DRAM = 0.736, 0.3195, 0.2469, 20.0  # pJ an operation, pJ a bit, as in lnpu.yaml
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from handmade import bottom_up, counts, network, step, variant
 
-from lnpu_torch.energies import event_energies
+from lnpu_torch.cost.energy_table import event_energies
+from lnpu_torch.cost.pricing import price
 from lnpu_torch.files import ConfigError
 from lnpu_torch.hardware.chip import Chip, chip
-from lnpu_torch.pricing import price
 from lnpu_torch.units import ZJ_PER_PJ, pj, zj
 
 

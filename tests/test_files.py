@@ -16,10 +16,10 @@ from command import lnpu_command
 from run_by_hand import epoch_counts, write_run
 
 import lnpu_torch as lnpu
+from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.files import ConfigError, create_text, write, write_text
 from lnpu_torch.hardware.chip import chip
 from lnpu_torch.plot import save_plot
-from lnpu_torch.sweep import sweep
 
 
 def swept() -> Any:

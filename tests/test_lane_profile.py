@@ -12,13 +12,13 @@ from handmade import counts, lanes, network, step, variant, with_lanes
 from pydantic import ValidationError
 
 import lnpu_torch as lnpu
+from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.lane_configs import LANES, MEMBERS, Member
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import Counts, StepCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.hardware.chip import chip
 from lnpu_torch.ops.lanes import cpu as cpu_lanes
-from lnpu_torch.pricing import price
 
 APART = lnpu.Precision(input="fp8", grad_output="fp8", grad_weight={"input": None, "grad_output": None})
 """grad_weight reads in float what the other steps round, the smallest values to zero."""

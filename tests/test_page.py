@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 import lnpu_torch as lnpu
 from lnpu_torch import drawing
 from lnpu_torch.cli import app
+from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.figures import FIGURES, figures
 from lnpu_torch.page import COLUMNS, page
-from lnpu_torch.pricing import price
 from lnpu_torch.run import read_run
 from lnpu_torch.study import study
 

@@ -11,12 +11,12 @@ from handmade import step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import STEPS, Counts, StepCounts
 from lnpu_torch.counts.vector_ops import ElementOp, Elements
 from lnpu_torch.files import builtin_names
 from lnpu_torch.hardware.chip import chip
-from lnpu_torch.pricing import price
-from lnpu_torch.rows import Row
 from lnpu_torch.units import COMPONENTS, ON_CHIP
 
 CHIPS = {

@@ -11,14 +11,14 @@ import pytest
 from handmade import counts, network, step
 from rich.console import Console
 
-from lnpu_torch.comparison import Comparison
+from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.cost_row import FIELDS, MODELLED, LaneCycles, Part, Row
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.cost.report import Report, csv_text, json_text
+from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.counts.schema import Counts, FloatProduct
 from lnpu_torch.counts.vector_ops import ElementOp, Elements
 from lnpu_torch.files import ConfigError
-from lnpu_torch.pricing import price
-from lnpu_torch.report import Report, csv_text, json_text
-from lnpu_torch.rows import FIELDS, MODELLED, LaneCycles, Part, Row
-from lnpu_torch.sweep import sweep
 from lnpu_torch.text_tables import si
 
 FIELDS_EXPECTED = [

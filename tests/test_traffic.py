@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from handmade import counts, step, variant
 
+from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.memory_traffic import fetches
+from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.hardware.chip import Chip
-from lnpu_torch.pricing import price
-from lnpu_torch.rows import Row
-from lnpu_torch.traffic import fetches
 
 SRAM = 200  # bytes: 100 elements of FP16, 50 partial sums
 

@@ -8,13 +8,13 @@ from typing import Self
 
 from torch import nn
 
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.cost.report import Report
 from lnpu_torch.counts.schema import Counts, FloatProduct
 from lnpu_torch.counts.vector_ops import NotCounted
 from lnpu_torch.hardware.chip import Chip
-from lnpu_torch.pricing import price
 from lnpu_torch.profiler.layer_counters import LayerLedger
 from lnpu_torch.profiler.op_tracer import Watch
-from lnpu_torch.report import Report
 
 
 class CostCounter:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lnpu_torch.cost.cost_row import Part
+from lnpu_torch.cost.energy_table import Energies
 from lnpu_torch.counts.vector_ops import KINDS, PHASES, ElementOp, Elements, NotCounted, Phase
-from lnpu_torch.energies import Energies
 from lnpu_torch.hardware.chip import Chip
-from lnpu_torch.rows import Part
 
 SIMD = "SIMD"
 """The kind of a row of operations on elements; its layer is what kind of operations, in parentheses."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lnpu_torch.cost.cost_row import LaneCycles, Part
 from lnpu_torch.counts.schema import OPERANDS, StepCounts
 from lnpu_torch.hardware.chip import Chip
-from lnpu_torch.rows import LaneCycles, Part
 
 
 def lane_cycles(entry: StepCounts, chip: Chip, ideal: float) -> LaneCycles | None:

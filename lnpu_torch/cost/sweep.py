@@ -14,13 +14,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.cost.report import missing
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, parse_yaml, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.pricing import price
-from lnpu_torch.report import missing
-from lnpu_torch.rows import Row
 from lnpu_torch.text_tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lnpu_torch.cost.cost_row import Part
+from lnpu_torch.cost.energy_table import Energies, event_energies
+from lnpu_torch.cost.lane_timing import lane_cycles, not_recorded
+from lnpu_torch.cost.memory_traffic import bits_moved
+from lnpu_torch.cost.report import Report
+from lnpu_torch.cost.vector_op_pricing import element_notes, element_parts
 from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
-from lnpu_torch.cycles import lane_cycles, not_recorded
-from lnpu_torch.element_pricing import element_notes, element_parts
-from lnpu_torch.energies import Energies, event_energies
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.report import Report
-from lnpu_torch.rows import Part
-from lnpu_torch.traffic import bits_moved
 
 EXTRAPOLATED = "extrapolated: only some of the steps were counted, and the others taken to be like them"
 

@@ -14,9 +14,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lnpu_torch.cost.cost_row import FIELDS, Part, Row, add, share
 from lnpu_torch.counts.schema import FloatProduct
 from lnpu_torch.files import write_text
-from lnpu_torch.rows import FIELDS, Part, Row, add, share
 from lnpu_torch.text_tables import add_row, plain, plain_table, si
 from lnpu_torch.units import pj
 

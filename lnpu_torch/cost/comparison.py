@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, missing, names
-from lnpu_torch.rows import share
+from lnpu_torch.cost.cost_row import share
+from lnpu_torch.cost.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, missing, names
 from lnpu_torch.text_tables import add_row, plain, plain_table, si
 
 

@@ -1,0 +1,1 @@
+"""Prices counts on a chip."""
