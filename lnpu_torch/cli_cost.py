@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from lnpu_torch.catalogue import chip_table, chips_table
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.pricing import price as price_on
 from lnpu_torch.cost.report import Report, csv_text, json_text
@@ -20,7 +19,8 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.chip import chips as all_chips
-from lnpu_torch.plot import require_matplotlib, save_plot
+from lnpu_torch.reporting.chip_tables import chip_table, chips_table
+from lnpu_torch.reporting.sweep_plot import require_matplotlib, save_plot
 from lnpu_torch.text_tables import plain
 
 File = Annotated[

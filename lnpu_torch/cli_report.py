@@ -11,16 +11,16 @@ from typing import Annotated
 
 import typer
 
-from lnpu_torch import drawing
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import csv_text
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.figures import figures
 from lnpu_torch.files import user_path, write_text
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.page import page
-from lnpu_torch.run import read_run
-from lnpu_torch.study import study
+from lnpu_torch.reporting import figure_style as drawing
+from lnpu_torch.reporting.figures import figures
+from lnpu_torch.reporting.html_page import page
+from lnpu_torch.reporting.run_reader import read_run
+from lnpu_torch.reporting.run_report import study
 
 Folder = Annotated[
     Path, typer.Argument(metavar="RUN", parser=user_path, help="A run's folder, as `lnpu train` makes it.")

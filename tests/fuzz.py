@@ -23,12 +23,12 @@ from loading import load
 from run_by_hand import epoch_counts, write_run
 
 import lnpu_torch as lnpu
-from lnpu_torch.catalogue import chip_table
 from lnpu_torch.cli_train import read_recipe
 from lnpu_torch.files import CONFIGS
 from lnpu_torch.quant.precision import precision
 from lnpu_torch.recipes.run_folder import RunFolder
-from lnpu_torch.run import read_run
+from lnpu_torch.reporting.chip_tables import chip_table
+from lnpu_torch.reporting.run_reader import read_run
 from lnpu_torch.text_tables import plain
 
 

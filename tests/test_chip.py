@@ -9,10 +9,10 @@ import yaml
 from handmade import variant
 from pydantic import ValidationError
 
-from lnpu_torch.catalogue import chip_table, chips_table
 from lnpu_torch.cost.energy_table import event_energies
 from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml
 from lnpu_torch.hardware.chip import chip, chips
+from lnpu_torch.reporting.chip_tables import chip_table, chips_table
 from lnpu_torch.text_tables import plain
 from lnpu_torch.units import pj
 

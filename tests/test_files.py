@@ -19,7 +19,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.files import ConfigError, create_text, write, write_text
 from lnpu_torch.hardware.chip import chip
-from lnpu_torch.plot import save_plot
+from lnpu_torch.reporting.sweep_plot import save_plot
 
 
 def swept() -> Any:

@@ -19,7 +19,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
-from lnpu_torch.run import read_run
+from lnpu_torch.reporting.run_reader import read_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

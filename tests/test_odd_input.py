@@ -21,7 +21,7 @@ from lnpu_torch.files import ConfigError, read_text, validate
 from lnpu_torch.hardware.chip import Chip, chip
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints
-from lnpu_torch.run import read_run
+from lnpu_torch.reporting.run_reader import read_run
 
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'lnpu'; from lnpu_torch.cli import main; main()"]
 

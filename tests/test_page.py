@@ -18,14 +18,14 @@ from run_by_hand import NAME, epoch_counts, write_run
 from typer.testing import CliRunner
 
 import lnpu_torch as lnpu
-from lnpu_torch import drawing
 from lnpu_torch.cli import app
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.figures import FIGURES, figures
-from lnpu_torch.page import COLUMNS, page
-from lnpu_torch.run import read_run
-from lnpu_torch.study import study
+from lnpu_torch.reporting import figure_style as drawing
+from lnpu_torch.reporting.figures import FIGURES, figures
+from lnpu_torch.reporting.html_page import COLUMNS, page
+from lnpu_torch.reporting.run_reader import read_run
+from lnpu_torch.reporting.run_report import study
 
 pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
 

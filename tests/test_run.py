@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lnpu_torch.cli import app
 from lnpu_torch.files import ConfigError
-from lnpu_torch.run import read_run
+from lnpu_torch.reporting.run_reader import read_run
 
 
 def test_epochs_come_in_their_order_with_the_metrics_that_are_numbers(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.run_folder import RunFolder
-from lnpu_torch.run import read_run
+from lnpu_torch.reporting.run_reader import read_run
 
 FGMP = "input: fgmp\nweight: fgmp\ngrad_output: fgmp\n"
 FP8 = "input: fp8\nweight: fp8\ngrad_output: fp8\n"

@@ -31,7 +31,7 @@ from lnpu_torch.recipes.arrays import load as load_images
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.settings import DataConfig
-from lnpu_torch.run import read_run
+from lnpu_torch.reporting.run_reader import read_run
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [file for folder in ("lnpu_torch", "recipes", "kernels") for file in (ROOT / folder).rglob("*.py")]

@@ -11,10 +11,11 @@ from handmade import network
 from typer.testing import CliRunner, Result
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli, plot
+from lnpu_torch import cli
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.sweep import SHOWN, Sweep, parse_setting, sweep
 from lnpu_torch.files import ConfigError
+from lnpu_torch.reporting import sweep_plot as plot
 
 LANES, VOLTAGE = "macs_per_cycle.fp16", "operating_point.voltage_v"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch import drawing
+from lnpu_torch.reporting import figure_style as drawing
 
 IMAGES = Path(__file__).parent.parent / "images"
 FP8, FP16, ZERO, INK = "#0B7A75", "#C2571A", "#9AA3AF", "#22272E"

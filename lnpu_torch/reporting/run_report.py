@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lnpu_torch.catalogue import value_text
 from lnpu_torch.cost.cost_row import share
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report
@@ -18,7 +17,8 @@ from lnpu_torch.counts.schema import Counts, StepCounts, Triple
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.named_files import names
-from lnpu_torch.run import Run
+from lnpu_torch.reporting.chip_tables import value_text
+from lnpu_torch.reporting.run_reader import Run
 from lnpu_torch.versions import versions
 
 OPERANDS = {"input": "activations", "grad_output": "errors"}

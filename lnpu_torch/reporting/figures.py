@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lnpu_torch.study import OPERANDS, Study
+from lnpu_torch.reporting.run_report import OPERANDS, Study
 from lnpu_torch.text_tables import si
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lnpu_torch.study import Study
+from lnpu_torch.reporting.run_report import Study
 from lnpu_torch.text_tables import si
 
 FOLDER = Path(__file__).parent
