@@ -68,7 +68,13 @@ def _make(options: argparse.Namespace, network: str, precision: str, seed: int) 
     _, recipe, own = NETWORKS[network]
     own = own if options.full else (*own, *SMALL[network], "schedule=onecycle")
     fixed = (f"precision={precision}", f"seed={seed}", f"count.every={EVERY}", f"chip=[{','.join(CHIPS)}]")
-    command = [sys.executable, "-c", "import sys; from lnpu_torch.cli import main; sys.exit(main())", "train", recipe]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from lnpu_torch.cli.app import main; sys.exit(main())",
+        "train",
+        recipe,
+    ]
     subprocess.run([*command, *own, *fixed, *options.settings, "--resume", str(folder)], check=True, stdout=sys.stderr)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner, Result
 
-from lnpu_torch import cli
+from lnpu_torch.cli import app as cli
 
 
 def lnpu_command(*arguments: str) -> Result:

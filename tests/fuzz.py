@@ -23,7 +23,7 @@ from loading import load
 from run_by_hand import epoch_counts, write_run
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli_train import read_recipe
+from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.files import CONFIGS
 from lnpu_torch.quant.precision import precision
 from lnpu_torch.recipes.run_folder import RunFolder

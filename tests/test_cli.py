@@ -19,7 +19,7 @@ from handmade import network
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli
+from lnpu_torch.cli import app as cli
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.report import csv_text, json_text
 from lnpu_torch.counts.schema import Counts
@@ -202,7 +202,7 @@ def test_outputs_that_do_not_depend_on_parameters_are_refused() -> None:
 
 
 def test_the_installed_entry_point_ends_with_the_exit_code() -> None:
-    code = "import sys; sys.argv = ['lnpu', 'chips', 'lnpo']; from lnpu_torch.cli import main; main()"
+    code = "import sys; sys.argv = ['lnpu', 'chips', 'lnpo']; from lnpu_torch.cli.app import main; main()"
     root = str(Path(cli.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}

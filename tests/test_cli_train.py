@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command import lnpu_command, refused
 
-from lnpu_torch import cli_train
+from lnpu_torch.cli import train as cli_train
 from lnpu_torch.files import builtin_names
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Stopped

@@ -175,7 +175,7 @@ sys.meta_path.insert(0, Block())
 
 
 def test_import_needs_neither_triton_nor_the_recipes_extra() -> None:
-    run(BLOCK + "import lnpu_torch, lnpu_torch.cli, lnpu_torch.recipes.train")
+    run(BLOCK + "import lnpu_torch, lnpu_torch.cli.app, lnpu_torch.recipes.train")
 
 
 def test_import_changes_nothing_but_its_own_namespace(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints
 from lnpu_torch.reporting.run_reader import read_run
 
-COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'lnpu'; from lnpu_torch.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'lnpu'; from lnpu_torch.cli.app import main; main()"]
 
 
 @pytest.fixture

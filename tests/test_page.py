@@ -18,7 +18,7 @@ from run_by_hand import NAME, epoch_counts, write_run
 from typer.testing import CliRunner
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import app
+from lnpu_torch.cli.app import app
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.reporting import figure_style as drawing

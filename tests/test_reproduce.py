@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli
+from lnpu_torch.cli import app as cli
 from lnpu_torch.files import ConfigError, find, parse_yaml, validate
 from lnpu_torch.recipes import reproduce as recipe
 from lnpu_torch.recipes import reproduction_text

@@ -8,7 +8,7 @@ import pytest
 from run_by_hand import epoch_counts, write_run
 from typer.testing import CliRunner
 
-from lnpu_torch.cli import app
+from lnpu_torch.cli.app import app
 from lnpu_torch.files import ConfigError
 from lnpu_torch.reporting.run_reader import read_run
 

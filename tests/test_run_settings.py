@@ -13,7 +13,7 @@ from command import lnpu_command, refused
 from small_run import QUIET, config, image_file, same_end
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli_train import read_recipe
+from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes import train as recipe

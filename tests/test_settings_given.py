@@ -9,7 +9,7 @@ from command import lnpu_command, refused
 from small_run import QUIET, config, image_file
 from test_run_settings import SMALL, write_files
 
-from lnpu_torch.cli_train import read_recipe
+from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.recipes import train as recipe
 
 TEXTS = (

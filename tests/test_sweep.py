@@ -11,7 +11,7 @@ from handmade import network
 from typer.testing import CliRunner, Result
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli
+from lnpu_torch.cli import app as cli
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.sweep import SHOWN, Sweep, parse_setting, sweep
 from lnpu_torch.files import ConfigError

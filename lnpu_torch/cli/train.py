@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
-from lnpu_torch.cli_errors import fail
+from lnpu_torch.cli.errors import fail
 from lnpu_torch.files import ConfigError, find, inside, parse_yaml, read_text, validate
 from lnpu_torch.text_tables import plain
 

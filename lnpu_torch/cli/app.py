@@ -16,9 +16,12 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch import cli_cost, cli_report, cli_reproduce, cli_train
-from lnpu_torch.cli_cost import By, Chips, Format, Voltage, print_reports
-from lnpu_torch.cli_errors import errors_as_messages
+from lnpu_torch.cli import price as cli_cost
+from lnpu_torch.cli import report as cli_report
+from lnpu_torch.cli import reproduce as cli_reproduce
+from lnpu_torch.cli import train as cli_train
+from lnpu_torch.cli.errors import errors_as_messages
+from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.files import ConfigError
 
 app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

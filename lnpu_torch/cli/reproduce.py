@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from lnpu_torch.cli_train import keys, with_settings
+from lnpu_torch.cli.train import keys, with_settings
 from lnpu_torch.files import ConfigError, find, parse_yaml, read_text, user_path, validate, write_text
 from lnpu_torch.reporting import figure_style as drawing
 from lnpu_torch.versions import versions
