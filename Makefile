@@ -14,7 +14,7 @@ help:
 	@echo 'make train      train ResNet-18 on scikit-learn digits with FGMP; print its energy per epoch'
 	@echo 'make test       run the tests (test-slow: the long ones too)'
 	@echo 'make exhaustive compare rounding with ml_dtypes over all 2^32 float32s; about an hour on one core'
-	@echo 'make lint       ruff and mypy (format: let ruff rewrite)'
+	@echo 'make lint       ruff, mypy and import-linter (format: let ruff rewrite)'
 	@echo 'make docs       build the documentation, site/index.html (drawings, examples: make its pictures, print its outputs)'
 	@echo 'make wheel      build dist/*.tar.gz, and from that dist/*.whl'
 	@echo 'make clean      remove .venv and everything built'
@@ -47,6 +47,7 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 format: $(READY)
 	.venv/bin/ruff check --fix .

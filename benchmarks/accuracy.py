@@ -71,7 +71,7 @@ def _make(options: argparse.Namespace, network: str, precision: str, seed: int) 
     command = [
         sys.executable,
         "-c",
-        "import sys; from lnpu_torch.cli.app import main; sys.exit(main())",
+        "import sys; from lnpu_torch.cli import app; sys.exit(app.main())",
         "train",
         recipe,
     ]

@@ -6,7 +6,7 @@ _SOURCE = _Path(__file__).parent.parent
 if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a checkout: they lie beside the package
     __path__.append(str(_SOURCE))
 
-from lnpu_torch import functional, nn  # noqa: E402
+from lnpu_torch import nn  # noqa: E402
 from lnpu_torch.cost.cost_row import Row  # noqa: E402
 from lnpu_torch.cost.pricing import price  # noqa: E402
 from lnpu_torch.cost.report import Report  # noqa: E402
@@ -14,6 +14,7 @@ from lnpu_torch.cost.sweep import Sweep, sweep  # noqa: E402
 from lnpu_torch.counts.schema import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
 from lnpu_torch.hardware.chip import Chip, chip  # noqa: E402
+from lnpu_torch.nn import functional  # noqa: E402
 from lnpu_torch.nn.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.nn.rounding import quantize  # noqa: E402
 from lnpu_torch.nn.threshold_sync import SharedThresholds  # noqa: E402

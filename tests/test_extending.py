@@ -21,7 +21,7 @@ BLOCKS = dict(re.findall(r'```\w+ title="(.*?)"\n(.*?)```', (ROOT / "docs" / "ex
 
 # Every rounding of the new formats is the reference's, and of bf16 torch's own.
 ALIKE = """
-from lnpu_torch import reference
+from lnpu_torch.ops.quantize import reference
 x = torch.randn(4096) * torch.randn(4096).mul(4).exp2()
 for keys in ({"low": "e3m4"}, {"low": "e3m4", "high": None}, {"high": "bf16"}):
     rule = lnpu.Rule(threshold=5, **keys)
@@ -34,9 +34,9 @@ assert torch.equal(lnpu.quantize(large, rule), large.bfloat16().float())
 def test_formats_are_a_line_each(tmp_path: Path) -> None:
     for folder in ("lnpu_torch", "kernels", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    table, end = tmp_path / "lnpu_torch" / "formats.py", "    )\n}\n"
+    table, end = tmp_path / "lnpu_torch" / "quant" / "formats.py", "    )\n}\n"
     assert table.read_text().count(end) == 1
-    table.write_text(table.read_text().replace(end, BLOCKS["lnpu_torch/formats.py"] + end))
+    table.write_text(table.read_text().replace(end, BLOCKS["lnpu_torch/quant/formats.py"] + end))
     command = [sys.executable, "-W", "error", "-c", BLOCKS["use_formats.py"] + ALIKE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,8 +11,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import lnpu_torch
 import lnpu_torch.nn.functional
 import lnpu_torch.nn.modules
@@ -20,70 +18,8 @@ import lnpu_torch.nn.modules
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lnpu_torch"
 
-# A module imports only what stands before it in its row, and what ACROSS gives it.
-NUMERICS = ["config", "lane_family", "formats", "precision", "reference", "geometry", "accumulate", "counting"]
-NUMERICS += [
-    "threads",
-    "buffers",
-    "jit",
-    "regions",
-    "vectors",
-    "vector_rounding",
-    "packed_counters",
-    "loops",
-    "threshold_loops",
-    "count_loops",
-    "lane_loops",
-    "shared_loops",
-    "cpu_lanes",
-    "cpu",
-    "cpu_counting",
-    "lanes",
-    "gpu_lanes",
-    "gpu",
-    "registry",
-    "backends",
-    "ops",
-    "count_ops",
-    "product_ops",
-    "toeplitz",
-    "lane_ops",
-    "products",
-    "reads",
-    "emulation",
-    "rounding",
-    "hiding",
-    "call",
-    "functional",
-    "nn",
-    "ranks",
-    "float_products",
-    "convert",
-]
-COST = ["config", "units", "lane_family", "lane_profile", "elements", "files", "counts", "tables", "tagged"]
-COST += ["operating_point"]
-COST += [
-    "bottom_up",
-    "simd_core",
-    "chip",
-    "named_files",
-    "energies",
-    "traffic",
-    "rows",
-    "cycles",
-    "element_pricing",
-    "report",
-]
-COST += ["comparison", "catalogue", "pricing", "sweep", "plot", "cli_errors", "cli_cost", "cli_train"]
-COST += ["versions", "run", "study", "figures", "drawing", "page", "cli_report", "cli_reproduce"]
-COST += ["formulas", "layer_formulas", "element_ops", "watch", "counters", "cost", "cli"]
-ACROSS: dict[str, tuple[str, ...]] = dict.fromkeys(("gpu", "gpu_lanes"), ("lnpu_torch.kernels",))
-ACROSS |= dict.fromkeys(("cli_train", "cli_reproduce"), ("lnpu_torch.recipes",))
-ACROSS |= {"watch": ("lnpu_torch.nn.observers", "lnpu_torch.nn.coverage"), "cli": ("lnpu_torch",)}
-ACROSS |= {"counters": ("lnpu_torch.nn.modules", "lnpu_torch.nn.convert")}
-ACROSS |= {"named_files": ("lnpu_torch.quant.precision",)}
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
-PUBLIC = {"lnpu_torch", *(f"lnpu_torch.{name}" for name in ("config", "files", "named_files", "tables"))}
+PUBLIC = {"lnpu_torch", *(f"lnpu_torch.{name}" for name in ("files", "named_files", "text_tables"))}
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -109,19 +45,6 @@ def run(code: str, *options: str, cwd: Path | None = None, path: str = str(ROOT)
     done = subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_every_module_has_its_place_in_the_order() -> None:
-    modules = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules == {*NUMERICS, *COST}
-
-
-@pytest.mark.parametrize(("row", "place"), [(row, place) for row in (NUMERICS, COST) for place in range(len(row))])
-def test_imports_point_down_only(row: list[str], place: int) -> None:
-    below = {f"lnpu_torch.{name}" for name in row[:place]}
-    across = tuple(f"{name}." for name in ACROSS.get(row[place], ()))
-    upward = {name for name in own(PACKAGE / f"{row[place]}.py") - below if not f"{name}.".startswith(across)}
-    assert not upward, f"{row[place]} imports {sorted(upward)}"
 
 
 def test_kernels_import_triton_torch_and_formats_only() -> None:

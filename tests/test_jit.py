@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROUND = "import torch, lnpu_torch.ops.quantize.cpu as c; print(c.round_half(torch.tensor([1.0001]), torch.empty(1)).item() == 1)"
+ROUND = "import torch, lnpu_torch.ops.quantize.cpu as c\n"
+ROUND += "print(c.round_half(torch.tensor([1.0001]), torch.empty(1)).item() == 1)"
 """Whether 1.0001 becomes binary16's 1.0 by a loop that takes a second to compile."""
 SAYS = "lnpu_torch: compiling loops for the CPU"
 
@@ -66,7 +67,7 @@ def test_code_is_compiled_anew_when_a_module_that_it_uses_has_changed(package: P
 
 def test_each_imported_module_is_among_the_sources(package: Path) -> None:
     code = """
-from lnpu_torch import shared_loops
+from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.numba_jit import sources
 from pathlib import Path
 

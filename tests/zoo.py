@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import lnpu_torch as lnpu
+from lnpu_torch.nn.convert import Coverage
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
@@ -71,7 +72,7 @@ class Finding(NamedTuple):
     """What a model left in float: its coverage, and the share of a forward pass's slots that is not emulated."""
 
     entry: Entry
-    coverage: lnpu.convert.Coverage  # type: ignore[name-defined]
+    coverage: Coverage
     share: float
 
 

@@ -56,7 +56,7 @@ def on_gpu(x: Tensor) -> bool:
     return _chosen[-1] == "triton" or (_chosen[-1] == "auto" and x.is_cuda)
 
 
-def gpu_module(x: Tensor, name: str = "gpu") -> ModuleType | None:
+def gpu_module(x: Tensor, name: str = "ops.quantize.gpu") -> ModuleType | None:
     """A module that puts work to Triton's kernels, if those run where x is."""
     if not on_gpu(x):
         return None
@@ -65,8 +65,8 @@ def gpu_module(x: Tensor, name: str = "gpu") -> ModuleType | None:
 
 
 def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """`lnpu_torch.ops.quantize.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
-    module = _module("cpu") if _chosen[-1] == "auto" and x.is_cpu else gpu_module(x)
+    """`ops.quantize.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
+    module = _module("ops.quantize.cpu") if _chosen[-1] == "auto" and x.is_cpu else gpu_module(x)
     return module if module is not None and module.supports(x, rule) else None
 
 
@@ -78,7 +78,7 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
 
 
 def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """`lnpu_torch.ops.quantize.cpu`, if its loops over float32 as it lies in memory (`relu`, `read`) take this tensor (and rule)."""
+    """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rule)."""
     loops = _chosen[-1] == "auto" and x.is_cpu and x.dtype == torch.float32 and buffers.is_dense(x)
     return fast(x, rule) if loops else None
 

@@ -222,7 +222,7 @@ fake("convolution_backward")(inspect.unwrap(convolution_backward))
 
 @op()
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
-    """A product of `lnpu_torch.ops.gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
+    """A product of `ops.gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
     shape, module = Geometry.unpack(geometry), backends.gpu_module(a)
     if module is not None and module.accumulates(a, b, form, len(shape.kernel)):
         return module.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from lnpu_torch.ops.registry import fake, op
 
 def implementation(x: Tensor) -> ModuleType:
     """The module whose `runs_of` and `profile` a tensor gets."""
-    return backends.fast_module(x, "cpu_lanes", "gpu_lanes") or lanes
+    return backends.fast_module(x, "ops.lanes.cpu", "ops.lanes.gpu") or lanes
 
 
 @op()

@@ -71,7 +71,7 @@ def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int
 
 def _counting(sums: Tensor) -> ModuleType:
     """The module that counts a step from such sums."""
-    return backends.fast_module(sums, "cpu_counting", "gpu") or counting
+    return backends.fast_module(sums, "ops.pair_counts.cpu", "ops.quantize.gpu") or counting
 
 
 @op(["counters"])
