@@ -33,8 +33,8 @@ def main() -> None:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     x = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
-    out, threshold = torch.empty_like(x), torch.tensor(1, dtype=torch.int32)
-    ours = partial(cpu.quantize_flat, x, Rule(), threshold, None, 0, False)
+    out = torch.empty_like(x)
+    ours = partial(cpu.quantize, x, cpu.CompiledRule(Rule()), 1, False)
     fresh: dict[str, Operation] = {"clone": x.clone, "fgmp, fresh output": ours}
     fresh |= {f"peer: {name}": partial(cast, x) for name, cast in installed(options.peers).items()}
     reused: dict[str, Operation] = {"copy_": lambda: out.copy_(x), "fgmp, reused output": lambda: ours(out=out)}

@@ -10,18 +10,13 @@ which goals are met. The exit status is 1 if anything failed or differed, 2 with
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import gpu
 import torch
@@ -31,19 +26,10 @@ from rows import add_options, alternate, cpu_name, origin, ratio, write
 from torch import nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.ops import dispatch as backends
-from lnpu_torch.ops.lanes import torch_ops as lane_ops
-from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.recipes.models import ModelConfig, build
 
 MODELS = ("resnet18_cifar", "vgg16_cifar", "alexnet_cifar")
 CLASSES, SHAPE = 10, (3, 32, 32)
-COUNTING = (
-    (count_ops, "count_weight_step"),
-    (count_ops, "count_grid_step"),
-    (count_ops, "count_not_run"),
-)
-"""What counts, and else does nothing; beside the lane profiles."""
 
 
 def main() -> int:
@@ -141,65 +127,16 @@ def stepper(model: nn.Module, batch: int) -> Callable[[], None]:
 
 
 def counting_share(model: nn.Module, batch: int) -> float:
-    """The part of a step that counting takes, beside what rounding sums up anyway: the median of five steps.
+    """The part of a step that counting takes: what is left of the time without it, the median of five pairs."""
+    step, times = stepper(model, batch), {}
 
-    What is put off is counted at the end of each. Lane profiles are taken out of the calls that round, to be timed.
-    """
-    step, shares = stepper(model, batch), []
-    with ExitStack() as stack:
-        profiling: list[Any] = [lane_ops.implementation(torch.ones(1))]
-        if backends.dense_loops(torch.ones(1)):
-            profiling.append(stack.enter_context(profiles_apart()))
-            step()  # compiles them so
-        calls = (*COUNTING, *((each, "profile") for each in profiling))
-        spent = [stack.enter_context(timed(*each)) for each in calls]
-        for _ in range(5):
-            before, started = sum(map(sum, spent)), time.perf_counter()
+    def uncounted() -> None:
+        with lnpu.uncounted(model):
             step()
-            ended = time.perf_counter()
-            shares.append((sum(map(sum, spent)) - before) / (ended - started))
-    return round(statistics.median(shares), 4)
 
-
-@contextmanager
-def profiles_apart() -> Iterator[SimpleNamespace]:
-    """Within the block, the lane profiles of what compiled loops round are calls of their own, of what is yielded."""
-    cpu: Any = backends.dense_loops(torch.ones(1))
-    loops = SimpleNamespace(**vars(cpu.shared_loops))
-
-    def apart(function: Any) -> Callable[..., Any]:
-        place = list(inspect.signature(function.py_func).parameters).index("profiling")
-
-        def call(*args: Any) -> Any:
-            result, profiling = function(*args[:place], None, *args[place + 1 :]), args[place]
-            if profiling is not None:
-                loops.profile(profiling[0], args[place - 1], profiling[1])
-            return result
-
-        return call
-
-    loops.read, loops.quantize = map(apart, (loops.read, loops.quantize))
-    with mock.patch.object(cpu, "shared_loops", loops):
-        yield loops
-
-
-@contextmanager
-def timed(owner: Any, name: str) -> Iterator[list[float]]:
-    """Within the block, the seconds of each call of a function."""
-    function, spent = getattr(owner, name), []
-
-    def call(*args: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*args)
-        finally:
-            spent.append(time.perf_counter() - started)
-
-    setattr(owner, name, call)
-    try:
-        yield spent
-    finally:
-        setattr(owner, name, function)
+    times = alternate({"counted": step, "uncounted": uncounted}, 5, unmeasured=1)
+    pairs = zip(times["uncounted"], times["counted"], strict=True)
+    return round(1 - statistics.median(without / counted for without, counted in pairs), 4)
 
 
 def peak_in_a_process(name: str, which: str, batch: int, options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import lnpu_torch as lnpu
+from lnpu_torch.ops import dispatch
 
 PACKAGE = Path(lnpu.__file__).parent
 FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
@@ -66,11 +67,11 @@ def trained(model: nn.Module, precision: str | lnpu.Precision, x: Tensor) -> tup
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_another_default_device_changes_nothing(
-    name: str, implementation: lnpu.backends.Backend, precision: str | lnpu.Precision
+    name: str, implementation: dispatch.Backend, precision: str | lnpu.Precision
 ) -> None:
     model, x = network(), torch.randn(4, 3, 16, 16)
     other = copy.deepcopy(model)
-    with lnpu.backends.backend(implementation):
+    with dispatch.backend(implementation):
         torch.manual_seed(1)
         expected, counts = trained(model, precision, x)
         torch.manual_seed(1)
@@ -84,8 +85,8 @@ def test_another_default_device_changes_nothing(
 def test_every_factory_of_torch_names_its_device(folder: str) -> None:
     calls = [
         (file.name, node)
-        for file in (PACKAGE.parent / folder).glob("*.py")
-        if file.name != "cli.py"  # whose input goes where the user's model does
+        for file in (PACKAGE.parent / folder).rglob("*.py")
+        if file.name != "app.py"  # whose input goes where the user's model does
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}
     ]

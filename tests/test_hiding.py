@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch.nn.layer_call import Call
+from lnpu_torch.nn.gemms import Convolution, Linear
 from lnpu_torch.nn.observers import LayerWatcher
 
 
@@ -89,13 +89,13 @@ def test_gradients_are_bit_equal_with_and_without_a_counter() -> None:
 def test_an_interrupt_in_a_layer_leaves_the_process_as_it_was(others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, once = network(), step(network())
     with FlopCounterMode(display=False) if others else nullcontext():
-        for method in ("forward", "grad_input", "grad_weight"):
+        for product, method in ((Convolution, "forward"), (Linear, "grad_input"), (Convolution, "grad_weight")):
 
             def interrupted(*_: Any, **__: Any) -> None:
                 raise KeyboardInterrupt
 
             with monkeypatch.context() as patch, lnpu.CostCounter(model), pytest.raises(KeyboardInterrupt):
-                patch.setattr(Call, method, interrupted)
+                patch.setattr(product, method, interrupted)
                 train(model)
     assert not _get_current_dispatch_mode_stack()
     assert step(network()) == once

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lnpu_torch"
 
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}
-PUBLIC = {"lnpu_torch", *(f"lnpu_torch.{name}" for name in ("files", "named_files", "text_tables"))}
+PUBLIC_MODULES = ("files", "named_files", "text_tables", "hardware.chip", "quant.precision")
+PUBLIC = {"lnpu_torch", *(f"lnpu_torch.{name}" for name in PUBLIC_MODULES)}
 
 
 def imports(file: Path) -> Iterator[str]:

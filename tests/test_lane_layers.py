@@ -12,6 +12,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.counts.lane_configs import BALANCERS, LANES, MEMBERS, RUNS
 from lnpu_torch.counts.schema import OPERANDS
 from lnpu_torch.nn.layer_state import Emulation
+from lnpu_torch.nn.reads import READS
 from lnpu_torch.recipes.models import ModelConfig, build
 
 BETWEEN = (3, 6, 12, 20, 24, 40, 48, 96, 192, 768)
@@ -27,15 +28,15 @@ def masks_and_counts(name, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     classes, masks = 3 * F.avg_pool2d(torch.randn(10, 3, 32, 32), 5, 1, 2), {}
     names = {id(layer.emulation): name for name, layer in model.named_modules() if hasattr(layer, "emulation")}
-    read = Emulation.read
+    quantize = Emulation.quantize
 
-    def recording(self, operand, *args, **kwargs):
-        operands = read(self, operand, *args, **kwargs)
-        if operand != "weight":
-            masks[names[id(self)], operand] = next(iter(operands.values())).values != 0
-        return operands
+    def recording(self, x, plan, *args):
+        operand = quantize(self, x, plan, *args)
+        if plan.lanes:
+            masks[names[id(self)], READS[plan.row][1]] = operand.values != 0
+        return operand
 
-    monkeypatch.setattr(Emulation, "read", recording)
+    monkeypatch.setattr(Emulation, "quantize", recording)
     for _ in range(8):
         labels = torch.randint(10, (16,))
         with lnpu.CostCounter(model) as cost:

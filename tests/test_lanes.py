@@ -51,8 +51,9 @@ def test_compiled_loops(shape, dtype, last):
     x.view(-1)[-2:] = torch.tensor([torch.nan, -torch.inf])
     expected = lanes.runs_of(x)
     x = x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x
-    assert torch.equal(lane_ops.count_runs(x), expected)
-    assert torch.equal(lane_ops.lane_profile(expected), lanes.profile(expected))
+    assert torch.equal(lane_ops.lane_profile(x), lanes.profile(expected))
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # the runs go on from sample to sample
+    assert torch.equal(lane_ops.lane_profile(x, joined=True), lanes.profile(lanes.runs_of(rows)))
 
 
 def test_tiles_and_threads_do_not_matter(monkeypatch):
@@ -61,35 +62,28 @@ def test_tiles_and_threads_do_not_matter(monkeypatch):
         expected = lanes.profile(lanes.runs_of(x))
         for threads in (1, 3):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            assert torch.equal(cpu_lanes.profile(cpu_lanes.runs_of(x)), expected)
+            assert torch.equal(cpu_lanes.profile_of(x, False), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (3, 5, 0, 4), (0, 7)])
 def test_nothing_is_no_work(shape):
-    runs = lane_ops.count_runs(torch.empty(shape))
-    assert lane_ops.lane_profile(runs).tolist() == [0] * len(MEMBERS)
+    assert lane_ops.lane_profile(torch.empty(shape)).tolist() == [0] * len(MEMBERS)
 
 
 def test_any_memory_order_gives_the_same():
     x = sparse((4, 6, 10, 8))
-    expected = lane_ops.count_runs(x)
+    expected = lane_ops.lane_profile(x)
     turned = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-    assert torch.equal(lane_ops.count_runs(turned), expected)
+    assert torch.equal(lane_ops.lane_profile(turned), expected)
     rows = sparse((64, 10))
-    assert torch.equal(lane_ops.count_runs(rows.T.contiguous().T), lane_ops.count_runs(rows))
+    assert torch.equal(lane_ops.lane_profile(rows.T.contiguous().T), lane_ops.lane_profile(rows))
 
 
 def test_the_reference_backend_is_plain_torch(monkeypatch):
-    monkeypatch.setattr(cpu_lanes, "profile", None)
-    runs = lanes.runs_of(sparse((2, 3, 4, 4)))
+    monkeypatch.setattr(cpu_lanes, "profile_of", None)
+    x = sparse((2, 3, 4, 4))
     with ops.backend("reference"):
-        assert torch.equal(lane_ops.lane_profile(runs), lanes.profile(runs))
-
-
-def test_ops_are_registered_rightly():
-    for shape in ((2, 3, 5, 4), (63, 5)):
-        torch.library.opcheck(torch.ops.lnpu.count_runs.default, (sparse(shape),))
-        torch.library.opcheck(torch.ops.lnpu.lane_profile.default, (lanes.runs_of(sparse(shape)),))
+        assert torch.equal(lane_ops.lane_profile(x), lanes.profile(lanes.runs_of(x)))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -125,5 +119,4 @@ def test_worked_by_hand():
 
 @pytest.mark.parametrize("rows", [17, 784])
 def test_a_sample_whose_last_part_is_short_is_counted_whole(rows):
-    runs = lane_ops.count_runs(torch.ones(rows, 576))
-    assert lane_ops.lane_profile(runs).tolist() == [rows * 576] * len(MEMBERS)
+    assert lane_ops.lane_profile(torch.ones(rows, 576)).tolist() == [rows * 576] * len(MEMBERS)

@@ -187,15 +187,15 @@ class _catch_product:
         self.into = into
 
     def __enter__(self):
-        self.original = lnpu.functional._Emulated.apply
-        lnpu.functional._Emulated.apply = self.record
+        self.original = lnpu.functional._LayerCall.apply
+        lnpu.functional._LayerCall.apply = self.record
 
     def record(self, input, weight, bias, product, *rest):
         self.into.update(product=product, input=input.detach())
         return self.original(input, weight, bias, product, *rest)
 
     def __exit__(self, *_):
-        lnpu.functional._Emulated.apply = self.original
+        lnpu.functional._LayerCall.apply = self.original
 
 
 PARTIAL = {

@@ -11,7 +11,9 @@ from lnpu_torch.ops.quantize import cpu_loops as loops
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
 
-LIES = ["contiguous", "channels_last", "turned"]
+LIES = ["contiguous", "channels_last"]
+NUMBERS = cpu.CompiledRule(Rule()).parameters(1)
+PARAMETERS = (*map(np.int32, NUMBERS[:6]), *map(np.float32, NUMBERS[6:]))
 
 
 @pytest.mark.parametrize("lies", LIES)
@@ -22,7 +24,7 @@ def test_counters_at_their_limits(dimension, count, lies):
     channels_last = torch.channels_last if lies == "channels_last" else torch.contiguous_format
     for value in (1.0, 100.0):
         x = torch.full(shape, value).contiguous(memory_format=channels_last)
-        rest = (scalar(4), None, Rule().model_dump_json(), 0, (shape[0], 1), [True] * 4, lies == "turned")
+        rest = (scalar(4), None, Rule().model_dump_json(), 0, (shape[0], 1), [True] * 4)
         *_, position, sample, profile = ops.round_and_count(x, *rest)
         group = int(value == 100.0)
         assert (position[group] == shape[0]).all() and (sample[group] == shape[1]).all()
@@ -41,27 +43,16 @@ def test_vectors_end_within_their_arrays(channels, positions, lies):
     counts, runs = np.zeros((1, 2, 1, size), np.int32), np.zeros((rows, channels, -(-positions // 16)), np.uint8)
     samples = np.zeros((2, rows, channels, positions), np.int32)
     targets = [array[edge:-edge] for array in (single, half)]
-    rest = (counts, samples, runs, rows, (rows, channels, positions), cpu._parameters(Rule(), 1))
+    rest = (counts, samples, runs, rows, (rows, channels, positions), PARAMETERS)
     if lies == "channels_last":
         loops.quantize_last(0, 1, x.reshape(-1), *targets, *rest)
     else:
-        loops.quantize(0, 1, x.reshape(-1), *targets, *rest, True if lies == "turned" else None)
+        loops.quantize(0, 1, x.reshape(-1), *targets, *rest)
     expected = reference.quantize(torch.from_numpy(x), Rule(), scalar(1))[0]
     last = lies == "channels_last"
     rounded = expected.unflatten(1, (positions, channels)).mT if last else expected.unflatten(1, (channels, positions))
-    if lies == "turned":
-        expected = expected.unflatten(1, (channels, positions)).mT
     expected = expected.reshape(-1).numpy()
     assert (targets[0] == expected).all() and (targets[1].view(np.float16) == expected).all()
     assert all((array[part] == 7).all() for array in (single, half) for part in (slice(edge), slice(-edge, None)))
     assert counts.sum() == samples.sum() == runs.sum() == np.count_nonzero(expected)
     assert torch.equal(torch.from_numpy(runs), lanes.runs_of(rounded))
-
-
-@pytest.mark.parametrize("rows", [1, 9, 16, 25, 49])
-@pytest.mark.parametrize("columns", [1, 7, 16, 33])
-def test_matrices_are_turned_where_they_lie(rows, columns):
-    x = torch.randn(3, rows, columns)
-    memory = x.reshape(-1).numpy().copy()
-    loops.turn_half(memory, memory, True, rows, columns)
-    assert torch.equal(torch.from_numpy(memory).view(3, columns, rows), x.half().float().mT)

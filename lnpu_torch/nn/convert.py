@@ -241,7 +241,7 @@ def why_nothing_is_emulated(model: nn.Module) -> str:
     if not reasons:
         return "it has no layers with weights"
     if any(_convertible(module) for module in model.modules()):
-        return "call lnpu_torch.nn.convert(model, ...) first"
+        return "call lnpu_torch.convert(model, ...) first"
     most = [f"{reason} ({count} x)" if count > 1 else reason for reason, count in reasons.most_common(5)]
     more = f"; and {len(reasons) - 5} reasons more" if len(reasons) > 5 else ""
     return "; ".join(most) + more

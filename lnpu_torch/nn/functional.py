@@ -19,11 +19,19 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch.nn.gemms import Convolution, Linear
-from lnpu_torch.nn.layer_call import Call
+from lnpu_torch.nn.gemms import Convolution, Like, Linear
+from lnpu_torch.nn.layer_call import (
+    Product,
+    Saved,
+    backward,
+    forward,
+    layer_backward,
+    layer_forward,
+    plan,
+)
 from lnpu_torch.nn.layer_state import Emulation
-from lnpu_torch.nn.observers import hidden
-from lnpu_torch.ops.quantize import torch_ops as ops
+from lnpu_torch.nn.observers import hidden, opaque
+from lnpu_torch.ops.dispatch import lies_last
 
 
 def _refuse_double_backward() -> None:
@@ -34,7 +42,7 @@ def _refuse_double_backward() -> None:
         )
 
 
-class _Emulated(torch.autograd.Function):
+class _LayerCall(torch.autograd.Function):
     """The three steps of one layer. `wants` says which gradients are asked for: input, weight, bias."""
 
     @staticmethod
@@ -44,29 +52,26 @@ class _Emulated(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        product: Linear | Convolution,
-        emulation: Emulation,
+        product: Product,
+        state: Emulation,
         wants: tuple[bool, bool, bool],
         dtype: torch.dtype,
     ) -> Tensor:
-        call = Call(product, emulation, product.geometry(input.shape, weight.shape), wants, input, weight, bias)
-        seed, grid = emulation.seed(input), product.grid(input)
-        xs = call.read("input", grid, seed, now=("forward",), later=("grad_weight",) if wants[1] else ())
-        ws = call.weights(weight, seed, "forward")
-
-        output = call.forward(xs["forward"], input, ws, bias)
-
-        kept: list[Tensor | None] = [None] * 4
-        x = xs.get("grad_weight")
-        if x is not None:
-            kept[0] = call.values(x.kept, input, "grad_weight", "input")
-            if emulation.counting:
-                kept[1:] = product.cut(x.position.squeeze(1)), product.cut(x.sample), x.lanes
-        threshold = call.threshold(weight, ws) if wants[0] else None
-        ctx.save_for_backward(weight if wants[0] else None, threshold, *kept, seed)
-        ctx.call = call
-        del xs, ws, x  # the result may lie where they did
-        return emulation.result("forward", output, dtype, call.turned[0])
+        seed = state.seed(input)
+        if opaque():
+            chosen = (product.pack(), state.text, wants, state.training, state.counting)
+            output, *saved = layer_forward(input, weight, bias, *state.tensors(), seed, *chosen, dtype)
+            saved[0] = input if wants[1] and state.plan.reads["grad_weight", "input"].rule is None else saved[0]
+            ctx.plan = None
+            ctx.save_for_backward(weight, seed, *saved)
+            ctx.like = input.shape, lies_last(input), input.dtype
+        else:
+            ctx.plan = plan(product, state, input.shape, weight)
+            output, kept = forward(state, ctx.plan, input, weight, bias, seed, wants, dtype)
+            ctx.save_for_backward(weight if wants[0] else None, seed, *kept)
+            ctx.like = Like.of(input), Like.of(weight)
+        ctx.layer = product, state, wants, None if bias is None else bias.dtype
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     @hidden
@@ -74,6 +79,19 @@ class _Emulated(torch.autograd.Function):
         _refuse_double_backward()
         with _without_autocast(grad_output.device.type):
             return _backward(ctx, grad_output.resolve_neg())
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    (product, state, asked, bias), (weight, seed, *saved) = ctx.layer, ctx.saved_tensors
+    wants = _asked(ctx, asked)
+    if ctx.plan is None:
+        chosen = (product.pack(), state.text, wants, state.training, state.counting)
+        found = layer_backward(grad_output, weight, saved, *state.tensors(), seed, *chosen, *ctx.like, bias)
+        grads = [grad if wanted else None for grad, wanted in zip(found, wants, strict=True)]
+    else:
+        likes = (*ctx.like, bias)
+        grads = backward(state, ctx.plan, grad_output, weight, Saved(*saved), seed, wants, likes)
+    return (*grads, None, None, None, None)
 
 
 def _asked(ctx: Any, wants: tuple[bool, bool, bool]) -> tuple[bool, ...]:
@@ -94,31 +112,6 @@ def _will_run(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient `torch.autograd.grad` returns; of another leaf it is said
         return True
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    weight, threshold, *kept, seed = ctx.saved_tensors
-    call: Call = ctx.call
-    emulation, wants = call.emulation, _asked(ctx, call.wants)
-    now = tuple(step for step, wanted in (("grad_input", wants[0]), ("grad_weight", wants[1] or wants[2])) if wanted)
-    grid = call.product.grid(grad_output)
-    errors = call.read("grad_output", grid, seed, now=now)
-    for step, error in errors.items():
-        values = call.values(error.values, grad_output, step, "grad_output")
-        errors[step] = error._replace(values=values)
-
-    grads: list[Tensor | None] = [None, None, None]
-    if wants[0]:
-        grads[0] = call.grad_input(errors["grad_input"], weight, threshold, seed)
-    elif emulation.counting:
-        emulation.not_run("grad_input", call.geometry.slots)
-    if wants[1] or wants[2]:
-        grads[1:] = call.grad_weight(errors["grad_weight"], kept, wants[1:])
-    if emulation.counting and not wants[1]:
-        emulation.not_run("grad_weight", call.geometry.slots)
-    if emulation.training:
-        ops.commit_thresholds(emulation.thresholds)
-    return (*grads, None, None, None, None)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, emulation: Emulation) -> Tensor:
@@ -170,9 +163,7 @@ def convolution(
     return output if input.dim() == dims + 2 else output.squeeze(0)
 
 
-def _emulate(
-    input: Tensor, weight: Tensor, bias: Tensor | None, product: Linear | Convolution, emulation: Emulation
-) -> Tensor:
+def _emulate(input: Tensor, weight: Tensor, bias: Tensor | None, product: Product, emulation: Emulation) -> Tensor:
     for name, tensor in (("input", input), ("weight", weight)):
         if not tensor.is_floating_point():
             raise TypeError(f"an emulated layer takes floating-point tensors, but its {name} is {tensor.dtype}")
@@ -191,7 +182,7 @@ def _emulate(
     kind, dtype = input.device.type, input.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        if not emulation.emulates("forward"):  # torch's own product, then, on torch's own casts
+        if "forward" not in emulation.plan.emulated:  # torch's own product, then, on torch's own casts
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif input.dtype != weight.dtype:
         raise TypeError(f"input is {input.dtype} and weight {weight.dtype}: convert one, or use autocast")
@@ -200,7 +191,7 @@ def _emulate(
     bias = None if bias is None else bias.resolve_neg()
     asked = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, weight, bias)]
     with _without_autocast(kind):
-        output: Tensor = _Emulated.apply(input, weight, bias, product, emulation, tuple(asked), dtype)  # type: ignore[no-untyped-call]
+        output: Tensor = _LayerCall.apply(input, weight, bias, product, emulation, tuple(asked), dtype)  # type: ignore[no-untyped-call]
     return output
 
 

@@ -5,7 +5,11 @@ Where the accumulator is float32 they are torch's own products. In steps without
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +17,26 @@ from torch.nn import functional as F
 
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.gemm import half_precision as product_ops
-from lnpu_torch.ops.gemm import toeplitz
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
 
-ONEDNN = torch.backends.mkldnn.is_available()
-MANY = 2**23
-"""Multiplications from which on oneDNN's linear layers are faster than MKL's, up to twice (measured on AMD's Zen 5)."""
+
+class Like(NamedTuple):
+    """What a gradient is like: what it is the gradient of."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    form: torch.memory_format
+
+    @classmethod
+    def of(cls, x: Tensor) -> Like:
+        """A tensor's."""
+        return cls.laid_out(x.shape, x.dtype, backends.lies_last(x))
+
+    @classmethod
+    def laid_out(cls, shape: torch.Size, dtype: torch.dtype, last: bool) -> Like:
+        """Of a tensor that is contiguous or in channels_last."""
+        form = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        return cls(shape, dtype, form if last else torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,7 @@ class Accumulator:
 
     def __call__(self, product: str, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """One of the products of `lnpu_torch.ops.gemm.reference`, by name."""
-        result: Tensor = product_ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
-        return result
+        return product_ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
 
 
 @dataclass(frozen=True)
@@ -77,21 +94,26 @@ class Linear:
         fresh: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
         return fresh
 
-    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, last: bool, by: Accumulator) -> Tensor:
+    def grad_input(self, error: Tensor, weight: Tensor, like: Like, by: Accumulator) -> Tensor:
         if by.form == "fp32":
             return _linear(error, weight.T, None, by)
-        geometry = self.geometry(shape, weight.shape)
-        return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(shape)
+        geometry = self.geometry(like.shape, weight.shape)
+        return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(like.shape)
 
     def grad_weight(
-        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, ...], by: Accumulator
+        self,
+        error: Tensor,
+        x: Tensor,
+        like: Like,
+        wanted: Sequence[bool],
+        by: Accumulator,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of weight and bias, as far as `wanted`."""
         flat, weight_grad = self.grid(error), None
         if wanted[0] and by.form == "fp32":
             weight_grad = _linear(flat.T, self.grid(x).T, None, by)
         elif wanted[0]:
-            geometry = self.geometry(x.shape, shape)
+            geometry = self.geometry(x.shape, like.shape)
             weight_grad = by("weight_from_both", self.grid(x), flat, geometry=geometry)
         return weight_grad, flat.sum(0, dtype=torch.float32 if by.widens(flat) else None) if wanted[1] else None
 
@@ -103,13 +125,21 @@ class Linear:
         """Counts of an input without its margin, of which it has none."""
         return counts
 
-    def last(self, x: Tensor, geometry: Geometry, by: Accumulator) -> bool:
-        """Whether operands are laid out in channels_last for the product: a matter of convolutions."""
-        return False
-
     def geometry(self, shape: torch.Size, weight: torch.Size) -> Geometry:
-        rows = shape[:-1].numel()
+        rows = prod(shape[:-1])
         return Geometry(rows, weight[1], weight[0], 1, (), (), (), (), (), ())
+
+    def output_shape(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """Of an input and a weight of such shapes."""
+        return (*shape[:-1], weight[0])
+
+    def pack(self) -> list[int]:
+        """The product as integers, for the signature of an op; `product_of` is its inverse."""
+        return []
+
+    @property
+    def groups(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -149,47 +179,38 @@ class Convolution:
         if by.widens(x) and bias is not None:
             geometry = self.geometry(x.shape, weight.shape, margin=False).pack()
             lists = (self.stride, self.padding, self.dilation, self.output_padding)
-            rounded: Tensor = product_ops.half_convolution(
-                x, weight, bias, geometry, *lists, self.groups, self.transposed
-            )
-            return rounded
-        out: Tensor
-        if sizes := self._toeplitz(x, x.shape, weight.shape, by):
-            out = toeplitz.toeplitz("small_from_big", x, weight, sizes)
-        elif by.form == "fp32":
-            module = product_ops if torch.compiler.is_compiling() else torch.ops.aten
-            out = module.convolution(x, weight, bias, *self._arguments)
-            return out
-        else:
-            product = "big_from_small" if self.transposed else "small_from_big"
-            out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
+            return product_ops.half_convolution(x, weight, bias, geometry, *lists, self.groups, self.transposed)
+        if by.form == "fp32":
+            return torch.ops.aten.convolution(x, weight, bias, *self._arguments)  # type: ignore[no-any-return]
+        product = "big_from_small" if self.transposed else "small_from_big"
+        out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
 
-    def grad_input(self, error: Tensor, weight: Tensor, shape: torch.Size, last: bool, by: Accumulator) -> Tensor:
-        """The gradient of an input of this shape, which lay in channels_last if `last`."""
-        if sizes := self._toeplitz(error, shape, weight.shape, by):
-            dense: Tensor = toeplitz.toeplitz("big_from_small", error, weight, sizes)
-            return dense
+    def grad_input(self, error: Tensor, weight: Tensor, like: Like, by: Accumulator) -> Tensor:
+        """The gradient of an input that was like this."""
         if by.form == "fp32":
-            return self._backward(error, None, weight, shape, last, [True, False, False])[0]
+            return self._backward(error, None, weight, like, [True, False, False])[0]
         product = "small_from_big" if self.transposed else "big_from_small"
-        return by(product, error, weight, geometry=self.geometry(shape, weight.shape, margin=False))
+        return by(product, error, weight, geometry=self.geometry(like.shape, weight.shape, margin=False))
 
     def grad_weight(
-        self, error: Tensor, x: Tensor, shape: torch.Size, last: bool, wanted: tuple[bool, ...], by: Accumulator
+        self,
+        error: Tensor,
+        x: Tensor,
+        like: Like,
+        wanted: Sequence[bool],
+        by: Accumulator,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight (of this shape, in channels_last if `last`) and bias, as far as `wanted`."""
+        """Gradients of a weight that is like this, and of the bias, as far as `wanted`."""
         if by.form == "fp32" and not (by.reordered and error.device.type == "cpu"):
-            grads = iter(self._backward(error, x, None, shape, last, [False, *wanted]))
+            grads = iter(self._backward(error, x, None, like, [False, *wanted]))
             return next(grads) if wanted[0] else None, next(grads) if wanted[1] else None
         weight_grad = None
-        if wanted[0] and (sizes := self._toeplitz(error, x.shape, shape, by)):
-            weight_grad = toeplitz.toeplitz("weight_from_both", x, error, sizes)
-        elif wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
-            (weight_grad,) = self._backward(error, x, None, shape, last, [False, True, False])
+        if wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
+            (weight_grad,) = self._backward(error, x, None, like, [False, True, False])
         elif wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
-            geometry = self.geometry(x.shape, shape, margin=False)
+            geometry = self.geometry(x.shape, like.shape, margin=False)
             weight_grad = by("weight_from_both", big, small, geometry=geometry)
         return weight_grad, error.sum((0, *range(2, error.dim()))) if wanted[1] else None
 
@@ -200,18 +221,6 @@ class Convolution:
     def cut(self, counts: Tensor) -> Tensor:
         """Counts [..., *grid] of an input without those of its margin."""
         return part(counts, [slice(0, -size or None) for size in self.margin]) if any(self.margin) else counts
-
-    def last(self, x: Tensor, geometry: Geometry, by: Accumulator) -> bool:
-        """Whether operands are laid out in channels_last: where the model's own are, and for Toeplitz products.
-
-        oneDNN is often faster so, but torch 2.13's corrupts the heap in gradients of strided 1x1 weights of fewer than
-        8 channels on AVX2: a layout that the model did not choose must not be forced on its convolutions.
-        """
-        if not self._by_onednn(x, by):
-            return False
-        if backends.memory_format(x) == torch.channels_last:
-            return True
-        return not self.transposed and toeplitz.suits(replace(geometry, big=tuple(x.shape[2:])))
 
     def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> Geometry:
         """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""
@@ -234,6 +243,16 @@ class Convolution:
             self.dilation,
         )
 
+    def output_shape(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """Of an input and a weight of such shapes."""
+        channels = weight[1] * self.groups if self.transposed else weight[0]
+        return (shape[0], channels, *(self._output(shape[2 + d], weight[2 + d], d) for d in range(len(self.stride))))
+
+    def pack(self) -> list[int]:
+        """The product as integers, for the signature of an op; `product_of` is its inverse."""
+        sizes = (*self.stride, *self.padding, *self.dilation, *self.output_padding, *self.margin)
+        return [int(self.transposed), self.groups, *sizes]
+
     def _output(self, size: int, kernel: int, d: int) -> int:
         reach = self.dilation[d] * (kernel - 1)
         if self.transposed:
@@ -245,39 +264,37 @@ class Convolution:
         lists = (list(self.stride), list(self.padding), list(self.dilation))
         return *lists, self.transposed, list(self.output_padding), self.groups
 
-    def _by_onednn(self, x: Tensor, by: Accumulator) -> bool:
-        """Whether oneDNN computes two-dimensional products, of an operand such as x."""
-        cpu = ONEDNN and x.device.type == "cpu" and not backends.on_gpu(x)
-        return cpu and x.dim() == 4 and by.form == "fp32" and x.dtype != torch.float64
-
-    def _toeplitz(self, x: Tensor, shape: torch.Size, weight: torch.Size, by: Accumulator) -> list[int] | None:
-        """The sizes for products by the weight's Toeplitz matrix, if those are faster; x is one of their operands."""
-        if not toeplitz.is_small(shape[2:], weight[2:]) or self.transposed:  # as most are, which takes no geometry
-            return None
-        if not by.reordered or x.dtype != torch.float32 or not self._by_onednn(x, by):
-            return None
-        geometry = self.geometry(shape, weight, margin=False)
-        return geometry.pack() if toeplitz.suits(geometry) else None
-
     def _backward(
-        self, error: Tensor, x: Tensor | None, weight: Tensor | None, shape: torch.Size, last: bool, mask: list[bool]
+        self,
+        error: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        like: Like,
+        mask: list[bool],
     ) -> list[Tensor]:
         """The gradients that the mask asks for, as `product_ops.gradients` has them."""
-        operands = (error, x, weight, shape, last, [error.shape[1]] if mask[2] else None)
-        if torch.compiler.is_compiling():
-            return product_ops.convolution_backward(*operands, *self._arguments, mask)  # type: ignore[no-any-return]
+        operands = (error, x, weight, like.shape, like.form, [error.shape[1]] if mask[2] else None)
         return product_ops.gradients(*operands, self._arguments, mask)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
     """x [*, K] by weight [N, K], and a bias [N]."""
-    many = x.numel() * weight.shape[0] >= MANY
     if by.widens(x):
         sums: Tensor = product_ops.half_matmul(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.T, bias)
-    elif many and by.reordered and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        sums = product_ops.fast_linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    elif torch.compiler.is_compiling():
-        sums = product_ops.linear(x, weight, bias)
-    else:
-        return F.linear(x, weight, bias)
-    return sums.reshape(*x.shape[:-1], weight.shape[0])
+        return sums.reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
+
+
+@lru_cache(maxsize=1024)
+def _unpacked(sizes: tuple[int, ...]) -> Linear | Convolution:
+    if not sizes:
+        return Linear()
+    transposed, groups, *rest = sizes
+    dims = len(rest) // 5
+    stride, padding, dilation, output_padding, margin = (tuple(rest[i * dims : (i + 1) * dims]) for i in range(5))
+    return Convolution(stride, padding, dilation, groups, bool(transposed), output_padding, margin)
+
+
+def product_of(sizes: Sequence[int]) -> Linear | Convolution:
+    """The product that was packed so."""
+    return _unpacked(tuple(sizes))

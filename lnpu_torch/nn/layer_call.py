@@ -1,153 +1,369 @@
-"""One call of a layer: what its three steps share, and how each reads, multiplies and is counted. No autograd."""
+"""One call of a layer: forward, and the two steps of backward. Planned once for each layer and shape; no autograd.
+
+quantize input and weight      one call each: choose the threshold, round, count by precision class
+multiply                       torch's own product, in the memory format that the model has
+count the pairs, round the result
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from lnpu_torch.nn.gemms import Accumulator, Convolution, Linear
+from lnpu_torch.counts.lane_configs import MEMBERS, RUNS
+from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
 from lnpu_torch.nn.layer_state import Emulation, Operand, counting_lock
+from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
 from lnpu_torch.ops import dispatch as backends
-from lnpu_torch.ops.gemm import half_precision as product_ops
+from lnpu_torch.ops.gemm.half_precision import alike
 from lnpu_torch.ops.pair_counts import torch_ops as count_ops
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.quantize import torch_ops as ops
+from lnpu_torch.ops.registry import OPS, fake, op
+
+Product = Linear | Convolution
+STATE = ("thresholds", "counters", "call_sizes", "lanes", "histograms")
+"""What the ops of a layer change."""
+PAIRS = tuple(itertools.product((False, True), repeat=2))
+"""Whether grad_input, and grad_weight, are run."""
 
 
-class Call:
-    """One call of one layer."""
+class Saved(NamedTuple):
+    """What backward needs of forward: of the input as grad_weight reads it, and the threshold of the weight.
+
+    None stands for what is not needed.
+    """
+
+    values: Tensor | None = None
+    position: Tensor | None = None
+    sample: Tensor | None = None
+    lanes: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+class LayerPlan:
+    """What is the same for all calls of a layer with inputs of one shape."""
 
     def __init__(
         self,
-        product: Linear | Convolution,
-        emulation: Emulation,
-        geometry: Geometry,
-        wants: tuple[bool, bool, bool],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        product: Product,
+        precision: PrecisionPlan,
+        x: torch.Size,
+        weight: torch.Size,
+        halves: bool,
+        counting: bool,
     ) -> None:
-        self.product, self.emulation, self.geometry, self.wants = product, emulation, geometry, wants
-        self.sizes, self.layout = geometry.pack(), (geometry.batch, geometry.groups)
-        self.shapes = (input.shape, weight.shape)
-        self.last = product.last(input, geometry, emulation.accumulator)
-        self.lasts = [self.last or backends.lies_last(x) for x in (input, weight)]
-        self.turned = [self.last and backends.memory_format(x) != torch.channels_last for x in (input, weight)]
-        self.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
-        # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
-        exact = emulation.result_format == "fp16" or isinstance(product, Linear)
-        self.halves = backends.on_gpu(input) and exact and emulation.accumulator.form in ("fp32", "fp16")
+        self.product, self.precision = product, precision
+        self.geometry = geometry = product.geometry(x, weight)
+        self.sizes, self.slots = tuple(geometry.pack()), geometry.slots
+        self.counting = counting
+        # the runs of lanes go on from sample to sample; where samples are whole runs they end there in either case
+        joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.big) % RUNS[-1] != 0
+        grid = partial(
+            precision.operands,
+            layout=(geometry.batch, geometry.groups),
+            halves=halves,
+            lanes=counting,
+            joined=joined,
+        )
+        rows = geometry.small_channels // geometry.groups
+        kernel = partial(precision.operands, "weight", layout=(rows, 1), halves=halves)
+        sampled = {"forward": product.input_side == "small", "grad_input": product.output_side == "small"}
+        self.input = {later: grid("input", ("forward",), STEPS[2:] if later else ()) for later in (False, True)}
+        self.weight = {step: kernel((step,), sampled=sampled[step])[0] for step in STEPS[:2]}
+        steps = {now: tuple(step for step, run in zip(STEPS[1:], now, strict=True) if run) for now in PAIRS}
+        self.grad_output = {now: grid("grad_output", steps[now]) for now in PAIRS}
+        rows_of = [precision.reads[step, "weight"].row for step in ("forward", "grad_input")]
+        self.same_weight = rows_of[0] == rows_of[1]
+        """Whether grad_input reads the weight by the rule of forward, and so by the same threshold."""
+        self.accumulators = {step: precision.accumulators[step, halves] for step in STEPS}
 
-    def accumulator(self, step: str) -> Accumulator:
-        """How a step's products are summed."""
-        return self.emulation.accumulators[step, self.halves]
 
-    def values(self, rounded: Tensor, original: Tensor, step: str, operand: str) -> Tensor:
-        """An operand's values as the product takes them: what came in itself, if the step reads it in float."""
-        if self.emulation.reads[step, operand].rule is None:
-            return original
-        return rounded if rounded.shape == original.shape else rounded.reshape(original.shape)
+@lru_cache(maxsize=4096)
+def _plan(
+    product: Product, precision: PrecisionPlan, x: torch.Size, weight: torch.Size, halves: bool, counting: bool
+) -> LayerPlan:
+    return LayerPlan(product, precision, x, weight, halves, counting)
 
-    def read(
-        self,
-        operand: str,
-        x: Tensor,
-        seed: Tensor | None,
-        now: tuple[str, ...],
-        later: tuple[str, ...] = (),
-    ) -> dict[str, Operand]:
-        """Input or grad_output as the steps read it."""
-        return self.emulation.read(
-            operand,
-            x,
-            self.layout,
-            seed,
-            now=now,
-            later=later,
-            halves=self.halves,
-            last=self.last,
-            joined=self.geometry.pointwise,
+
+def plan(product: Product, state: Emulation, shape: torch.Size, weight: Tensor) -> LayerPlan:
+    """The plan of a call with an input of this shape, on the weight's device."""
+    # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
+    precision = state.plan
+    exact = precision.result == "fp16" or isinstance(product, Linear)
+    halves = exact and precision.accumulate in ("fp32", "fp16") and backends.on_gpu(weight)
+    return _plan(product, precision, shape, weight.shape, halves, state.counting)
+
+
+def forward(
+    state: Emulation,
+    plan: LayerPlan,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    wants: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Saved]:
+    """The first step. `wants` says which gradients will be asked for: input, weight, bias."""
+    product, grid = plan.product, plan.product.grid(input)
+    xs = [(use, state.quantize(grid, use, seed)) for use in plan.input[wants[1]]]
+    x, ws = xs[0][1], state.quantize(weight, plan.weight["forward"], seed)
+    operands = alike(_values(x.values, input, plan.input[wants[1]][0]), ws.values)
+    output = product.forward(*operands, bias, plan.accumulators["forward"])
+    if plan.counting:
+        _count(state, plan, "forward", x, ws, product.input_side)
+    saved = Saved()
+    if wants[1]:
+        kept = xs[-1][1]
+        counts = (kept.position, kept.sample, kept.lanes) if plan.counting else (None, None, None)
+        saved = Saved(_values(kept.kept, input, xs[-1][0]), *counts)
+    if wants[0]:
+        threshold = ws.threshold if plan.same_weight else state.choose(weight, plan.weight["grad_input"])
+        saved = saved._replace(threshold=threshold)
+    del xs, x, ws, operands  # the result may lie where they did
+    return state.result("forward", output, dtype), saved
+
+
+def backward(
+    state: Emulation,
+    plan: LayerPlan,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    saved: Saved,
+    seed: Tensor | None,
+    wants: Sequence[bool],
+    likes: tuple[Like, Like, torch.dtype | None],
+) -> list[Tensor | None]:
+    """Both other steps: the wanted gradients of input, weight and bias.
+
+    Args:
+        likes: what input and weight are like, and the dtype of the bias.
+    """
+    grads: list[Tensor | None] = [None, None, None]
+    product, (input, weight_like, bias) = plan.product, likes
+    now = wants[0], wants[1] or wants[2]
+    errors: dict[str, Operand] = {}
+    grid = product.grid(grad_output)
+    for use in plan.grad_output[now]:
+        error = state.quantize(grid, use, seed)
+        error = error._replace(values=_values(error.values, grad_output, use))
+        errors |= dict.fromkeys(use.steps, error)
+    if wants[0] and weight is not None:
+        error, use = errors["grad_input"], plan.weight["grad_input"]
+        ws = state.quantize(weight, use, seed, saved.threshold)  # anew, which costs less than to keep it
+        operands = alike(error.values, ws.values)
+        values = product.grad_input(*operands, input, plan.accumulators["grad_input"])
+        if plan.counting:
+            _count(state, plan, "grad_input", error, ws, product.output_side)
+        grads[0] = state.result("grad_input", values, input.dtype)
+        del ws, operands, values
+    elif plan.counting:
+        state.not_run("grad_input", plan.slots)
+    if now[1]:
+        error = errors["grad_weight"]
+        x = error.values.new_empty(1).expand(input.shape) if saved.values is None else saved.values
+        operands, by = alike(error.values, x), plan.accumulators["grad_weight"]
+        results = product.grad_weight(*operands, weight_like, wants[1:], by)
+        if wants[1] and saved.position is not None and plan.counting:
+            _count_grids(state, plan, error, saved)
+        for place, (result, dtype) in enumerate(zip(results, (weight_like.dtype, bias), strict=True), start=1):
+            if result is not None:
+                grads[place] = state.result("grad_weight", result, dtype or result.dtype)
+    if plan.counting and not wants[1]:
+        state.not_run("grad_weight", plan.slots)
+    if state.training:
+        ops.commit_thresholds(state.thresholds)
+    return grads
+
+
+def _values(rounded: Tensor, original: Tensor, use: OperandPlan) -> Tensor:
+    """An operand's values as the product takes them: what came in itself, if it is read in float."""
+    if use.rule is None:
+        return original
+    return rounded if rounded.shape == original.shape else rounded.reshape(original.shape)
+
+
+def _count(state: Emulation, plan: LayerPlan, step: str, grid: Operand, weight: Operand, side: str) -> None:
+    """Count forward or grad_input, the product of a weight and the grid on one side."""
+    position = grid.position.squeeze(1)
+    position = plan.product.cut(position) if step == "forward" else position
+    # a weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]
+    counts = weight.position.flatten(1, 2) if side == "big" else weight.sample.squeeze(2)
+    with counting_lock(state):
+        count_ops.count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
+
+
+def _count_grids(state: Emulation, plan: LayerPlan, error: Operand, saved: Saved) -> None:
+    """Count grad_weight, the product of the error and the input."""
+    product, first = plan.product, plan.product.input_side
+    assert saved.position is not None and saved.sample is not None
+    kept = product.cut(saved.position.squeeze(1)), product.cut(saved.sample)
+    sides = {first: kept, product.output_side: (error.position.squeeze(1), error.sample)}
+    with counting_lock(state):
+        count_ops.count_grid_step(
+            *state.counter("grad_weight"), sides["big"], sides["small"], saved.lanes, error.lanes, plan.sizes, first
         )
 
-    def weights(self, weight: Tensor, seed: Tensor | None, step: str, threshold: Tensor | None = None) -> Operand:
-        """The weight as a step reads it; its counts by sample if the step multiplies it with the small grid."""
-        layout = (self.geometry.small_channels // self.geometry.groups, 1)
-        side = self.product.input_side if step == "forward" else self.product.output_side
-        return self.emulation.read(
-            "weight",
-            weight,
-            layout,
-            seed,
-            now=(step,),
-            sampled=side == "small",
-            halves=self.halves,
-            last=self.last,
-            threshold=threshold,
-        )[step]
 
-    def threshold(self, weight: Tensor, read: Operand) -> Tensor | None:
-        """The T by which grad_input is to read the weight, which forward has read so: with the same T, by one rule."""
-        rows = [self.emulation.reads[step, "weight"].row for step in ("forward", "grad_input")]
-        return read.threshold if rows[0] == rows[1] else self.emulation.choose("weight", weight, "grad_input")
-
-    def count(self, step: str, grid: Operand, weight: Operand, side: str) -> None:
-        """Count forward or grad_input, the product of a weight and the grid on one side."""
-        position = grid.position.squeeze(1)
-        counts = self.product.cut(position) if step == "forward" else position, _over(weight, side)
-        with counting_lock(self.emulation):
-            count_ops.count_weight_step(*self.emulation.counter(step), *counts, grid.lanes, self.sizes, side)
-
-    def count_grids(self, error: Operand, position: Tensor, sample: Tensor, lanes: Tensor | None) -> None:
-        """Count grad_weight, the product of the error and the input, of which these counts were kept."""
-        first = self.product.input_side
-        sides = {first: (position, sample), self.product.output_side: (error.position.squeeze(1), error.sample)}
-        counter = self.emulation.counter("grad_weight")
-        with counting_lock(self.emulation):
-            count_ops.count_grid_step(*counter, sides["big"], sides["small"], lanes, error.lanes, self.sizes, first)
-
-    def forward(self, x: Operand, original: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
-        """The first step, its result not yet rounded."""
-        values = _alike(self.values(x.values, original, "forward", "input"), weight.values)
-        output = self.product.forward(*values, bias, self.accumulator("forward"))
-        if self.emulation.counting:
-            self.count("forward", x, weight, self.product.input_side)
-        return output
-
-    def grad_input(self, error: Operand, weight: Tensor, threshold: Tensor | None, seed: Tensor | None) -> Tensor:
-        """The second step. The weight is rounded anew, with the T of the forward, which costs less than to keep it."""
-        weights = self.weights(weight, seed, "grad_input", threshold)
-        operands = _alike(error.values, weights.values)
-        values = self.product.grad_input(*operands, self.shapes[0], self.lasts[0], self.accumulator("grad_input"))
-        if self.emulation.counting:
-            self.count("grad_input", error, weights, self.product.output_side)
-        return self.emulation.result("grad_input", values, self.dtypes[0], self.turned[0])
-
-    def grad_weight(
-        self, error: Operand, kept: Sequence[Tensor | None], wanted: tuple[bool, ...]
-    ) -> list[Tensor | None]:
-        """The third step: the wanted gradients of weight and bias, from the error and what was kept of the input."""
-        values, position, sample, lanes = kept
-        x = error.values.new_empty(1).expand(self.shapes[0]) if values is None else values
-        operands, by = _alike(error.values, x), self.accumulator("grad_weight")
-        results = self.product.grad_weight(*operands, self.shapes[1], self.lasts[1], wanted, by)
-        if wanted[0] and position is not None and sample is not None:
-            self.count_grids(error, position, sample, lanes)
-        return [
-            None if result is None else self.emulation.result("grad_weight", result, dtype or result.dtype, turned)
-            for result, dtype, turned in zip(results, self.dtypes[1:], (self.turned[1], False), strict=True)
-        ]
+def _or_empty(some: Iterable[Tensor | None], like: Tensor) -> tuple[Any, ...]:
+    """Tensors, empty ones in the place of None."""
+    return tuple(like.new_empty(0) if each is None else each for each in some)
 
 
-def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two operands in the wider of their dtypes."""
-    if a.dtype == b.dtype:
-        return a, b
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    widened = [x if x.dtype == dtype else product_ops.widened(x, dtype) for x in (a, b)]
-    return widened[0], widened[1]
+@op(STATE)
+def layer_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    counters: Tensor,
+    call_sizes: Tensor,
+    lanes: Tensor,
+    histograms: Tensor | None,
+    seed: Tensor | None,
+    product: Sequence[int],
+    precision: str,
+    wants: Sequence[bool],
+    training: bool,
+    counting: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`forward` as one op, for compilers and dispatch modes: the output, and what is saved, empty where nothing is.
+
+    What is saved of an input that grad_weight reads in float is empty, too: it is the input itself.
+    """
+    layer = Emulation.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting)
+    planned = plan(product_of(product), layer, input.shape, weight)
+    output, saved = forward(layer, planned, input, weight, bias, seed, wants, dtype)
+    if planned.input[True][-1].rule is None:
+        saved = saved._replace(values=None)
+    return output, *_or_empty(saved, input)
 
 
-def _over(weight: Operand, side: str) -> Tensor:
-    """A weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]."""
-    return weight.position.flatten(1, 2) if side == "big" else weight.sample.squeeze(2)
+@fake("layer_forward")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    counters: Tensor,
+    call_sizes: Tensor,
+    lanes: Tensor,
+    histograms: Tensor | None,
+    seed: Tensor | None,
+    product: Sequence[int],
+    precision: str,
+    wants: Sequence[bool],
+    training: bool,
+    counting: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    of, chosen = product_of(product), precision_plan(precision)
+    output = input.new_empty(of.output_shape(input.shape, weight.shape), dtype=dtype)
+    if output.dim() == 4 and torch.channels_last in (backends.memory_format(input), backends.memory_format(weight)):
+        output = output.to(memory_format=torch.channels_last)
+    saved = [input.new_empty(0) for _ in Saved._fields]
+    if wants[1]:
+        (*_, use) = chosen.operands("input", ("forward",), ("grad_weight",), layout=(0, of.groups))
+        if use.rule is not None:
+            kept = torch.float16 if use.half_kept and input.dtype != torch.float64 else reference.compute_dtype(input)
+            saved[0] = torch.empty_like(input, dtype=kept, memory_format=backends.memory_format(input))
+        if counting:
+            saved[1:3] = ops.empty_counts(of.grid(input), of.groups)
+            saved[3] = input.new_empty(len(MEMBERS), dtype=torch.int64)
+    if wants[0] and chosen.reads["grad_input", "weight"].rule is not None:
+        saved[4] = input.new_empty((), dtype=torch.int32)
+    return output, saved[0], saved[1], saved[2], saved[3], saved[4]
+
+
+@op(STATE)
+def layer_backward(
+    grad_output: Tensor,
+    weight: Tensor,
+    saved: Sequence[Tensor],
+    thresholds: Tensor,
+    counters: Tensor,
+    call_sizes: Tensor,
+    lanes: Tensor,
+    histograms: Tensor | None,
+    seed: Tensor | None,
+    product: Sequence[int],
+    precision: str,
+    wants: Sequence[bool],
+    training: bool,
+    counting: bool,
+    shape: Sequence[int],
+    last: bool,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` as one op: the gradients of input, weight and bias, empty where they are not wanted.
+
+    Args:
+        shape, last, dtype: of the input, and whether it was in channels_last.
+        bias: its dtype.
+    """
+    layer, size = (
+        Emulation.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting),
+        torch.Size(shape),
+    )
+    planned = plan(product_of(product), layer, size, weight)
+    kept = Saved(*(None if each.dim() == 1 and not each.numel() else each for each in saved))
+    likes = Like.laid_out(size, dtype, last), Like.of(weight), bias
+    grads = backward(layer, planned, grad_output, weight, kept, seed, wants, likes)
+    return _or_empty(grads, grad_output)
+
+
+@fake("layer_backward")
+def _(
+    grad_output: Tensor,
+    weight: Tensor,
+    saved: Sequence[Tensor],
+    thresholds: Tensor,
+    counters: Tensor,
+    call_sizes: Tensor,
+    lanes: Tensor,
+    histograms: Tensor | None,
+    seed: Tensor | None,
+    product: Sequence[int],
+    precision: str,
+    wants: Sequence[bool],
+    training: bool,
+    counting: bool,
+    shape: Sequence[int],
+    last: bool,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [grad_output.new_empty(0) for _ in wants]
+    if wants[0]:
+        grads[0] = grad_output.new_empty(shape, dtype=dtype)
+        grads[0] = grads[0].to(memory_format=Like.laid_out(grads[0].shape, dtype, last).form) if last else grads[0]
+    if wants[1]:
+        grads[1] = torch.empty_like(weight)
+    if wants[2]:
+        channels = grad_output.shape[1 if product else -1]
+        grads[2] = weight.new_empty(channels, dtype=bias)
+    return grads[0], grads[1], grads[2]
+
+
+@register_flop_formula(OPS.layer_forward)
+def _(input: torch.Size, weight: torch.Size, *args: Any, **_: Any) -> int:
+    """What torch's FlopCounterMode counts: two for each multiply-accumulate."""
+    product: Sequence[int] = args[7]
+    return 2 * product_of(product).geometry(input, weight).slots
+
+
+@register_flop_formula(OPS.layer_backward)
+def _(grad_output: torch.Size, weight: torch.Size, *args: Any, **_: Any) -> int:
+    product, wants, shape = args[7], args[9], args[12]
+    steps: int = wants[0] + wants[1]
+    return 2 * steps * product_of(product).geometry(shape, weight).slots

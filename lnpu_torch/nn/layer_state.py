@@ -7,20 +7,15 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from math import prod
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, RUNS
+from lnpu_torch.counts.lane_configs import MEMBERS
 from lnpu_torch.files import ConfigError
-from lnpu_torch.nn.gemms import Accumulator
-from lnpu_torch.nn.reads import READINGS, READS, STEPS, Read, Use, plan, uses
-from lnpu_torch.ops import buffers
-from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.nn.reads import READS, STEPS, OperandPlan, precision_plan
 from lnpu_torch.ops.gemm import half_precision as product_ops
 from lnpu_torch.ops.lanes import torch_ops as lane_ops
 from lnpu_torch.ops.pair_counts import reference as counting
@@ -28,9 +23,6 @@ from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.ops.quantize.reference import UNSET
 from lnpu_torch.quant.precision import Precision
-
-Layout = tuple[int, int]
-"""How many samples in a row share one count by position, and the number of channel groups."""
 
 
 def new_thresholds(device: torch.device | str = "cpu") -> Tensor:
@@ -78,19 +70,8 @@ class Emulation:
 
     def __init__(self, chosen: Precision, device: torch.device | str = "cpu") -> None:
         self.precision = chosen
-        self.reads = plan(chosen)
-        self._uses = {reading: uses(self.reads, reading) for reading in READINGS}
-        self._emulated = {step for (step, _), read in self.reads.items() if read.rule is not None}
-        self._stochastic = any(read.stochastic for read in self.reads.values())
-        self.accumulator = Accumulator(chosen.accumulate, chosen.chunk)
-        self.accumulators = {
-            (step, halves): replace(
-                self.accumulator, exact=halves and step in self._emulated, reordered=step in self._emulated
-            )
-            for step in STEPS
-            for halves in (False, True)
-        }  # of each step, and whether its operands are in binary16
-        self.result_format: str = chosen.result
+        self.text = chosen.model_dump_json()
+        self.plan = precision_plan(self.text)
         self.training = False
         self.counting = True
         self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
@@ -98,7 +79,6 @@ class Emulation:
         self.counters, self.lanes = new_counters(device), new_lanes(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
         self._lock: Any = None  # where processes share the counters
-        buffers.POOL.serve(self)
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +87,7 @@ class Emulation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        buffers.POOL.serve(self)
+        self.plan = precision_plan(self.text)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Go where `nn.Module._apply` sends a module's tensors, with all values, which `to_empty` takes from those."""
@@ -143,9 +123,9 @@ class Emulation:
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {**self.__dict__, "_lock": None}
+            return {**self.__dict__, "_lock": None, "plan": None}
         self._share()  # as torch does with all tensors that it sends to a process
-        return self.__dict__
+        return {**self.__dict__, "plan": None}
 
     def check_thresholds(self, name: str, state: Tensor) -> None:
         """Raises ConfigError unless these fit this layer's thresholds in shape, dtype and range."""
@@ -155,7 +135,7 @@ class Emulation:
         if state.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
             raise ConfigError(f"thresholds of {name!r}: expected whole numbers, got {state.dtype}")
         rows = state.tolist()
-        for (step, operand), read in self.reads.items():
+        for (step, operand), read in self.plan.reads.items():
             rule = self.precision.rule(step, operand)
             if rule is None:
                 continue
@@ -176,124 +156,82 @@ class Emulation:
         with counting_lock(self):
             count_ops.count_not_run(self.counters, STEPS.index(step), slots)
 
-    def emulates(self, step: str) -> bool:
-        """Whether any operand of the step is rounded; else the step is torch's own, bit for bit."""
-        return step in self._emulated
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What calls change, in the order that `of` takes them in."""
+        return self.thresholds, self.counters, self.call_sizes, self.lanes, self.histograms
+
+    @classmethod
+    def of(
+        cls,
+        precision: str,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+        training: bool,
+        counting: bool,
+    ) -> Emulation:
+        """The state of a layer of which only a precision's JSON and tensors are at hand, as within an op."""
+        state = cls.__new__(cls)
+        state.text, state.plan = precision, precision_plan(precision)
+        state.thresholds, state.counters, state.call_sizes, state.lanes, state.histograms = tensors
+        state.training, state.counting, state._lock = training, counting, None
+        return state
 
     def seed(self, x: Tensor) -> Tensor | None:
         """The key of one call's random bits, from torch's generator; None if nothing is rounded stochastically."""
-        return ops.draw_seed(x) if self._stochastic else None
+        return ops.draw_seed(x) if self.plan.stochastic else None
 
-    def read(
-        self,
-        operand: str,
-        x: Tensor,
-        layout: Layout,
-        seed: Tensor | None,
-        *,
-        now: tuple[str, ...],
-        later: tuple[str, ...] = (),
-        sampled: bool = False,
-        halves: bool = False,
-        last: bool = False,
-        joined: bool = False,
-        threshold: Tensor | None = None,
-    ) -> dict[str, Operand]:
-        """An operand as each of the steps reads it, rounded once for each rule.
-
-        In training the T's to come are chosen from it, too.
+    def quantize(self, x: Tensor, plan: OperandPlan, seed: Tensor | None, threshold: Tensor | None = None) -> Operand:
+        """An operand [N, C, *grid] as the plan's steps read it; in training also chooses the threshold to come.
 
         Args:
-            x: [N, C, *grid].
-            layout: see `ops.round_and_count`.
-            now, later: steps that read it at once, and steps that read what is kept of it.
-            sampled: whether these need its counts by sample, as grad_weight does anyway.
-            halves: whether the steps can compute with binary16 values.
-            last: whether values shall lie in channels_last.
-            joined: whether runs of lanes go on from sample to sample.
-            threshold: a T that it was read by before, to be read so again.
+            threshold: one that it was read by before, to be read so again.
         """
-        found = {}
-        joined = joined and len(x) > 1 and prod(x.shape[2:]) % RUNS[-1] != 0  # else they end there in either case
-        for use in self._uses[operand, now, later]:
-            wanted = (sampled or use.sampled, self.counting and operand != "weight")
-            rounded = self._read(x, use, wanted, halves, layout, seed, last, joined, threshold)
-            for step in use.steps:
-                found[step] = rounded
-        return found
-
-    def choose(self, operand: str, x: Tensor, step: str) -> Tensor | None:
-        """The T by which a step reads an operand later; in training also chooses the one to come. None in float."""
-        read = self.reads[step, operand]
-        if read.rule is None:
-            return None
-        self._note(x, read)
-        return ops.next_threshold(x, self.thresholds, read.row, read.rule, self.training)  # type: ignore[no-any-return]
-
-    def _note(self, x: Tensor, read: Read) -> None:
-        """Remember, for T's that ranks choose together, what an operand looks like."""
-        if self.training and self.histograms is not None:
-            ops.add_histogram(x, self.histograms, read.row, read.rule)
-
-    def _read(
-        self,
-        x: Tensor,
-        use: Use,
-        counted: tuple[bool, bool],
-        halves: bool,
-        layout: Layout,
-        seed: Tensor | None,
-        last: bool,
-        joined: bool,
-        threshold: Tensor | None,
-    ) -> Operand:
-        read, (sampled, streamed) = use.read, counted
-        if read.rule is None:
-            lanes = _lane_profile(x, joined) if streamed else None
-            position, sample = ops.count_float(x, layout, sampled)
+        if plan.rule is None:
+            position, sample = ops.count_float(x, plan.layout, plan.sampled)
+            lanes = lane_ops.lane_profile(x, plan.joined) if plan.lanes else None
             return Operand(x, x, position, sample, lanes)
-        half = read.half and x.dtype != torch.float64
-        now_half, later_half = (use.now and half and halves), (use.later and half)
-        single = (use.now and not now_half) or (use.later and not later_half)
-        wanted = (single, now_half or later_half, sampled, streamed and not joined)
-        random = seed if read.stochastic else None
+        wide = x.dtype == torch.float64
+        half_now, half_kept = plan.half_now and not wide, plan.half_kept and not wide
+        wanted = (plan.single or wide, half_now or half_kept, plan.sampled, plan.lanes)
+        random = seed if plan.stochastic else None
         if threshold is None:
-            self._note(x, read)
-            state = (self.thresholds, random, read.rule, read.row)
-            threshold, *found = ops.read(x, *state, layout, wanted, last, self.training)
+            self._note(x, plan)
+            found = ops.quantize_operand(
+                x, self.thresholds, random, plan.rule, plan.row, plan.layout, wanted, plan.joined, self.training
+            )
+            threshold, rounded = found
         else:
-            found = ops.round_and_count(x, threshold, random, read.rule, read.row, layout, wanted, last)
-        in_single, in_half, position, sample, lanes = found
-        if streamed and joined:
-            lanes = _lane_profile(in_half if now_half or later_half else in_single, joined)
-        kept = in_half if later_half else in_single, position, sample, lanes if streamed else None
-        return Operand(in_half if now_half else in_single, *kept, threshold)
+            arguments = (random, plan.rule, plan.row, plan.layout, wanted, plan.joined)
+            rounded = ops.round_and_count(x, threshold, *arguments)
+        return Operand(
+            rounded.half if half_now else rounded.single,
+            rounded.half if half_kept else rounded.single,
+            rounded.position,
+            rounded.sample,
+            rounded.lanes if plan.lanes else None,
+            threshold,
+        )
 
-    def result(self, step: str, x: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
-        """A step's fresh result as it leaves the chip, in the dtype that torch would return.
+    def choose(self, x: Tensor, plan: OperandPlan) -> Tensor | None:
+        """The threshold by which an operand is read later; in training also chooses the one to come. None in float."""
+        if plan.rule is None:
+            return None
+        self._note(x, plan)
+        return ops.next_threshold(x, self.thresholds, plan.row, plan.rule, self.training)
 
-        Args:
-            turned: whether it lies in channels_last for the product's sake alone, and shall be contiguous.
-        """
-        if not self.emulates(step):
-            return x.to(dtype)
-        done = x.dtype == torch.float16 and self.result_format == "fp16"
-        if not turned and (done or self.result_format == "fp32"):
-            return x.to(dtype)
-        lent = step != "grad_weight"  # which may stay for long
-        if backends.on_gpu(x) or torch.compiler.is_compiling():
-            return product_ops.rounded_result(x, self.result_format, dtype, turned, lent)  # type: ignore[no-any-return]
-        x = x.contiguous(memory_format=torch.channels_last) if turned else x
-        out = product_ops.place(x, turned, lent)
-        product_ops.round_result(x, out, self.result_format)
-        return out if out.dtype == dtype else out.to(dtype)
+    def _note(self, x: Tensor, plan: OperandPlan) -> None:
+        """Remember, for thresholds that ranks choose together, what an operand looks like."""
+        if self.training and self.histograms is not None and plan.rule is not None:
+            ops.add_histogram(x, self.histograms, plan.row, plan.rule)
+
+    def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
+        form = self.plan.result
+        exact = form == "fp32" or (x.dtype == torch.float16 and form == "fp16")
+        if exact or step not in self.plan.emulated:
+            return x if x.dtype == dtype else x.to(dtype)
+        return product_ops.round_result(x, form, dtype)
 
 
 def counting_lock(emulation: Emulation) -> AbstractContextManager[Any]:
     """What to count a step in. Compiled code takes no locks."""
     return nullcontext() if torch.compiler.is_compiling() else emulation.lock
-
-
-def _lane_profile(x: Tensor, joined: bool) -> Tensor:
-    profile: Tensor = lane_ops.lane_profile((lane_ops.count_joined_runs if joined else lane_ops.count_runs)(x))
-    return profile

@@ -31,6 +31,7 @@ class LayerSteps(NamedTuple):
 
 class _Thread(threading.local):
     hidden = False
+    opaque = False
 
 
 _thread = _Thread()
@@ -68,6 +69,11 @@ def unwatched() -> Iterator[None]:
             mode.paused = False
 
 
+def opaque() -> bool:
+    """Whether the layer pass at hand shall be one op: for compilers, and for tensors without values."""
+    return torch.compiler.is_compiling() or _thread.opaque
+
+
 def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
     """Hides what the `forward` or `backward` of the layers' autograd function does, and tells what it was."""
 
@@ -77,17 +83,17 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
             return step(ctx, *args)
         modes = _get_current_dispatch_mode_stack()
         watchers = [mode for mode in modes if isinstance(mode, LayerWatcher) and not mode.blind]
-        others = any(not isinstance(mode, LayerWatcher) for mode in modes)
-        plain = not others and registry.is_plain(args)
+        others = [mode for mode in modes if not isinstance(mode, LayerWatcher)]
+        plain = registry.is_plain(args) and not any(mode.is_infra_mode() for mode in others)
         # where nobody else watches, ops need not ask the modes, which would take longer
-        skip = torch._C._DisableTorchDispatch() if modes and plain else nullcontext()
-        before = _thread.hidden
+        skip = torch._C._DisableTorchDispatch() if modes and not others and plain else nullcontext()
+        before = _thread.hidden, _thread.opaque
         try:
-            _thread.hidden = True
-            with skip, registry.direct(plain):
+            _thread.hidden, _thread.opaque = True, not plain
+            with skip:
                 result = step(ctx, *args)
         finally:
-            _thread.hidden = before
+            _thread.hidden, _thread.opaque = before
         for mode in watchers:
             mode.layer_ran(_backward(ctx, args[0], result) if step.__name__ == "backward" else _forward(args, result))
         return result
@@ -101,5 +107,5 @@ def _forward(args: Any, output: torch.Tensor) -> LayerSteps:
 
 
 def _backward(ctx: Any, error: torch.Tensor, gradients: Any) -> LayerSteps:
-    bias, emulation = gradients[2], ctx.call.emulation
+    bias, emulation = gradients[2], ctx.layer[1]
     return LayerSteps(emulation, True, 2 * int(emulation.counting), 0 if bias is None else bias.numel(), error.numel())

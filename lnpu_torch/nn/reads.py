@@ -1,9 +1,11 @@
-"""Which step of a layer reads which operand, and by which rule: planned once for a layer. No tensors here."""
+"""Which step of a layer reads which operand, by which rule and in which form. No tensors here."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+from lnpu_torch.nn.gemms import Accumulator
 from lnpu_torch.quant.precision import Precision, Rule
 
 STEPS = ("forward", "grad_input", "grad_weight")
@@ -17,19 +19,11 @@ READS = (
 )
 """Which step reads which operand; a place in this list is also a row of a layer's thresholds."""
 
-Reading = tuple[str, tuple[str, ...], tuple[str, ...]]
-READINGS: tuple[Reading, ...] = (
-    *(("input", ("forward",), later) for later in ((), ("grad_weight",))),
-    *(("weight", (step,), ()) for step in ("forward", "grad_input")),
-    *(("grad_output", now, ()) for now in ((), ("grad_input",), ("grad_weight",), ("grad_input", "grad_weight"))),
-)
-"""How operands are read in a layer's calls: which one, by which steps at once, and by which later."""
-
 
 class Read(NamedTuple):
-    """How a step reads an operand: by which rule (its JSON; None leaves it in float), and with which row's T.
+    """How a step reads an operand: by which rule (its JSON; None leaves it in float), and with which row's threshold.
 
-    The row is that of the first read of the same operand under the same rule, so that equal reads share one T.
+    The row is that of the first read of the same operand under the same rule, so that equal reads share a threshold.
     `half` says that all its values are exact in binary16.
     """
 
@@ -39,38 +33,93 @@ class Read(NamedTuple):
     half: bool
 
 
-class Use(NamedTuple):
-    """What a reading reads by one rule: for which steps, whether any at once or later, whether for grad_weight."""
+class OperandPlan(NamedTuple):
+    """How an operand is quantized for the steps that read it by one rule.
 
-    read: Read
+    `layout`: how many samples in a row share one count by position, and the number of channel groups.
+    `half_now`, `half_kept`: whether the steps that read it at once, and later, take it in binary16; `single`: whether
+    any takes it in float32. `sampled`, `lanes`: whether counts by sample and a lane profile are asked for.
+    `joined`: whether runs of lanes go on from sample to sample.
+    """
+
+    rule: str | None
+    row: int
+    stochastic: bool
     steps: tuple[str, ...]
-    now: bool
-    later: bool
+    layout: tuple[int, int]
+    single: bool
+    half_now: bool
+    half_kept: bool
     sampled: bool
+    lanes: bool
+    joined: bool
 
 
-def plan(chosen: Precision) -> dict[tuple[str, str], Read]:
-    """How each step reads its operands."""
-    rules = [chosen.rule(*read) for read in READS]
-    return {read: _read(rules, index) for index, read in enumerate(READS)}
+class PrecisionPlan:
+    """How each step of a layer of some precision reads its operands, accumulates, and rounds its result."""
+
+    def __init__(self, chosen: Precision) -> None:
+        rules = [chosen.rule(*read) for read in READS]
+        self.reads = {read: _read(rules, index) for index, read in enumerate(READS)}
+        self.emulated = {step for (step, _), read in self.reads.items() if read.rule is not None}
+        self.stochastic = any(read.stochastic for read in self.reads.values())
+        self.accumulate, self.result = chosen.accumulate, chosen.result
+        self.accumulators = {
+            (step, halves): Accumulator(
+                chosen.accumulate, chosen.chunk, halves and step in self.emulated, step in self.emulated
+            )
+            for step in STEPS
+            for halves in (False, True)
+        }  # of each step, and whether its operands are in binary16
+
+    def operands(
+        self,
+        operand: str,
+        now: tuple[str, ...],
+        later: tuple[str, ...] = (),
+        *,
+        layout: tuple[int, int],
+        halves: bool = False,
+        sampled: bool = False,
+        lanes: bool = False,
+        joined: bool = False,
+    ) -> tuple[OperandPlan, ...]:
+        """How an operand is quantized, once for each rule, for steps that read it now and later.
+
+        Args:
+            halves: whether the steps can compute with binary16 values.
+            sampled: whether its counts by sample are asked for, as they are for grad_weight anyway.
+        """
+        rows: dict[int, list[str]] = {}
+        for step in (*now, *later):
+            rows.setdefault(self.reads[step, operand].row, []).append(step)
+        plans = []
+        for steps in rows.values():
+            read = self.reads[steps[0], operand]
+            reads_now, reads_later = ({*steps} & {*some} for some in (now, later))
+            half_now, half_kept = bool(reads_now) and read.half and halves, bool(reads_later) and read.half
+            plans.append(
+                OperandPlan(
+                    read.rule,
+                    read.row,
+                    read.stochastic,
+                    tuple(steps),
+                    layout,
+                    (bool(reads_now) and not half_now) or (bool(reads_later) and not half_kept),
+                    half_now,
+                    half_kept,
+                    sampled or "grad_weight" in steps,
+                    lanes,
+                    joined,
+                )
+            )
+        return tuple(plans)
 
 
-def uses(reads: dict[tuple[str, str], Read], reading: Reading) -> tuple[Use, ...]:
-    """What is read, once for each rule."""
-    operand, now, later = reading
-    rows: dict[int, list[str]] = {}
-    for step in (*now, *later):
-        rows.setdefault(reads[step, operand].row, []).append(step)
-    return tuple(
-        Use(
-            reads[steps[0], operand],
-            tuple(steps),
-            any(step in now for step in steps),
-            any(step in later for step in steps),
-            "grad_weight" in steps,
-        )
-        for steps in rows.values()
-    )
+@lru_cache(maxsize=256)
+def precision_plan(precision: str) -> PrecisionPlan:
+    """Of a `Precision` as JSON."""
+    return PrecisionPlan(Precision.model_validate_json(precision))
 
 
 def _read(rules: list[Rule | None], index: int) -> Read:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.files import ConfigError, listed, nearest
-from lnpu_torch.nn.layer_state import Emulation
 from lnpu_torch.ops.quantize import torch_ops as ops
-from lnpu_torch.quant.precision import PRESETS, Precision, Rule
+from lnpu_torch.quant.precision import PRESETS, Rule
 
 
 def quantize(
@@ -51,10 +50,9 @@ def quantize(
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rule: Rule, want_groups: bool) -> tuple[Tensor, Tensor]:
-        emulation = Emulation(Precision(input=rule), x.device)
         text = rule.model_dump_json()
-        threshold = ops.next_threshold(x, emulation.thresholds, 0, text, False)
-        values, groups, _ = ops.quantize(x, threshold, emulation.seed(x), text, 0, want_groups)
+        seed = ops.draw_seed(x) if rule.rounding == "stochastic" else None
+        values, groups, _ = ops.quantize(x, ops.own_threshold(x, text), seed, text, 0, want_groups)
         ctx.mark_non_differentiable(groups)
         return values.to(x.dtype), groups
 

@@ -32,7 +32,7 @@ class SharedThresholds:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         self._emulations = [layer.emulation for layer in emulated_layers(model).values()]
         if not self._emulations:
-            raise ConfigError("no layer of this model is emulated: call lnpu_torch.nn.convert(model, ...) first")
+            raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError("there are no ranks to share T's with: call torch.distributed.init_process_group() first")
         self._group, self._places = group, self._rules()
@@ -59,7 +59,7 @@ class SharedThresholds:
         """Where each rule that looks at its tensors is used: [2, n], which layers, and which rows of them."""
         places: dict[Rule, set[tuple[int, int]]] = {}
         for index, each in enumerate(self._emulations):
-            for (step, operand), read in each.reads.items():
+            for (step, operand), read in each.plan.reads.items():
                 rule = each.precision.rule(step, operand)
                 if rule is not None and rule.low is not None and rule.threshold is None:
                     places.setdefault(rule, set()).add((index, read.row))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.files import listed
-from lnpu_torch.ops import buffers
 from lnpu_torch.quant.precision import Rule
 
 Backend = Literal["auto", "reference", "triton"]
@@ -79,8 +78,13 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
 
 def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rule)."""
-    loops = _chosen[-1] == "auto" and x.is_cpu and x.dtype == torch.float32 and buffers.is_dense(x)
+    loops = _chosen[-1] == "auto" and x.is_cpu and x.dtype == torch.float32 and is_dense(x)
     return fast(x, rule) if loops else None
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements lie in memory without gaps: contiguous or channels_last."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def lies_last(x: Tensor) -> bool:

@@ -59,7 +59,7 @@ class _Cache:
         """The code for a signature; None if it is to be compiled."""
         found = self._numba.load_overload(sig, target_context)
         if found is None:
-            _announce(self.cache_path)
+            _announce(_shown(self.cache_path))
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -110,6 +110,12 @@ class _Files:
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _shown(folder: str | None) -> str | None:
+    """A folder for compiled code as a user is told of it: the package, if it is one of those beside its modules."""
+    package = str(ROOT / PACKAGE.rstrip("."))
+    return package if folder is not None and folder.startswith(package) else folder
 
 
 @cache

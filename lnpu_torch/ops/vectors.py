@@ -1,19 +1,13 @@
-"""Compiled loops over vectors of 16 elements, among them matrices turned over.
-
-Numba vectorises plain loops by itself; blocks of 16 by 16 are written as LLVM's own here.
-"""
+"""Vectors of 16 elements in LLVM: where they lie, and how they are loaded and stored."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-from lnpu_torch.ops.numba_jit import compiled
 
 LANES = 16
 """Elements in a vector."""
@@ -23,8 +17,6 @@ AHEAD = 2**10
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 BITS = ir.VectorType(ir.IntType(1), LANES)
-LOW, HIGH = (ir.Constant(INTEGERS, [lane for i in range(half, half + 8) for lane in (i, i + LANES)]) for half in (0, 8))
-"""Which lanes of two vectors their lower and upper halves, merged by turns, take."""
 
 
 def address(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
@@ -53,25 +45,19 @@ def leading(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, INTEGERS.element)))
 
 
-def _prefetch(writes: int, context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-    place = builder.bitcast(address(context, builder, signature.args[0], *args), byte)
-    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [place, number(writes), number(2), number(1)])  # into the second cache; data
-    return context.get_dummy_value()
-
-
 @intrinsic
 def prefetch_to_read(context: Any, array: Any, start: Any) -> Any:
     """Ask for the memory of a vector that will be read; it may lie beyond the array."""
-    return types.void(array, types.intp), partial(_prefetch, 0)
 
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        place = builder.bitcast(address(context, builder, signature.args[0], *args), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [place, number(0), number(2), number(1)])  # to read, into the second cache; data
+        return context.get_dummy_value()
 
-@intrinsic
-def prefetch_to_write(context: Any, array: Any, start: Any) -> Any:
-    """Ask for the memory of a vector that will be written."""
-    return types.void(array, types.intp), partial(_prefetch, 1)
+    return types.void(array, types.intp), generate
 
 
 def load_leading(builder: Any, place: Any, count: Any) -> Any:
@@ -110,77 +96,3 @@ def _bytes(vector: Any) -> int:
 
 def _name(vector: Any) -> str:
     return f"v{LANES}f32" if vector == VECTOR else f"v{LANES}i{vector.element.width}"
-
-
-def _turned(builder: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors -> their columns: four times merged by turns with the row half a block away, once for each bit."""
-    for _ in range(4):
-        pairs = zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True)
-        rows = [builder.shuffle_vector(*pair, lanes) for pair in pairs for lanes in (LOW, HIGH)]
-    return rows
-
-
-@intrinsic
-def _turn_block(
-    context: Any,
-    source: Any,
-    start: Any,
-    stride: Any,
-    single: Any,
-    half: Any,
-    place: Any,
-    step: Any,
-    rows: Any,
-    columns: Any,
-) -> Any:
-    """Up to 16 rows of up to 16 numbers, a stride apart, from `start` on -> columns, a step apart from `place` on.
-
-    They are written to `single` and, rounded to binary16, to `half`; each may be None.
-    """
-    kinds = (source, types.intp, types.intp, single, half, *[types.intp] * 4)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, start, stride, single, half, place, step, height, width = args
-
-        def at(kind: Any, array: Any, start: Any, stride: Any, i: int) -> Any:
-            return address(context, builder, kind, array, builder.add(start, builder.mul(stride, stride.type(i))))
-
-        def reaches(count: Any, i: int) -> Any:
-            return builder.icmp_signed(">", count, count.type(i))
-
-        lengths = (builder.select(reaches(height, i), width, width.type(0)) for i in range(LANES))
-        rows = [load_leading(builder, at(kinds[0], source, start, stride, i), n) for i, n in enumerate(lengths)]
-        for i, column in enumerate(_turned(builder, rows)):
-            with builder.if_then(reaches(width, i)):
-                if kinds[3] != types.none:
-                    store_leading(builder, column, at(kinds[3], single, place, step, i), height)
-                if kinds[4] != types.none:
-                    store_leading(builder, halved(builder, column), at(kinds[4], half, place, step, i), height)
-        return context.get_dummy_value()
-
-    return types.void(*kinds), generate
-
-
-@compiled
-def turn(source, target, place, rows, columns):
-    """A matrix [rows, columns] at the start of `source` -> [columns, rows], into `target` from `place` on."""
-    turn_rows(source, rows, columns, target, None, place, rows)
-
-
-@compiled
-def turn_rows(source, rows, columns, single, half, place, step):
-    """Some rows of a matrix at the start of `source` -> columns, a step apart from `place` on.
-
-    They are written to `single` and, rounded to binary16, to `half`; each may be None. The last block of 16 rows or
-    columns may do what the one before has done already.
-    """
-    height, width = min(rows, LANES), min(columns, LANES)
-    for c in range(0, columns, LANES):
-        c = min(c, columns - width)
-        for r in range(0, rows, LANES):
-            r = min(r, rows - height)
-            first, target = r * columns + c, place + c * step + r
-            if height == LANES and width == LANES:  # constants, for which there are no masks
-                _turn_block(source, first, columns, single, half, target, step, LANES, LANES)
-            else:
-                _turn_block(source, first, columns, single, half, target, step, height, width)

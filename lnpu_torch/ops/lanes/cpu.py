@@ -1,33 +1,25 @@
-"""`lanes`, compiled: the same integers, from one pass over an operand and a few over its runs."""
+"""Lane profiles on a CPU, by compiled loops: the integers of `reference`."""
 
 from __future__ import annotations
 
-import numpy as np
+from math import prod
+
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, RUN
+from lnpu_torch.counts.lane_configs import MEMBERS
 from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.threads import team
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-def runs_of(values: Tensor) -> Tensor:
-    """`lanes.runs_of`, of a contiguous or channels_last tensor that is not empty."""
-    bits = values.detach().view(BITS[values.element_size()])
-    last = bits.dim() == 2 or not bits.is_contiguous()
-    bits = bits[None] if bits.dim() == 2 else bits.movedim(1, -1).flatten(1, -2) if last else bits.flatten(2)
-    batch, positions, channels = bits.shape if last else (bits.shape[0], bits.shape[2], bits.shape[1])
-    runs = torch.empty(batch, channels, -(-positions // RUN), dtype=torch.uint8, device="cpu")
-    source, threads = bits.numpy(), team(values.numel())
-    magnitude = source.dtype.type(np.iinfo(source.dtype).max)
-    shared_loops.runs_of(threads, source, magnitude, runs.numpy(), last or None)
-    return runs
-
-
-def profile(runs: Tensor) -> Tensor:
-    """`lanes.profile`, of runs that are not empty."""
+def profile_of(values: Tensor, joined: bool) -> Tensor:
+    """Of a contiguous or channels_last operand that is not empty, [N, C, *grid] or [rows, C]."""
+    x = values.detach()
+    if x.element_size() == 8:  # only zeros count
+        x = (x != 0).float()
+    rows, channels, positions = x.shape[0], x.shape[1], prod(x.shape[2:])
+    last = x.dim() == 2 or not x.is_contiguous()
     entries = torch.zeros(len(MEMBERS), dtype=torch.int64, device="cpu")
-    shared_loops.profile(team(runs.numel()), runs.numpy(), entries.numpy())
+    sizes, joined = (rows, channels, positions, last), joined or x.dim() == 2
+    shared_loops.add_profile_of(team(x.numel()), x.data_ptr(), x.element_size(), sizes, joined, entries.data_ptr())
     return entries

@@ -50,6 +50,19 @@ def runs_of_last(bits, magnitude, runs, first, stop):
 
 
 @compiled
+def joined_runs(bits, magnitude, runs):
+    """Non-zeros of each run of bits [rows, channels, positions] that goes on from row to row: uint8 [channels, T]."""
+    for c in range(len(runs)):
+        counts, place = runs[c], 0
+        counts[:] = 0
+        for n in range(bits.shape[0]):
+            row = bits[n, c]
+            for i in range(len(row)):
+                counts[uint64(place // RUN)] += uint8((row[i] & magnitude) != 0)
+                place += 1
+
+
+@compiled
 def profile(runs, entries):
     """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T].
 

@@ -7,10 +7,13 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from lnpu_torch.counts.lane_configs import MEMBERS
 from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH
 from lnpu_torch.ops.threads import team
 
 Array = np.ndarray[Any, Any]
@@ -34,43 +37,96 @@ class _Sizes(NamedTuple):
     elements: dict[str, int]
 
 
-def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, packed: Sequence[int], side: Side) -> None:
-    """`counting.add_weight_step`."""
-    sizes, big = _sizes(tuple(packed)), side == "big"
-    grid = _solid(position, 2)
-    numbers = (
-        sizes.slots,
-        sizes.inside,
-        sizes.big_others if big else sizes.small_others,
-        sizes.batch,
-        sizes.elements[side],
-        sizes.elements["weight"],
-    )
-    meets, strides = (sizes.big_meets, sizes.big_strides) if big else (sizes.small_meets, sizes.small_strides)
-    weights = weight.numpy().reshape(2, grid.shape[1], *sizes.kernel)
-    threads = team(position.numel())
-    shared_loops.add_weight_step(threads, counter.numpy(), grid, weights, meets, strides, sizes.met, numbers)
+class _Counters(NamedTuple):
+    """Where a step is counted: a layer's counters, call sizes and lane profiles, the step's place, the call's sizes."""
+
+    counters: Tensor
+    sizes: Tensor
+    lanes: Tensor
+    step: int
+    call: tuple[int, int, int]
+
+    def addresses(self) -> tuple[int, int, int, tuple[int, int, int]]:
+        """Of the step's part of each."""
+        step = self.step
+        return (
+            self.counters.data_ptr() + 8 * step * ROWS * WIDTH,
+            self.sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
+            self.lanes.data_ptr() + 8 * step * 2 * len(MEMBERS),
+            self.call,
+        )
 
 
-def add_grid_step(
-    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], packed: Sequence[int], first: Side
+def count_weight_step(
+    state: Sequence[Any],
+    position: Tensor,
+    weight: Tensor,
+    profile: Tensor | None,
+    packed: Sequence[int],
+    side: Side,
 ) -> None:
-    """`counting.add_grid_step`."""
+    """`torch_ops.count_weight_step`; `state`: what a `_Counters` has."""
+    sizes, big = _sizes(tuple(packed)), side == "big"
+    position, weight = position.contiguous(), weight.contiguous()
+    elements = (sizes.elements[side], sizes.elements["weight"])
+    numbers = (sizes.slots, sizes.inside, sizes.big_others if big else sizes.small_others, sizes.batch, *elements)
+    meets, strides = (sizes.big_meets, sizes.big_strides) if big else (sizes.small_meets, sizes.small_strides)
+    shared_loops.add_weight_step(
+        team(position.numel()),
+        _Counters(*state).addresses(),
+        position.data_ptr(),
+        weight.data_ptr(),
+        _solid(position.shape[1:]),
+        _address(profile),
+        meets,
+        strides,
+        sizes.met,
+        numbers,
+    )
+
+
+def count_grid_step(
+    state: Sequence[Any],
+    big: Sequence[Tensor],
+    small: Sequence[Tensor],
+    profiles: Sequence[Tensor | None],
+    packed: Sequence[int],
+    first: Side,
+) -> None:
+    """`torch_ops.count_grid_step`; `state`: what a `_Counters` has. The profiles are of first and second operand."""
     sizes = _sizes(tuple(packed))
-    meets = (sizes.big_meets, sizes.small_meets, sizes.big_strides)
     sides = ("big", "small") if first == "big" else ("small", "big")
     elements = (sizes.elements[side] for side in sides)
     numbers = (sizes.slots, sizes.inside, sizes.big_others, sizes.small_others, *elements)
-    positions = [_solid(grid[0], 2) for grid in (big, small)]
-    samples = [_solid(grid[1].flatten(1, 2), 2) for grid in (big, small)]
-    threads = team(small[1].numel())
-    shared_loops.add_grid_step(threads, counter.numpy(), *positions, *samples, meets, numbers, first == "small")
+    in_order = profiles if first == "big" else profiles[::-1]
+    few = big[1].dtype == small[1].dtype == torch.uint8
+    held = [[x.contiguous() for x in grid] for grid in (big, small)]
+    held = held if few else [[position, sample.to(torch.int32)] for position, sample in held]
+    grids = [
+        (
+            position.data_ptr(),
+            _solid(position.shape[1:]),
+            sample.data_ptr(),
+            sample.shape[1] * sample.shape[2],
+            few,
+            _address(lanes),
+        )
+        for (position, sample), lanes in zip(held, in_order, strict=True)
+    ]
+    meets = (sizes.big_meets, sizes.small_meets, sizes.big_strides)
+    state = _Counters(*state).addresses()
+    shared_loops.add_grid_step(team(small[1].numel()), state, *grids, meets, numbers, first == "small")
 
 
-def _solid(x: Tensor, leading: int) -> Array:
-    """A contiguous array with exactly three dimensions after the leading ones."""
-    shape = (*x.shape[:leading], *(1,) * (3 + leading - x.dim()), *x.shape[leading:])
-    return np.ascontiguousarray(x.numpy().reshape(shape))
+def _solid(shape: torch.Size) -> tuple[int, int, int, int]:
+    """A channel count, and exactly three dimensions after it."""
+    channels, *grid = shape
+    depth, height, width = (*(1,) * (3 - len(grid)), *grid)
+    return channels, depth, height, width
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 @lru_cache(maxsize=1024)

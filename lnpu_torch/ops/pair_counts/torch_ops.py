@@ -1,4 +1,4 @@
-"""The registered torch ops that count a layer's steps, from sums over their operands' groups (see `counting`)."""
+"""Counts a layer's steps, from sums over their operands' groups (see `reference`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import Tensor
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
-from lnpu_torch.ops.registry import op
 
 
-@op(["counters", "sizes", "lanes"])
 def count_weight_step(
     counters: Tensor,
     sizes: Tensor,
@@ -33,12 +31,16 @@ def count_weight_step(
         sizes: int64 [steps, SIZES + 1, 3], on the host.
         lanes: int64 [steps, operands, MEMBERS].
     """
-    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), side, "weight"))
-    _counting(position).add_weight_step(counters[step, row], position, weight, geometry, side)
+    call, module = _call_sizes(tuple(geometry), side, "weight"), _counting(position)
+    if position.is_cpu and module is not None and not backends.on_gpu(position):
+        state = (counters, sizes, lanes, step, call)
+        module.count_weight_step(state, position, weight, profile, geometry, side)
+        return
+    row = counting.row_of(sizes[step], call)
+    (module or counting).add_weight_step(counters[step, row], position, weight, geometry, side)
     _add_lanes(lanes, step, profile)
 
 
-@op(["counters", "sizes", "lanes"])
 def count_grid_step(
     counters: Tensor,
     sizes: Tensor,
@@ -53,8 +55,13 @@ def count_grid_step(
 ) -> None:
     """Count a step by `counting.grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
     second = "small" if first == "big" else "big"
-    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
-    _counting(big[0]).add_grid_step(counters[step, row], big, small, geometry, first)
+    call, module = _call_sizes(tuple(geometry), first, second), _counting(big[0])
+    if big[0].is_cpu and module is not None and not backends.on_gpu(big[0]):
+        state, profiles = (counters, sizes, lanes, step, call), (first_profile, second_profile)
+        module.count_grid_step(state, big, small, profiles, geometry, first)
+        return
+    row = counting.row_of(sizes[step], call)
+    (module or counting).add_grid_step(counters[step, row], big, small, geometry, first)
     _add_lanes(lanes, step, first_profile, second_profile)
 
 
@@ -69,12 +76,11 @@ def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int
     return Geometry.unpack(geometry).call_sizes(first, second)
 
 
-def _counting(sums: Tensor) -> ModuleType:
-    """The module that counts a step from such sums."""
-    return backends.fast_module(sums, "ops.pair_counts.cpu", "ops.quantize.gpu") or counting
+def _counting(sums: Tensor) -> ModuleType | None:
+    """The module that counts a step from such sums, if there is one besides `reference`."""
+    return backends.fast_module(sums, "ops.pair_counts.cpu", "ops.quantize.gpu")
 
 
-@op(["counters"])
 def count_not_run(counters: Tensor, step: int, slots: int) -> None:
     """Count a step that nobody asked for, such as the first layer's grad_input."""
     row = counters[step, counting.NOT_RUN]

@@ -1,7 +1,7 @@
 """Fast CPU implementations, compiled by Numba: rounding, group counts and thresholds in one pass over a tensor.
 
-Bit-equal to `reference` and `counting`. Work is split over `torch.get_num_threads()` threads; the compiled loops hold
-no lock and keep no state.
+Bit-equal to `reference`. Work is split over `torch.get_num_threads()` threads; the compiled loops hold no lock and keep
+no state.
 """
 
 from __future__ import annotations
@@ -9,29 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
-from lnpu_torch.ops import buffers, shared_loops
-from lnpu_torch.ops.lanes import cpu as cpu_lanes
-from lnpu_torch.ops.pair_counts import reference as counting
+from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.ops import shared_loops
+from lnpu_torch.ops.dispatch import is_dense
+from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.quantize import reference
-from lnpu_torch.ops.quantize.reference import sample_step, tau, window_exponent
+from lnpu_torch.ops.quantize.reference import Rounded, sample_step, tau, window_exponent
 from lnpu_torch.ops.threads import team
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
-Array = np.ndarray[Any, Any]
-
-KINDS = {**buffers.KINDS, torch.float16: "=u2", torch.int32: "=i4"}
-"""Numpy's names of dtypes, as the loops see them: binary16 as its bits."""
-Rounded = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""What `ops.round_and_count` returns."""
-_tensor = torch.from_numpy
 CHANNELS = 2**15 - 1
 """The most over which one packed sum can reach: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
 
@@ -40,207 +32,144 @@ def supports(x: Tensor, rule: Rule | None) -> bool:
     """Whether this module takes a tensor (and rule): at most float32, not empty, rounded to nearest."""
     nearest = rule is None or rule.rounding == "nearest"
     fits_counter = x.dim() < 2 or x.shape[1] <= CHANNELS
-    return nearest and fits_counter and x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return nearest and fits_counter and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0
+
+
+class CompiledRule:
+    """A rule in numbers, as the compiled loops take it."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.first, self.last = rule.threshold_range
+        low, wide = FORMATS[rule.low or "e4m3"], rule.wide
+        lowest = int(window_exponent(rule, _scalar(self.first)))
+        share = -1.0 if rule.fp16_share is None else rule.fp16_share  # negative: by `max_error`
+        formats = (low.mantissa, low.min_exponent, low.max_exponent, lowest, wide.mantissa, wide.min_exponent)
+        choice = (share, (rule.max_error or 0.0) ** 2, *formats, self.first, self.last)
+        self._choice = np.asarray(choice, np.float64)
+        self.choice = self._choice.ctypes.data if rule.adaptive else 0
+        self._parameters: dict[int, tuple[float, ...]] = {}
+
+    def parameters(self, threshold: int) -> tuple[float, ...]:
+        """What `vector_rounding.rounded` needs to know of the rule and a threshold: bit patterns, exponents, limits."""
+        if threshold not in self._parameters:
+            self._parameters[threshold] = _parameters(self.rule, threshold)
+        return self._parameters[threshold]
+
+
+@lru_cache(maxsize=256)
+def compiled_rule(text: str) -> CompiledRule:
+    """Of a rule as JSON."""
+    return CompiledRule(Rule.model_validate_json(text))
+
+
+def quantize_operand(
+    x: Tensor,
+    rule: CompiledRule,
+    threshold: int,
+    layout: Sequence[int],
+    wanted: Sequence[bool],
+    joined: bool,
+    choosing: bool,
+) -> tuple[int, Rounded]:
+    """Round and count a dense float32 operand [N, C, *grid]; if `choosing`, also choose the threshold that x asks for.
+
+    Args:
+        layout, wanted, joined: see `torch_ops.round_and_count`.
+    """
+    shape, (share, groups) = x.shape, layout
+    batch, channels, grid = shape[0], shape[1], shape[2:]
+    positions = prod(grid)
+    last = not x.is_contiguous()
+    half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else _NOTHING[torch.float16]
+    single = torch.empty_like(x) if wanted[0] else _NOTHING[torch.float32]
+    position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32, device="cpu")
+    kind = sample_dtype(channels, groups)
+    sample = torch.empty((2, batch, groups, *grid), dtype=kind, device="cpu") if wanted[2] else _NOTHING[kind]
+    lanes = torch.zeros(len(MEMBERS), dtype=torch.int64, device="cpu") if wanted[3] else _NOTHING[torch.int64]
+    address = sample.data_ptr()
+    chosen = shared_loops.quantize_operand(
+        team(x.numel()),
+        x.data_ptr(),
+        single.data_ptr(),
+        half.data_ptr(),
+        position.data_ptr(),
+        (address, 0) if kind == torch.uint8 else (0, address),
+        (lanes.data_ptr(), joined or not grid),
+        (batch, channels, positions, groups, share, last),
+        rule.parameters(threshold),
+        (sample_step(x.numel()) if choosing else 1, rule.choice if choosing else 0, threshold),
+    )
+    return chosen, Rounded(single, half, position, sample, lanes)
 
 
 def quantize(
-    x: Tensor,
-    rule: Rule,
-    threshold: Tensor,
-    seed: Tensor | None,
-    stream: int,
-    layout: Sequence[int],
-    wanted: Sequence[bool],
-    last: bool,
-) -> Rounded:
-    """`ops.round_and_count`, for a contiguous or channels_last x."""
-    work = _Work(x.float(), layout, wanted, last)
-    shared_loops.quantize(*work.arguments, *work.orders, _parameters(rule, int(threshold)))
-    return work.results()
-
-
-def read(
-    x: Tensor,
-    states: Tensor,
-    row: int,
-    rule: Rule,
-    layout: Sequence[int],
-    wanted: Sequence[bool],
-    last: bool,
-    training: bool,
-) -> tuple[Tensor, *Rounded]:
-    """`ops.read`, for a contiguous or channels_last float32 x."""
-    state = states.numpy()[row]
-    current = int(state[0])
-    if current == reference.UNSET or not (training and rule.adaptive):
-        threshold = next_threshold(x, states, row, rule, training)
-        return threshold, *quantize(x, rule, threshold, None, row, layout, wanted, last)
-    work, choosing = _Work(x, layout, wanted, last), (*_sampling(x, rule), _choice(rule), current)
-    arguments = (*work.arguments, *work.orders, _parameters(rule, current), choosing)
-    state[1] = shared_loops.read(*arguments)
-    return _tensor(np.array(current, np.int32)), *work.results()
-
-
-class _Work:
-    """A contiguous or channels_last float32 operand to be rounded, and memory for what is known of it then.
-
-    Counts are numpy's arrays: from cold caches each kind of call takes 20 us, but many of one kind little more.
-    """
-
-    def __init__(self, x: Tensor, layout: Sequence[int], wanted: Sequence[bool], last: bool) -> None:
-        (share, groups), lies_last = layout, not x.is_contiguous()
-        batch, channels, *grid = x.shape
-        blocks, positions = batch // share, prod(grid)
-        last, turns = last or lies_last, last and not lies_last and min(channels, positions) > 1
-        # binary16 first: what is kept for backward leaves no gaps between what is not
-        self.half = buffers.POOL.empty(x.shape, torch.float16, last) if wanted[1] else None
-        self.single = buffers.POOL.empty(x.shape, torch.float32, last) if wanted[0] else None
-        self.position = np.empty((2, blocks, channels, *grid), np.int32)
-        self.kind = KINDS[counting.sample_dtype(channels, groups)]
-        self.sample = np.empty((2, batch, groups, *grid), self.kind) if wanted[2] else None
-        self.profile = np.zeros(len(MEMBERS), np.int64) if wanted[3] else None
-        self.runs = np.empty(runs_shape(x.shape), np.uint8) if wanted[3] and grid else None  # else along the rows
-        self.arguments = (
-            team(x.numel()),
-            _memory(x),
-            None if self.single is None else _memory(self.single),
-            None if self.half is None else _memory(self.half),
-            self.position.reshape(2, blocks, -1),
-            None if self.sample is None else self.sample.reshape(2, batch, groups, positions),
-            self.runs,
-            None if self.runs is None else (team(self.runs.size), self.profile),
-            share,
-            (batch, channels, positions),
-        )
-        self.orders = (lies_last or None, turns or None)
-
-    def results(self) -> Rounded:
-        """As from `ops.round_and_count`."""
-        single = _tensor(np.empty(0, np.float32)) if self.single is None else self.single
-        half = _tensor(np.empty(0, np.float16)) if self.half is None else self.half
-        sample = np.empty(0, self.kind) if self.sample is None else self.sample
-        if self.profile is None:
-            profile = _tensor(np.empty(0, np.int64))
-        elif self.runs is None:
-            profile = cpu_lanes.profile(cpu_lanes.runs_of(single if self.half is None else half))
-        else:
-            profile = _tensor(self.profile)
-        return single, half, _tensor(self.position), _tensor(sample), profile
-
-
-def quantize_flat(
-    x: Tensor,
-    rule: Rule,
-    threshold: Tensor,
-    seed: Tensor | None,
-    stream: int,
-    want_groups: bool,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.quantize`, into `out` if that is given: float32, and lying in memory as x does."""
+    x: Tensor, rule: CompiledRule, threshold: int, want_groups: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """Values in float32 (in `out`, if it is given, which lies as x does), groups, and the elements of each group."""
     dense = x.detach().float()
-    dense = dense if buffers.is_dense(dense) else dense.contiguous()
+    dense = dense if is_dense(dense) else dense.contiguous()
     values = torch.empty_like(dense) if out is None else out
-    groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else None
-    source, marks = _memory(dense), None if groups is None else _memory(groups)
-    arrays = (source, _memory(values), marks)
-    fp8, wide = shared_loops.quantize_flat(team(len(source)), *arrays, _parameters(rule, int(threshold)))
-    totals = torch.tensor((len(source) - fp8 - wide, fp8, wide), device="cpu")
-    return values, values.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
+    groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else _NOTHING[torch.uint8]
+    places = (dense.data_ptr(), values.data_ptr(), groups.data_ptr())
+    fp8, wide = shared_loops.quantize_flat(team(x.numel()), *places, x.numel(), rule.parameters(threshold))
+    return values, groups, (x.numel() - fp8 - wide, fp8, wide)
 
 
-def round_half(x: Tensor, out: Tensor) -> Tensor:
-    """Round a contiguous or channels_last float32 tensor to binary16, into one that lies as x does (which may be x)."""
-    shared_loops.round_half(team(x.numel()), _memory(x), _memory(out))
-    return out
+def round_half(x: Tensor) -> Tensor:
+    """Round a dense float32 tensor to binary16, in place."""
+    shared_loops.round_half(team(x.numel()), x.data_ptr(), x.numel())
+    return x
 
 
-def turn_half(x: Tensor, out: Tensor, rounds: bool) -> Tensor:
-    """A dense float32 tensor in channels_last made contiguous, in memory (which may be x's), rounded if asked."""
-    shared_loops.turn_half(team(x.numel()), _memory(x), _memory(out), rounds, x[0, 0].numel(), x.shape[1])
-    return out
+def choose_threshold(x: Tensor, rule: CompiledRule, current: int) -> int:
+    """`reference.choose_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
+    if not (rule.rule.adaptive and has_histogram(x)):
+        return int(reference.choose_threshold(x, rule.rule, _scalar(current)))
+    choosing = (sample_step(x.numel()), rule.choice, current)
+    return int(shared_loops.threshold_of(team(x.numel()), x.data_ptr(), x.numel(), choosing, _turned(x)))
 
 
-def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
-    """`ops.next_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
-    state = states.numpy()[row]
-    current = int(state[0])
-    if current != reference.UNSET and not training:
-        return _scalar(current)
-    if rule.adaptive and _has_histogram(x):
-        chosen = shared_loops.choose_threshold(team(x.numel()), _memory(x), *_sampling(x, rule), _choice(rule), current)
-    else:
-        chosen = int(reference.choose_threshold(x, rule, _scalar(current)))
-    used = chosen if current == reference.UNSET else current
-    if training:
-        state[:] = used, chosen
-    return _scalar(rule.threshold_range[0] if used == reference.UNSET else used)
+def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
+    """`reference.histogram`; compiled for a dense float32 tensor."""
+    if not has_histogram(x):
+        return reference.histogram(x, rule.rule)
+    arguments = (x.data_ptr(), x.numel(), sample_step(x.numel()), rule.first, rule.last, _turned(x))
+    return torch.from_numpy(shared_loops.histogram(team(x.numel()), *arguments))
+
+
+def has_histogram(x: Tensor) -> bool:
+    """Whether a tensor's histogram is made by a compiled loop."""
+    return x.dtype == torch.float32 and is_dense(x)
+
+
+def _turned(x: Tensor) -> tuple[int, int]:
+    """Channels and positions of a tensor in channels_last; zeros for a contiguous one."""
+    return (0, 0) if x.is_contiguous() else (x.shape[1], prod(x.shape[2:]))
 
 
 def _scalar(threshold: int) -> Tensor:
     return torch.scalar_tensor(threshold, dtype=torch.int32, device="cpu")
 
 
-def histogram(x: Tensor, rule: Rule) -> Tensor:
-    """`reference.histogram`; compiled for a dense float32 tensor."""
-    if _has_histogram(x):
-        return _tensor(shared_loops.histogram(team(x.numel()), _memory(x), *_sampling(x, rule)))
-    return reference.histogram(x, rule)
+_NOTHING = {
+    dtype: torch.empty(0, dtype=dtype, device="cpu")
+    for dtype in (torch.float32, torch.float16, torch.uint8, torch.int32, torch.int64)
+}
+"""What is not wanted; its address is 0."""
 
 
-def _has_histogram(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and buffers.is_dense(x)
-
-
-def _sampling(x: Tensor, rule: Rule) -> tuple[Any, ...]:
-    """What `shared_loops.histogram` takes besides a team and x."""
-    turned = (0, 0) if x.is_contiguous() else (x.shape[1], prod(x.shape[2:]))
-    return sample_step(x.numel()), rule.threshold_range, turned
-
-
-@lru_cache(maxsize=128)
-def _choice(rule: Rule) -> tuple[float, float, tuple[int, ...]]:
-    """How a rule chooses: by `fp16_share` (negative: it does not), or by `max_error`, squared, and its formats."""
-    low, wide = FORMATS[rule.low or "e4m3"], rule.wide
-    lowest = int(window_exponent(rule, _scalar(rule.threshold_range[0])))
-    formats = (low.mantissa, low.min_exponent, low.max_exponent, lowest, wide.mantissa, wide.min_exponent)
-    return -1.0 if rule.fp16_share is None else rule.fp16_share, (rule.max_error or 0.0) ** 2, formats
-
-
-class _Memory:
-    """A dense tensor as it lies in memory, for numpy."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._tensor = x  # which must live as long
-        self.__array_interface__ = {
-            "data": (x.data_ptr(), False),
-            "shape": (x.numel(),),
-            "typestr": KINDS[x.dtype],
-            "version": 3,
-        }
-
-
-def _memory(x: Tensor) -> Array:
-    """A dense tensor as it lies in memory, one-dimensional.
-
-    Unlike `Tensor.numpy`, this leaves its storage resizable, as FSDP needs it; DLPack takes three times as long.
-    """
-    return np.asarray(_Memory(x))
-
-
-@lru_cache(maxsize=4096)
-def _parameters(rule: Rule, threshold: int) -> tuple[Any, ...]:
-    """What `loops.quantize` needs to know of a rule and its T: bit patterns, exponents, limits."""
+def _parameters(rule: Rule, threshold: int) -> tuple[float, ...]:
     t, wide = _scalar(threshold), rule.wide
-    last = np.int32(-1)  # the bits of the largest magnitude that is FP8's: none
+    last = -1  # the bits of the largest magnitude that is FP8's: none
     low_mantissa, low_least, low_max = wide.mantissa, wide.min_exponent, float("inf")
     if rule.low:
         low = FORMATS[rule.low]
         window = int(window_exponent(rule, t)) - low.max_exponent
         low_mantissa, low_least = low.mantissa, low.min_exponent + window
-        last = np.float32(float(tau(t, torch.float64))).view(np.int32) - 1 if rule.high else np.int32(2**31 - 1)
+        last = int(np.float32(float(tau(t, torch.float64))).view(np.int32)) - 1 if rule.high else 2**31 - 1
         low_max = float("inf") if rule.high else low.max * 2.0**window
     exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
     with np.errstate(over="ignore"):  # float32's infinity, where the format reaches as far as float32
-        beyond = np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32)
-    return (np.int32(last), *map(np.int32, exponents), beyond, np.float32(low_max), np.float32(wide.max))
+        beyond = int(np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32))
+    return (last, *exponents, beyond, low_max, wide.max)

@@ -27,25 +27,23 @@ from lnpu_torch.ops.vector_rounding import (
     store,
     total,
 )
-from lnpu_torch.ops.vectors import AHEAD, LANES, prefetch_to_read, prefetch_to_write, turn, turn_rows
+from lnpu_torch.ops.vectors import AHEAD, LANES, prefetch_to_read
 
 CHUNK = 1024
 """Elements that are rounded before what is known of them is summed up: few enough to lie in the nearest cache."""
-STRIP = 2**16
-"""Elements that are turned at once: few enough for the next cache."""
 
 
 @inlined
 def _round(x, start, single, half, place, count, parameters):
-    """Round a vector of x from `start` on into `single` and `half` (each may be None) from `place` on; its marks.
+    """Round a vector of x from `start` on into `single` and `half` (each may be empty) from `place` on; its marks.
 
     If `count` is less than 16, only so many elements are left.
     """
     prefetch_to_read(x, start + AHEAD)
     values, marks = rounded(load(x, start, count), parameters)
-    if single is not None:
+    if len(single):
         store(values, single, place, count)
-    if half is not None:
+    if len(half):
         store(values, half, place, count)
     return marks
 
@@ -58,55 +56,41 @@ def add(sums, start, terms, count):
 
 
 @compiled
-def quantize(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters, turned):
+def quantize(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters):
     """Round a part of the rows [channels, positions] of x, write it, and count its groups by position, sample and run.
 
     `counts` [parts, 2, blocks, size] is added to, row r in block r // share; `samples` [2, rows, groups, positions]
-    and `runs` (see `lanes.runs_of`) are written. `single`, `half`, `samples` and `runs` may be None. `sizes` are the
-    rows' number and shape. `turned` (True or None): rows are written as [positions, channels].
+    and `runs` (see `lanes.runs_of`) are written. `single`, `half`, `samples` and `runs`
+    may be empty. `sizes` are the rows' number and shape.
     """
     rows, channels, positions = sizes
-    size, group = channels * positions, channels * positions // (1 if samples is None else samples.shape[2])
-    strip, scratch = size, np.empty(0, np.float32)  # as many elements, of whole channels, are turned at once
-    if turned is not None:
-        strip = positions * LANES * _power_of_two(STRIP // (positions * LANES))
-        scratch = np.empty(min(strip, size), np.float32)
+    size, groups = channels * positions, samples.shape[2]
+    group = size // groups
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
     bits, added, summed = np.empty(run // LANES + 2, np.uint16), 0, 0
     begin_row, end_row = bounds(rows, part, parts)
     for row in range(begin_row, end_row):
-        if samples is not None:
+        if samples.shape[1]:
             samples[:, row] = 0
         start = 0
         while start < size:
-            begin = start - start % strip
-            stop = min(start + run, start - start % group + group, begin + strip, size)
+            stop = min(start + run, start - start % group + group)
             count, place = stop - start, row * size + start
             for i in range(0, count, LANES):
-                if turned is None:
-                    marks = _round(x, place + i, single, half, place + i, count - i, parameters)
-                else:
-                    if single is not None:  # as turned rows are written by leaps, which are not foreseen
-                        prefetch_to_write(single, place + i)
-                    if half is not None:
-                        prefetch_to_write(half, place + i)
-                    marks = _round(x, place + i, scratch, None, start - begin + i, count - i, parameters)
+                marks = _round(x, place + i, single, half, place + i, count - i, parameters)
                 add_to(marks, packed, start + i)
-                if samples is not None:
+                if samples.shape[1]:
                     add_to(marks, sums, i)
-                if runs is not None:
+                if len(runs):
                     bits[uint64(i // LANES)] = present(marks)
-            if samples is not None:
+            if samples.shape[1]:
                 summed += 1
                 if stop % group == 0 or summed == MOST:
                     fold(sums, summed, samples[0, row, start // group], samples[1, row, start // group])
                     summed = 0
-            if runs is not None:
+            if len(runs):
                 count_runs(bits, count, positions, runs[row].reshape(-1), start // positions * runs.shape[2])
-            if turned is not None and (stop == size or stop == begin + strip):
-                place = row * size + begin // positions
-                turn_rows(scratch, (stop - begin) // positions, positions, single, half, place, channels)
             start = stop
         added += 1
         if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
@@ -118,7 +102,7 @@ def quantize(part, parts, x, single, half, counts, samples, runs, share, sizes, 
 def quantize_last(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters):
     """`quantize` for rows [positions, channels]."""
     rows, channels, positions = sizes
-    size, groups = channels * positions, 1 if samples is None else samples.shape[2]
+    size, groups = channels * positions, samples.shape[2]
     together = min(RUN, _power_of_two(CHUNK // channels))  # positions, a divisor of RUN
     run, length = channels * together, channels // groups
     packed, sums = np.zeros(size + LANES, np.uint16), np.zeros(run + LANES, np.uint16)
@@ -131,13 +115,13 @@ def quantize_last(part, parts, x, single, half, counts, samples, runs, share, si
             for i in range(0, count, LANES):
                 marks = _round(x, place + i, single, half, place + i, count - i, parameters)
                 add_to(marks, packed, start + i)
-                if samples is not None:
+                if samples.shape[1]:
                     put(marks, kept, i)
-                if runs is not None:
+                if len(runs):
                     add_to(marks, sums, i)
-            if samples is not None:
+            if samples.shape[1]:
                 sum_groups(kept, count, samples[:, row], position, length)
-            if runs is not None and ((position + together) % RUN == 0 or start + count == size):
+            if len(runs) and ((position + together) % RUN == 0 or start + count == size):
                 fold_runs(sums, run, runs[row], position // RUN)
         added += 1
         if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
@@ -147,14 +131,14 @@ def quantize_last(part, parts, x, single, half, counts, samples, runs, share, si
 
 @compiled
 def quantize_flat(x, values, groups, parameters):
-    """Round numbers in a row; returns how many are FP8, and how many wider. `groups` (0, 8, 16) may be None."""
-    fp8, wide = 0, 0
+    """Round numbers in a row; returns how many are FP8, and how many wider. `groups` (0, 8, 16) may be empty."""
+    fp8, wide, none = 0, 0, np.empty(0, np.uint16)
     for start in range(0, len(x), LANES * MOST):
         counters = nothing()
         for i in range(start, min(start + LANES * MOST, len(x)), LANES):
-            marks = _round(x, i, values, None, i, len(x) - i, parameters)
+            marks = _round(x, i, values, none, i, len(x) - i, parameters)
             counters = plus(counters, marks)
-            if groups is not None:
+            if len(groups):
                 put_groups(marks, groups, i, len(x) - i)
         fp8 += total(counters) & int32(0xFFFF)
         wide += total(counters) >> 16
@@ -177,17 +161,3 @@ def round_half(x, out):
         prefetch_to_read(x, i + AHEAD)
         count = len(x) - i
         store(in_half(load(x, i, count)), out, i, count)
-
-
-@compiled
-def turn_half(x, out, rounds, rows, columns):
-    """Matrices [rows, columns] in a row -> [columns, rows] in `out` (which may be x), rounded to binary16 if asked."""
-    matrix = np.empty(rows * columns, np.float32)
-    for start in range(0, len(x), len(matrix)):
-        for i in range(0, len(matrix), LANES):
-            prefetch_to_read(x, start + i + AHEAD)
-            prefetch_to_write(out, start + i)  # by leaps
-            count = len(matrix) - i
-            values = load(x, start + i, count)
-            store(in_half(values) if rounds else values, matrix, i, count)
-        turn(matrix, out, start, rows, columns)

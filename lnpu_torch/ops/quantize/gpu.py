@@ -12,6 +12,7 @@ from lnpu_torch.kernels import count, grid, launch, matmul, result
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import threshold as thresholds
 from lnpu_torch.ops.lanes import gpu as gpu_lanes
+from lnpu_torch.ops.quantize.reference import Rounded
 from lnpu_torch.quant.precision import Rule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,10 +64,8 @@ def quantize(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-    last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Rounded:
     """`ops.round_and_count`."""
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
     rounded = grid.quantize_grid(
         x,
         threshold,
@@ -85,7 +84,7 @@ def quantize(
     profile = None if runs is None else gpu_lanes.profile(runs)
     sample = _or_empty(rounded.sample, x, torch.int32)
     sample = sample.clone() if sample.data_ptr() % 16 else sample  # as compilers expect of results
-    return *values, rounded.position, sample, _or_empty(profile, x, torch.int64)
+    return Rounded(*values, rounded.position, sample, _or_empty(profile, x, torch.int64))
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

@@ -1,24 +1,22 @@
-"""The registered torch ops that the layers are made of. Opaque to compilers, so that no rounding is optimised away.
+"""Rounding operands and counting them, on whatever device they are.
 
-Each picks its implementation by device and dtype; all give the bits of `reference` and `counting`.
+Each function picks its implementation by device and dtype; all give the bits of `reference`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.dispatch import backend as backend
-from lnpu_torch.ops.lanes import reference as lanes
+from lnpu_torch.ops.lanes.torch_ops import lane_profile
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.quantize.reference import UNSET, Rounded
 from lnpu_torch.ops.registry import fake, op
 from lnpu_torch.quant.precision import Rule
 
@@ -35,11 +33,15 @@ def quantize(
     """Round a tensor: values in `reference.compute_dtype(x)`, groups (uint8, or empty), elements of each group [3].
 
     Args:
-        threshold: T, int32 [].
+        threshold: int32 [].
         seed, stream: key of the random bits, for stochastic rounding only.
         rule: a `Rule` as JSON.
     """
-    fast, parsed = backends.fast(x, _rule(rule)), _rule(rule)
+    parsed = _rule(rule)
+    fast = backends.fast(x, parsed)
+    if fast and x.is_cpu and not backends.on_gpu(x):
+        values, groups, totals = fast.quantize(x, fast.compiled_rule(rule), int(threshold), want_groups)
+        return values, groups, torch.tensor(totals, device="cpu")
     if fast:
         return fast.quantize_flat(x, parsed, threshold, seed, stream, want_groups)  # type: ignore[no-any-return]
     random = None if seed is None else reference.random_bits(x.shape, seed, stream)
@@ -56,7 +58,6 @@ def _(
     return torch.empty_like(x, dtype=reference.compute_dtype(x)), groups, x.new_empty(3, dtype=torch.int64)
 
 
-@op()
 def round_and_count(
     x: Tensor,
     threshold: Tensor,
@@ -65,52 +66,40 @@ def round_and_count(
     stream: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-    last: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    joined: bool = False,
+) -> Rounded:
     """Round an operand [N, C, *grid] and count its groups, in one pass. What is not wanted is empty.
 
     Args:
         layout: how many samples in a row share one count by position, and the number of channel groups.
         wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample; a lane profile.
-        last: whether the values shall lie in channels_last, even if x does not.
-
-    Returns:
-        Both kinds of values, `counting.per_position`, `counting.per_sample` and `lanes.profile` of the values.
+        joined: whether the profile's runs go on from sample to sample.
     """
-    fast, parsed, x = backends.fast(x, _rule(rule)), _rule(rule), x.contiguous(memory_format=backends.memory_format(x))
+    x, parsed = x.contiguous(memory_format=backends.memory_format(x)), _rule(rule)
+    fast = backends.fast(x, parsed)
+    if fast and not backends.on_gpu(x):
+        rounded: Rounded
+        _, rounded = fast.quantize_operand(
+            x.float(), fast.compiled_rule(rule), int(threshold), layout, wanted, joined, False
+        )
+        return rounded
     if fast:
-        return fast.quantize(x, parsed, threshold, seed, stream, layout, wanted, last)  # type: ignore[no-any-return]
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    random = None if seed is None else reference.random_bits(x.shape, seed, stream)
-    values, groups = reference.quantize(x, parsed, threshold, random)
-    sample = _per_sample(groups, layout[1], wanted[2])
-    half = values.half() if wanted[1] else values.new_empty(0, dtype=torch.float16)
-    profile = lanes.profile(lanes.runs_of(values)) if wanted[3] else values.new_empty(0, dtype=torch.int64)
-    return values if wanted[0] else values.new_empty(0), half, counting.per_position(groups, layout[0]), sample, profile
+        rounded = fast.quantize(x, parsed, threshold, seed, stream, layout, (*wanted[:3], wanted[3] and not joined))
+    else:
+        random = None if seed is None else reference.random_bits(x.shape, seed, stream)
+        values, groups = reference.quantize(x, parsed, threshold, random)
+        half = values.half() if wanted[1] else values.new_empty(0, dtype=torch.float16)
+        single = values if wanted[0] else values.new_empty(0)
+        sample, lanes = _per_sample(groups, layout[1], wanted[2]), values.new_empty(0, dtype=torch.int64)
+        rounded = Rounded(single, half, counting.per_position(groups, layout[0]), sample, lanes)
+        if wanted[3] and not joined:
+            rounded = rounded._replace(lanes=lane_profile(values))
+    if wanted[3] and joined:
+        rounded = rounded._replace(lanes=lane_profile(rounded.half if wanted[1] else rounded.single, joined))
+    return rounded
 
 
-@fake("round_and_count")
-def _(
-    x: Tensor,
-    threshold: Tensor,
-    seed: Tensor | None,
-    rule: str,
-    stream: int,
-    layout: Sequence[int],
-    wanted: Sequence[bool],
-    last: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form = torch.channels_last if last else backends.memory_format(x)
-    dtypes, x = (reference.compute_dtype(x), torch.float16), x.contiguous(memory_format=form)
-    values = [
-        torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
-    ]
-    profile = x.new_empty(len(MEMBERS) if wanted[3] else 0, dtype=torch.int64)
-    return values[0], values[1], *_empty_counts(x, layout, wanted[2]), profile
-
-
-@op(["states"])
-def read(
+def quantize_operand(
     x: Tensor,
     states: Tensor,
     seed: Tensor | None,
@@ -118,43 +107,35 @@ def read(
     row: int,
     layout: Sequence[int],
     wanted: Sequence[bool],
-    last: bool,
+    joined: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`next_threshold`, and by that T `round_and_count`, in one: T first, then the rest. The row is also the stream."""
-    x, parsed = x.contiguous(memory_format=backends.memory_format(x)), _rule(rule)
-    loops = backends.dense_loops(x, parsed)
+) -> tuple[Tensor, Rounded]:
+    """`next_threshold`, and by that threshold `round_and_count`, in one. The row is also the stream of random bits."""
+    x = x.contiguous(memory_format=backends.memory_format(x))
+    loops = backends.dense_loops(x, _rule(rule))
     if loops:
-        return loops.read(x, states, row, parsed, layout, wanted, last, training)  # type: ignore[no-any-return]
-    choose, quantize = inspect.unwrap(next_threshold), inspect.unwrap(round_and_count)  # no ops inside an op
-    threshold = choose(x, states, row, rule, training)
-    return threshold, *quantize(x, threshold, seed, rule, row, layout, wanted, last)
+        state = states.numpy()[row]
+        current, compiled = int(state[0]), loops.compiled_rule(rule)
+        if current != UNSET and not (training and not compiled.choice):
+            chosen, rounded = loops.quantize_operand(x, compiled, current, layout, wanted, joined, training)
+            if training:
+                state[1] = chosen
+            return torch.scalar_tensor(current, dtype=torch.int32, device="cpu"), rounded
+    threshold = next_threshold(x, states, row, rule, training)
+    return threshold, round_and_count(x, threshold, seed, rule, row, layout, wanted, joined)
 
 
-@fake("read")
-def _(x: Tensor, states: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *rounding, _ = others
-    return states.new_empty(()), *round_and_count(x, states[0, 0], *rounding)
-
-
-@op()
 def count_float(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
     """Counts of an operand left in float, as `round_and_count` gives them: its non-zeros are in the wide group."""
     groups = reference.float_groups(x)
     return counting.per_position(groups, layout[0]), _per_sample(groups, layout[1], sample)
 
 
-@fake("count_float")
-def _(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
-    return _empty_counts(x, layout, sample)
-
-
-def _empty_counts(x: Tensor, layout: Sequence[int], sample: bool) -> tuple[Tensor, Tensor]:
+def empty_counts(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The shapes of an input's counts by position, over the batch, and by sample, in this number of channel groups."""
     batch, channels, *grid = x.shape
-    shape = (2, batch, layout[1], *grid) if sample else (0,)
-    blocks = batch // layout[0] if layout[0] else 1
-    position = x.new_empty((2, blocks, channels, *grid), dtype=torch.int32)
-    return position, x.new_empty(shape, dtype=_sample_dtype(x, layout[1]))
+    position = x.new_empty((2, 1, channels, *grid), dtype=torch.int32)
+    return position, x.new_empty((2, batch, groups, *grid), dtype=_sample_dtype(x, groups))
 
 
 def _per_sample(groups: Tensor, channel_groups: int, wanted: bool) -> Tensor:
@@ -182,44 +163,62 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.int64)
 
 
-@op(["states"])
+@op()
+def own_threshold(x: Tensor, rule: str) -> Tensor:
+    """The threshold that a rule chooses for x itself: int32 []."""
+    states = torch.full((1, 2), UNSET, dtype=torch.int32, device=x.device)
+    return next_threshold(x, states, 0, rule, False)
+
+
+@fake("own_threshold")
+def _(x: Tensor, rule: str) -> Tensor:
+    return x.new_empty((), dtype=torch.int32)
+
+
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Tensor:
-    """The T to use for x now. In training also chooses the next one, from x.
+    """The threshold to use for x now. In training also chooses the next one, from x.
 
     Args:
-        states: int32 [rows, 2], T in use and T to come; `reference.UNSET` before the first step, which uses its own T.
+        states: int32 [rows, 2], in use and to come; `reference.UNSET` before the first step, which uses its own.
     """
     parsed = _rule(rule)
     fast = backends.fast(x, parsed)
-    if fast:
+    if fast and backends.on_gpu(x):
         return fast.next_threshold(x, states, row, parsed, training)  # type: ignore[no-any-return]
+    if fast:
+        state = states.numpy()[row]
+        now = int(state[0])
+        if now == UNSET or training:
+            next_one = fast.choose_threshold(x, fast.compiled_rule(rule), now)
+            now = next_one if now == UNSET else now
+            if training:
+                state[:] = now, next_one
+        now = parsed.threshold_range[0] if now == UNSET else now
+        return torch.scalar_tensor(now, dtype=torch.int32, device="cpu")
     current = states[row, 0]
     chosen = reference.choose_threshold(x, parsed, current)
-    used = torch.where(current == reference.UNSET, chosen, current)
+    used = torch.where(current == UNSET, chosen, current)
     if training:
         states[row] = torch.stack((used, chosen))
-    return torch.where(used == reference.UNSET, parsed.threshold_range[0], used)
+    return torch.where(used == UNSET, parsed.threshold_range[0], used)
 
 
-@fake("next_threshold")
-def _(x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Tensor:
-    return states.new_empty(())
-
-
-@op(["histograms"])
 def add_histogram(x: Tensor, histograms: Tensor, row: int, rule: str) -> None:
-    """Add to a row what the choice of x's T rests on, so that several ranks' can be summed (int32 [rows, bins])."""
+    """Add what the choice of x's threshold rests on to a row of int32 [rows, bins], so that ranks can sum theirs."""
     parsed = _rule(rule)
     if parsed.adaptive:
-        counts = (backends.fast(x, parsed) or reference).histogram(x, parsed)
+        fast = backends.fast(x, parsed)
+        if fast and not backends.on_gpu(x):
+            counts = fast.histogram(x, fast.compiled_rule(rule))
+        else:
+            counts = (fast or reference).histogram(x, parsed)
     elif parsed.threshold is None and parsed.high is None:
         counts = reference.largest_bin(x, parsed)
     else:
-        return  # this T is none of x's
+        return  # this threshold is none of x's
     histograms[row, : len(counts)] += counts.to(histograms.dtype)
 
 
-@op(["states"])
 def commit_thresholds(states: Tensor) -> None:
-    """Put the T's to come into use: [..., 2], after the layer's backward."""
+    """Put the thresholds to come into use: [..., 2], after the layer's backward."""
     states[..., 0] = states[..., 1]
