@@ -151,18 +151,18 @@ class Compiled:
 
     @staticmethod
     def add_weight_step(counter, position, weight, packed, side):
-        _counted(counter, cpu_counting.count_weight_step, position, weight, None, packed, side)
+        _counted(counter, cpu_counting.count_weight_step, position, weight, None, tuple(packed), side)
 
     @staticmethod
     def add_grid_step(counter, big, small, packed, first):
-        _counted(counter, cpu_counting.count_grid_step, big, small, (None, None), packed, first)
+        _counted(counter, cpu_counting.count_grid_step, big, small, (None, None), tuple(packed), first)
 
 
 def _counted(counter, count, *arguments):
     counters = torch.zeros(1, counting.ROWS, counting.WIDTH, dtype=torch.int64)
     sizes, lanes = torch.zeros(1, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(1, 2, len(MEMBERS)).long()
-    count((counters, sizes, lanes, 0, (1, 2, 3)), *arguments)
-    assert sizes[0, 0].tolist() == [1, 2, 3] and not lanes.any()
+    count(cpu_counting.Counters(counters, sizes, lanes, 0), *arguments)
+    assert sizes[0, 0].all() and not lanes.any()
     counter += counters[0, 0]
 
 

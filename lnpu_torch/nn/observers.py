@@ -81,10 +81,12 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(ctx: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return step(ctx, *args)
-        modes = _get_current_dispatch_mode_stack()
-        watchers = [mode for mode in modes if isinstance(mode, LayerWatcher) and not mode.blind]
-        others = [mode for mode in modes if not isinstance(mode, LayerWatcher)]
-        plain = registry.is_plain(args) and not any(mode.is_infra_mode() for mode in others)
+        modes, plain, watchers, others = _get_current_dispatch_mode_stack(), registry.is_plain(args), [], False
+        for mode in modes:
+            if not isinstance(mode, LayerWatcher):
+                others, plain = True, plain and not mode.is_infra_mode()
+            elif not mode.blind:
+                watchers.append(mode)
         # where nobody else watches, ops need not ask the modes, which would take longer
         skip = torch._C._DisableTorchDispatch() if modes and not others and plain else nullcontext()
         before = _thread.hidden, _thread.opaque

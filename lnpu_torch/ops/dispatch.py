@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,10 +76,19 @@ def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
     return gpu_module(x, gpu) if on_gpu(x) else _module(cpu) if x.device.type == "cpu" else None
 
 
-def dense_loops(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rule)."""
-    loops = _chosen[-1] == "auto" and x.is_cpu and x.dtype == torch.float32 and is_dense(x)
-    return fast(x, rule) if loops else None
+def cpu_loops(x: Tensor) -> Any:
+    """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rounding to nearest)."""
+    if not (x.is_cpu and x.dtype == torch.float32 and _chosen[-1] == "auto"):
+        return None
+    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        return None
+    loops = _module("ops.quantize.cpu")
+    return loops if loops is not None and loops.supports(x, None) else None
+
+
+def counting_loops(sums: Tensor) -> Any:
+    """`ops.pair_counts.cpu`, if its loops take such sums."""
+    return _module("ops.pair_counts.cpu") if sums.is_cpu and _chosen[-1] == "auto" and sums.numel() else None
 
 
 def is_dense(x: Tensor) -> bool:

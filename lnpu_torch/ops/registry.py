@@ -55,4 +55,5 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def is_plain(args: Iterable[Any]) -> bool:
     """Whether all tensors among these are torch's own, of real memory."""
-    return all(type(x) in _PLAIN and (x.is_cpu or x.is_cuda) for x in args if isinstance(x, torch.Tensor))
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return not [x for x in tensors if type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda)]

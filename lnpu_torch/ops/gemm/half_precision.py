@@ -98,12 +98,12 @@ def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form
 
 def round_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
     """A step's fresh result rounded to a format, nearest, overflow to infinity, in another dtype; x may be used up."""
-    module = backends.gpu_module(x)
+    loops = backends.cpu_loops(x) if form == "fp16" else None
+    module = None if loops else backends.gpu_module(x)
     if module is not None and module.rounds_results(x, dtype):
         return module.round_result(x, None, form, dtype)  # type: ignore[no-any-return]
-    fast = backends.dense_loops(x)
-    if fast and form == "fp16":
-        x = fast.round_half(x)
+    if loops:
+        x = loops.round_half(x)
     else:
         x.copy_(reference.round_to(x.to(reference.compute_dtype(x)), FORMATS[form]))
     return x if x.dtype == dtype else x.to(dtype)

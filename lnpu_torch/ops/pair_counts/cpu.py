@@ -20,134 +20,93 @@ Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]
 
 
-class _Sizes(NamedTuple):
-    """What the loops need to know of a geometry: see `count_loops`."""
-
-    big_meets: Array
-    small_meets: Array
-    big_strides: Array
-    small_strides: Array
-    kernel: tuple[int, ...]
-    met: Array
-    slots: int
-    inside: int
-    batch: int
-    big_others: int
-    small_others: int
-    elements: dict[str, int]
-
-
-class _Counters(NamedTuple):
-    """Where a step is counted: a layer's counters, call sizes and lane profiles, the step's place, the call's sizes."""
+class Counters(NamedTuple):
+    """Where a step is counted: a layer's counters, call sizes and lane profiles, and the step's place in them."""
 
     counters: Tensor
     sizes: Tensor
     lanes: Tensor
     step: int
-    call: tuple[int, int, int]
 
-    def addresses(self) -> tuple[int, int, int, tuple[int, int, int]]:
+    def addresses(self) -> tuple[int, int, int]:
         """Of the step's part of each."""
-        step = self.step
+        counters, sizes, lanes, step = self
         return (
-            self.counters.data_ptr() + 8 * step * ROWS * WIDTH,
-            self.sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
-            self.lanes.data_ptr() + 8 * step * 2 * len(MEMBERS),
-            self.call,
+            counters.data_ptr() + 8 * step * ROWS * WIDTH,
+            sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
+            lanes.data_ptr() + 8 * step * 2 * len(MEMBERS),
         )
 
 
 def count_weight_step(
-    state: Sequence[Any],
+    state: Counters,
     position: Tensor,
     weight: Tensor,
     profile: Tensor | None,
-    packed: Sequence[int],
+    packed: tuple[int, ...],
     side: Side,
 ) -> None:
-    """`torch_ops.count_weight_step`; `state`: what a `_Counters` has."""
-    sizes, big = _sizes(tuple(packed)), side == "big"
+    """`torch_ops.count_weight_step`."""
+    call, shape, constants = _weight_step(packed, side)
     position, weight = position.contiguous(), weight.contiguous()
-    elements = (sizes.elements[side], sizes.elements["weight"])
-    numbers = (sizes.slots, sizes.inside, sizes.big_others if big else sizes.small_others, sizes.batch, *elements)
-    meets, strides = (sizes.big_meets, sizes.big_strides) if big else (sizes.small_meets, sizes.small_strides)
-    shared_loops.add_weight_step(
-        team(position.numel()),
-        _Counters(*state).addresses(),
-        position.data_ptr(),
-        weight.data_ptr(),
-        _solid(position.shape[1:]),
-        _address(profile),
-        meets,
-        strides,
-        sizes.met,
-        numbers,
-    )
+    lanes = 0 if profile is None else profile.data_ptr()
+    places = (position.data_ptr(), weight.data_ptr(), shape, lanes)
+    shared_loops.add_weight_step(team(position.numel()), (*state.addresses(), call), *places, *constants)
 
 
 def count_grid_step(
-    state: Sequence[Any],
+    state: Counters,
     big: Sequence[Tensor],
     small: Sequence[Tensor],
     profiles: Sequence[Tensor | None],
-    packed: Sequence[int],
+    packed: tuple[int, ...],
     first: Side,
 ) -> None:
-    """`torch_ops.count_grid_step`; `state`: what a `_Counters` has. The profiles are of first and second operand."""
-    sizes = _sizes(tuple(packed))
-    sides = ("big", "small") if first == "big" else ("small", "big")
-    elements = (sizes.elements[side] for side in sides)
-    numbers = (sizes.slots, sizes.inside, sizes.big_others, sizes.small_others, *elements)
-    in_order = profiles if first == "big" else profiles[::-1]
+    """`torch_ops.count_grid_step`; the profiles are of first and second operand."""
+    call, shapes, samples, constants = _grid_step(packed, first)
     few = big[1].dtype == small[1].dtype == torch.uint8
-    held = [[x.contiguous() for x in grid] for grid in (big, small)]
-    held = held if few else [[position, sample.to(torch.int32)] for position, sample in held]
-    grids = [
-        (
-            position.data_ptr(),
-            _solid(position.shape[1:]),
-            sample.data_ptr(),
-            sample.shape[1] * sample.shape[2],
-            few,
-            _address(lanes),
-        )
-        for (position, sample), lanes in zip(held, in_order, strict=True)
-    ]
-    meets = (sizes.big_meets, sizes.small_meets, sizes.big_strides)
-    state = _Counters(*state).addresses()
-    shared_loops.add_grid_step(team(small[1].numel()), state, *grids, meets, numbers, first == "small")
+    grids, kept = [], []  # as long as their addresses are of use
+    for (position, sample), shape, lanes in zip(
+        (big, small), shapes, profiles[:: 1 if first == "big" else -1], strict=True
+    ):
+        kept += [position.contiguous(), sample.contiguous() if few else sample.to(torch.int32).contiguous()]
+        place = 0 if lanes is None else lanes.data_ptr()
+        grids.append((kept[-2].data_ptr(), shape, kept[-1].data_ptr(), samples, few, place))
+    shared_loops.add_grid_step(team(small[1].numel()), (*state.addresses(), call), *grids, *constants, first == "small")
 
 
-def _solid(shape: torch.Size) -> tuple[int, int, int, int]:
-    """A channel count, and exactly three dimensions after it."""
-    channels, *grid = shape
-    depth, height, width = (*(1,) * (3 - len(grid)), *grid)
-    return channels, depth, height, width
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-@lru_cache(maxsize=1024)
-def _sizes(packed: tuple[int, ...]) -> _Sizes:
+@lru_cache(maxsize=4096)
+def _weight_step(packed: tuple[int, ...], side: Side) -> tuple[Any, ...]:
+    """What the loops need to know of a geometry: sizes of the call, of the grid, and the rest in their order."""
     geometry = Geometry.unpack(packed)
     missing = (1,) * (3 - len(geometry.kernel))
-    kernel, strides = missing + geometry.kernel, missing + geometry.stride
-    return _Sizes(
-        _meets(geometry, "big"),
-        _meets(geometry, "small"),
-        np.asarray(strides, np.int64),
-        np.ones(3, np.int64),
-        kernel,
-        np.asarray(geometry.meetings(), np.int64).reshape(kernel),
-        geometry.slots,
-        geometry.inside,
-        geometry.batch,
-        geometry.small_channels // geometry.groups,
-        geometry.big_channels // geometry.groups,
-        {tensor: geometry.elements(tensor) for tensor in ("big", "small", "weight")},
-    )
+    strides = np.asarray(missing + geometry.stride if side == "big" else (1, 1, 1), np.int64)
+    others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
+    elements = (geometry.elements(side), geometry.elements("weight"))
+    met = np.asarray(geometry.meetings(), np.int64).reshape(missing + geometry.kernel)
+    numbers = (geometry.slots, geometry.inside, others, geometry.batch, *elements)
+    call = geometry.call_sizes(side, "weight")
+    return call, _solid(geometry, side), (_meets(geometry, side), strides, met, numbers)
+
+
+@lru_cache(maxsize=4096)
+def _grid_step(packed: tuple[int, ...], first: Side) -> tuple[Any, ...]:
+    """The same: sizes of the call, of both grids, the number of their samples, and the rest."""
+    geometry = Geometry.unpack(packed)
+    sides: tuple[Side, Side] = ("big", "small") if first == "big" else ("small", "big")
+    others = (geometry.small_channels // geometry.groups, geometry.big_channels // geometry.groups)
+    numbers = (geometry.slots, geometry.inside, *others, *(geometry.elements(side) for side in sides))
+    strides = np.asarray((1,) * (3 - len(geometry.kernel)) + geometry.stride, np.int64)
+    meets = (_meets(geometry, "big"), _meets(geometry, "small"), strides)
+    shapes = (_solid(geometry, "big"), _solid(geometry, "small"))
+    return geometry.call_sizes(*sides), shapes, geometry.batch * geometry.groups, (meets, numbers)
+
+
+def _solid(geometry: Geometry, side: Side) -> tuple[int, int, int, int]:
+    """A grid's channels, and exactly three dimensions after them."""
+    _, channels, *grid = geometry.shape(side)
+    depth, height, width = (*(1,) * (3 - len(grid)), *grid)
+    return channels, depth, height, width
 
 
 def _meets(geometry: Geometry, side: Side) -> Array:

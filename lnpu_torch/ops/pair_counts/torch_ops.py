@@ -31,13 +31,13 @@ def count_weight_step(
         sizes: int64 [steps, SIZES + 1, 3], on the host.
         lanes: int64 [steps, operands, MEMBERS].
     """
-    call, module = _call_sizes(tuple(geometry), side, "weight"), _counting(position)
-    if position.is_cpu and module is not None and not backends.on_gpu(position):
-        state = (counters, sizes, lanes, step, call)
-        module.count_weight_step(state, position, weight, profile, geometry, side)
+    loops = backends.counting_loops(position)
+    if loops:
+        state = loops.Counters(counters, sizes, lanes, step)
+        loops.count_weight_step(state, position, weight, profile, tuple(geometry), side)
         return
-    row = counting.row_of(sizes[step], call)
-    (module or counting).add_weight_step(counters[step, row], position, weight, geometry, side)
+    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), side, "weight"))
+    _counting(position).add_weight_step(counters[step, row], position, weight, geometry, side)
     _add_lanes(lanes, step, profile)
 
 
@@ -54,14 +54,14 @@ def count_grid_step(
     first: str,
 ) -> None:
     """Count a step by `counting.grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
-    second = "small" if first == "big" else "big"
-    call, module = _call_sizes(tuple(geometry), first, second), _counting(big[0])
-    if big[0].is_cpu and module is not None and not backends.on_gpu(big[0]):
-        state, profiles = (counters, sizes, lanes, step, call), (first_profile, second_profile)
-        module.count_grid_step(state, big, small, profiles, geometry, first)
+    loops = backends.counting_loops(big[0])
+    if loops:
+        state, profiles = loops.Counters(counters, sizes, lanes, step), (first_profile, second_profile)
+        loops.count_grid_step(state, big, small, profiles, tuple(geometry), first)
         return
-    row = counting.row_of(sizes[step], call)
-    (module or counting).add_grid_step(counters[step, row], big, small, geometry, first)
+    second = "small" if first == "big" else "big"
+    row = counting.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
+    _counting(big[0]).add_grid_step(counters[step, row], big, small, geometry, first)
     _add_lanes(lanes, step, first_profile, second_profile)
 
 
@@ -76,9 +76,9 @@ def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int
     return Geometry.unpack(geometry).call_sizes(first, second)
 
 
-def _counting(sums: Tensor) -> ModuleType | None:
-    """The module that counts a step from such sums, if there is one besides `reference`."""
-    return backends.fast_module(sums, "ops.pair_counts.cpu", "ops.quantize.gpu")
+def _counting(sums: Tensor) -> ModuleType:
+    """The module that counts a step from such sums, if compiled loops do not."""
+    return backends.gpu_module(sums) or counting
 
 
 def count_not_run(counters: Tensor, step: int, slots: int) -> None:

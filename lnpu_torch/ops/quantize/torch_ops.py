@@ -75,14 +75,15 @@ def round_and_count(
         wanted: values in `reference.compute_dtype(x)`; in binary16; counts by sample; a lane profile.
         joined: whether the profile's runs go on from sample to sample.
     """
+    rounded: Rounded
+    loops = backends.cpu_loops(x) if seed is None else None
+    if loops:
+        return loops.quantize_operand(x, loops.compiled_rule(rule), int(threshold), layout, wanted, joined, False)[1]  # type: ignore[no-any-return]
     x, parsed = x.contiguous(memory_format=backends.memory_format(x)), _rule(rule)
     fast = backends.fast(x, parsed)
     if fast and not backends.on_gpu(x):
-        rounded: Rounded
-        _, rounded = fast.quantize_operand(
-            x.float(), fast.compiled_rule(rule), int(threshold), layout, wanted, joined, False
-        )
-        return rounded
+        arguments = (fast.compiled_rule(rule), int(threshold), layout, wanted, joined, False)
+        return fast.quantize_operand(x.float(), *arguments)[1]  # type: ignore[no-any-return]
     if fast:
         rounded = fast.quantize(x, parsed, threshold, seed, stream, layout, (*wanted[:3], wanted[3] and not joined))
     else:
@@ -111,8 +112,7 @@ def quantize_operand(
     training: bool,
 ) -> tuple[Tensor, Rounded]:
     """`next_threshold`, and by that threshold `round_and_count`, in one. The row is also the stream of random bits."""
-    x = x.contiguous(memory_format=backends.memory_format(x))
-    loops = backends.dense_loops(x, _rule(rule))
+    loops = backends.cpu_loops(x) if seed is None else None
     if loops:
         state = states.numpy()[row]
         current, compiled = int(state[0]), loops.compiled_rule(rule)
