@@ -10,17 +10,15 @@ which goals are met. The exit status is 1 if anything failed or differed, 2 with
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gpu
 import torch
 from copies import with_casts
+from memory import growth, peak_in_a_process, resident
 from peers import add_option, installed
 from rows import add_options, alternate, cpu_name, origin, ratio, write
 from torch import nn
@@ -74,7 +72,9 @@ def cpu_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 compiled: Any = torch.compile(variant(name, precision), fullgraph=True)
                 models[which] = compiled
         times = alternate({which: stepper(model, batch) for which, model in models.items()}, options.repeats)
-        peaks = {which: peak_in_a_process(name, which, batch, options) for which in ("float32", "emulated")}
+        flags = ["--models", name, "--batch", str(batch), "--precision", options.precision]
+        both = ("float32", "emulated")
+        peaks = {which: peak_in_a_process(__file__, "--memory-of", which, *flags) for which in both}
         over_float32, spread = ratio(times, "emulated", "float32")
         yield {
             "name": f"step {name} {options.precision}",
@@ -139,18 +139,6 @@ def counting_share(model: nn.Module, batch: int) -> float:
     return round(1 - statistics.median(without / counted for without, counted in pairs), 4)
 
 
-def peak_in_a_process(name: str, which: str, batch: int, options: argparse.Namespace) -> int:
-    """Bytes at the peak of three steps in a process of its own, whose freed blocks go back to the system at once.
-
-    Else the peak would be that of the allocator's gaps, which differ by a third from run to run.
-    """
-    command = [sys.executable, __file__, "--memory-of", which, "--models", name, "--batch", str(batch)]
-    command += ["--precision", options.precision]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout)
-
-
 def peak_of_one_variant(options: argparse.Namespace) -> int:
     """The most resident memory of three steps, less what the process had before the model was built."""
     warm = stepper(variant("resnet18_cifar", options.precision), 2)
@@ -159,15 +147,7 @@ def peak_of_one_variant(options: argparse.Namespace) -> int:
     before = resident("VmRSS")
     precision = options.precision if options.memory_of == "emulated" else None
     step = stepper(variant(options.models[0], precision), options.batch)
-    for _ in range(3):
-        step()
-    return resident("VmHWM") - before
-
-
-def resident(what: str) -> int:
-    """Bytes of resident memory now (VmRSS) or at the most (VmHWM); getrusage's would include the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) * 1024
+    return growth(before, step)
 
 
 if __name__ == "__main__":

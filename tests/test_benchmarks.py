@@ -54,6 +54,32 @@ def check_section(gpu, name, monkeypatch):
     json.dumps(rows)
 
 
+def test_the_zoo_measures_a_network(monkeypatch, capsys):
+    import zoo
+
+    monkeypatch.setattr(zoo, "peak_in_a_process", lambda script, *flags: max(1, zoo.peak_of(flags[3], flags[1], False)))
+    monkeypatch.setattr(sys, "argv", ["zoo.py", "--json", "--only", "lenet", "--rounds", "2"])
+    zoo.main()
+    network, mean, *layers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert network["name"] == "lenet" and all(network["ms"][name] > 0 for name in zoo.VARIANTS)
+    assert all(network[name] == mean[name] > 0 for name in zoo.RATIOS), "one network is its own geometric mean"
+    assert [row["name"] for row in layers] == ["tiny Conv2d", "tiny Linear"]
+    assert all(row["python_calls"] > 0 for row in layers)
+
+
+def test_the_peer_casts_each_operand_once(monkeypatch):
+    import float8_peer
+
+    cast, seen = float8_peer.cast, []
+    monkeypatch.setattr(float8_peer, "cast", lambda x: seen.append(tuple(x.shape)) or cast(x))
+    layers = torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(3, 4)
+    model = float8_peer.with_float8_casts(torch.nn.Sequential(*layers))
+    model(torch.randn(1, 2, 2, 2)).sum().backward()
+    of_conv, of_linear = [(1, 2, 2, 2), (3, 2, 2, 2), (1, 3, 1, 1)], [(1, 3), (4, 3), (1, 4)]
+    assert sorted(seen) == sorted(of_conv + of_linear)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def every(gpu, run, limit_s=100.0):
     return list(gpu.every(["check a", "check b"], ["step c", "time d"], run, limit_s))
 
