@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import checks
@@ -36,7 +35,6 @@ BURST_S = 4e-3
 """A measurement repeats its operation until it takes about this long, so that launching costs nothing."""
 CACHED = 2**27
 """Bytes up to which a tensor and its results may stay in a GPU's L2 cache, whose speed is not that of its memory."""
-ZEROS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 def main() -> int:
@@ -137,13 +135,6 @@ def count(place: Place) -> Rows:
         yield {"name": f"grid_step {name}", **compare(ours, plain, place, "ratio_to_torch")}
 
 
-def blocks_of_zeros(rows: int, columns: int, share: float, place: Place) -> Tensor:
-    """A matrix in which a share of the blocks of 128 by 64, the kernel's own, is zero."""
-    x = torch.randn(rows // 128, 128, columns // 64, 64, device=place.device, dtype=torch.float16)
-    x *= torch.rand(rows // 128, 1, columns // 64, 1, device=place.device) >= share
-    return x.reshape(rows, columns)
-
-
 def matmul(place: Place) -> Rows:
     from lnpu_torch.kernels import matmul as kernels
 
@@ -153,40 +144,6 @@ def matmul(place: Place) -> Rows:
     for chunk in (None, 16, 64, 128):
         ours = partial(kernels.matmul, a, b, chunk=chunk, dtype=torch.float16)
         yield {"name": f"matmul {size}^3 chunk {chunk}", **compare(ours, plain, place, "ratio_to_torch")}
-    yield from skipping(
-        f"matmul {size}^3 skipping",
-        lambda share: blocks_of_zeros(size, size, share, place),
-        lambda x: partial(kernels.matmul, x, b, skip=True, dtype=torch.float16),
-        lambda x: partial(torch.matmul, x, b),
-        place,
-    )
-
-
-def skipping(
-    name: str,
-    operand: Callable[[float], Tensor],
-    ours: Callable[[Tensor], Operation],
-    plain: Callable[[Tensor], Operation],
-    place: Place,
-) -> Rows:
-    """A row for each share of zero blocks, and the share from which on skipping wins over torch."""
-    ratios = []
-    for share in ZEROS:
-        x = operand(share)
-        row = compare(ours(x), plain(x), place, "ratio_to_torch")
-        ratios.append((share, row["ratio_to_torch"]))
-        yield {"name": name, "zero_blocks": share, **row}
-    yield {"name": f"{name} wins", "wins_from_zero_blocks": wins_from(ratios)}
-
-
-def wins_from(ratios: list[tuple[float, float]]) -> float | None:
-    """The share at which the ratio falls below 1, between its neighbours in a straight line; None if it never does."""
-    if ratios[0][1] < 1:
-        return ratios[0][0]
-    for (before, above), (after, below) in pairwise(ratios):
-        if below < 1 <= above:
-            return round(before + (after - before) * (above - 1) / (above - below), 3)
-    return None
 
 
 def convolution(place: Place) -> Rows:
@@ -199,26 +156,11 @@ def convolution(place: Place) -> Rows:
         steps = checks.step_operands(g, make)
         for step, operands in steps.items():
             plain = torch_convolution(step, g, *steps["small_from_big"], steps["big_from_small"][0])
-            for chunk, skip in ((None, False), (None, True), (64, False)):
-                options = {"chunk": chunk, "skip": skip, "dtype": torch.float16}
+            for chunk in (None, 64):
+                options = {"chunk": chunk, "dtype": torch.float16}
                 ours = partial(getattr(kernels, step), *operands, g.pack(), **options)
-                label = f"{step} {name} chunk {chunk}{' skipping' * skip}"
+                label = f"{step} {name} chunk {chunk}"
                 yield {"name": label, **compare(ours, plain, place, "ratio_to_torch")}
-    name, g = next(iter(sizes(place).geometries.items()))
-    weight = checks.step_operands(g, make)["small_from_big"][1]
-    yield from skipping(
-        f"small_from_big {name} skipping",
-        lambda share: empty_images(g, share, place),
-        lambda x: partial(kernels.small_from_big, x, weight, g.pack(), skip=True, dtype=torch.float16),
-        lambda x: torch_convolution("small_from_big", g, x, weight, None),
-        place,
-    )
-
-
-def empty_images(g: Geometry, share: float, place: Place) -> Tensor:
-    """A big grid in channels_last, a share of whose images is zero throughout."""
-    x = checks.activations(g.batch, g.big_channels, *g.big, place=place, dtype=torch.float16, last=True)
-    return x.mul_(torch.rand(g.batch, 1, 1, 1, device=place.device) >= share)
 
 
 def torch_convolution(step: str, g: Geometry, big: Tensor, weight: Tensor, small: Tensor | None) -> Operation:

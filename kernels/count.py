@@ -9,77 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lnpu_torch.kernels.geometry import in_dims
 from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 
 WIDTH = 19
 """Integers of a counter: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
 TILE = 1024
 PROGRAMS = 256
 """For each step: two for each multiprocessor of an H100, not yet measured."""
-
-
-class Sizes(NamedTuple):
-    """`geometry.Geometry` as the kernels see it: three dimensions, the first ones 1 where a convolution has fewer."""
-
-    batch: int
-    big_channels: int
-    small_channels: int
-    groups: int
-    big: tuple[int, int, int]
-    small: tuple[int, int, int]
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    dilation: tuple[int, int, int]
-
-    @property
-    def per_offset(self) -> int:
-        return self.batch * self.small_channels * (self.big_channels // self.groups)
-
-    @property
-    def slots(self) -> int:
-        return self.per_offset * prod(self.kernel) * prod(self.small)
-
-    @property
-    def inside(self) -> int:
-        """Slots whose big position lies inside the big grid; the dimensions are independent."""
-        return self.per_offset * prod(self._met(d) for d in range(3))
-
-    @property
-    def weights(self) -> int:
-        return self.small_channels * (self.big_channels // self.groups) * prod(self.kernel)
-
-    def _met(self, d: int) -> int:
-        total = 0
-        for offset in range(self.kernel[d]):
-            start = offset * self.dilation[d] - self.padding[d]  # big position of small position 0
-            first = max(0, -(start // self.stride[d]))
-            total += max(0, min(self.small[d] - 1, (self.big[d] - 1 - start) // self.stride[d]) - first + 1)
-        return total
-
-
-@lru_cache(maxsize=512)
-def _sizes(packed: tuple[int, ...]) -> Sizes:
-    """The sizes that `Geometry.pack` lists.
-
-    Raises:
-        ValueError: not such a list, or of more than three dimensions.
-    """
-    dims, rest = divmod(len(packed) - 4, 6)
-    if rest or not 0 <= dims <= 3:
-        raise ValueError(f"{len(packed)} numbers are not the packed geometry of 0 to 3 dimensions")
-    fill = (1, 1, 1, 1, 0, 1)  # big, small, kernel, stride, padding, dilation
-    lists = [packed[4 + i * dims : 4 + (i + 1) * dims] for i in range(6)]
-    batch, big_channels, small_channels, groups = packed[:4]
-    grids = [(value,) * (3 - dims) + part for value, part in zip(fill, lists, strict=True)]
-    return Sizes(batch, big_channels, small_channels, groups, *((a, b, c) for a, b, c in grids))
 
 
 @triton.jit
@@ -173,13 +117,11 @@ def _add(
     tl.atomic_add(counter_ptr + place, row, mask=place < 19, sem="relaxed")
 
 
-@triton.jit
-def _weight_step(
+@triton.jit(do_not_specialize=["position_count", "weight_count", "slots", "inside"])
+def _weight_kernel(
     counter_ptr,
     position_ptr,
     weight_ptr,
-    pid,
-    programs,
     channels,
     others,
     batch,
@@ -202,8 +144,9 @@ def _weight_step(
 ):
     """position [2, channels, *grid] by weight [2, channels, *kernel]; the grid is the big one or the small one.
 
-    A tile is some channels by some small positions under one kernel offset.
+    A tile is some channels by some small positions under one kernel offset. POSITION_STEPS, WEIGHT_STEPS: see `_share`.
     """
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     offsets = kernel[0] * kernel[1] * kernel[2]
     positions = small[0] * small[1] * small[2]
     grid = positions
@@ -255,15 +198,13 @@ def _weight_step(
     )
 
 
-@triton.jit
-def _grid_step(
+@triton.jit(do_not_specialize=["big_count", "small_count", "slots", "inside"])
+def _grid_kernel(
     counter_ptr,
     big_position_ptr,
     big_sample_ptr,
     small_position_ptr,
     small_sample_ptr,
-    pid,
-    programs,
     rows,
     big_channels,
     small_channels,
@@ -289,8 +230,9 @@ def _grid_step(
     """big_sample [2, rows, *big] by small_sample [2, rows, *small], a row being a channel group of a sample.
 
     A tile is some rows by some small positions. What all kernel offsets find in the big grid is summed before it is
-    multiplied, since the small grid's element is the same under every offset.
+    multiplied, since the small grid's element is the same under every offset. BIG_STEPS, SMALL_STEPS: see `_share`.
     """
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     positions = small[0] * small[1] * small[2]
     grid = big[0] * big[1] * big[2]
     position_tiles = tl.cdiv(positions, TILE_P)
@@ -343,172 +285,69 @@ def _grid_step(
     )
 
 
-@triton.jit
-def _add_not_run(counter_ptr, slots):
-    """Add a step that nobody asked for."""
-    place = tl.arange(0, 4)
-    row = tl.where(place == 0, 1, tl.where(place == 2, 0, slots)).to(tl.int64)
-    tl.atomic_add(counter_ptr + place, row, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["position_count", "weight_count", "big_count", "small_count", "slots", "inside"])
-def _steps_kernel(
-    counters_ptr,
-    position_ptr,
-    weight_ptr,
-    big_ptr,
-    big_sample_ptr,
-    small_ptr,
-    small_sample_ptr,
-    states_ptr,
-    weight_programs,
-    grid_programs,
-    weight_counter,
-    grid_counter,
-    weight_at,
-    big_sample_at,
-    small_sample_at,
-    rows,
-    batch,
-    big_channels,
-    small_channels,
-    groups,
-    big,
-    small,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    position_count,
-    weight_count,
-    big_count,
-    small_count,
-    slots,
-    inside,
-    WEIGHT: tl.constexpr,
-    GRID: tl.constexpr,
-    OF_BIG: tl.constexpr,
-    SMALL_FIRST: tl.constexpr,
-    W_STEPS: tl.constexpr,
-    W_SHARES: tl.constexpr,
-    TILE_C: tl.constexpr,
-    W_TILE_P: tl.constexpr,
-    G_STEPS: tl.constexpr,
-    G_SHARES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    TILE_R: tl.constexpr,
-    G_TILE_P: tl.constexpr,
-):
-    """A step that multiplies a grid by the weight, one that multiplies the two grids, or both, of one convolution.
-
-    counters: int64, the steps' own begin at weight_counter and grid_counter. The weight's counts begin at weight_at,
-    the grids' by sample at big_sample_at and small_sample_at of their tensors. states: int32 [rows of T's, 2] of which
-    the T's to come are put into use, or None. The counts are of the operands' elements.
-    WEIGHT, GRID: 0: leave the step out; 1: count it; 2: count it as asked for by nobody. OF_BIG: the weight step's grid
-    is the big one. SMALL_FIRST: the grid step's first operand is the small one. SHARES: see `_share`.
-    """
-    pid = tl.program_id(0)
-    if WEIGHT == 1 and pid < weight_programs:
-        channels, others = small_channels, big_channels // groups
-        if OF_BIG:
-            channels, others = big_channels, small_channels // groups
-        _weight_step(
-            counters_ptr + weight_counter, position_ptr, weight_ptr + weight_at, pid, weight_programs, channels, others,
-            batch, big, small, kernel, stride, padding, dilation, position_count, weight_count, slots, inside,
-            OF_BIG, W_STEPS, W_SHARES[0], W_SHARES[1], TILE_C, W_TILE_P,
-        )  # fmt: skip
-    if GRID == 1 and pid >= weight_programs:
-        _grid_step(
-            counters_ptr + grid_counter, big_ptr, big_sample_ptr + big_sample_at, small_ptr,
-            small_sample_ptr + small_sample_at, pid - weight_programs, grid_programs, rows, big_channels,
-            small_channels, groups, big, small, kernel, stride, padding, dilation, big_count, small_count, slots,
-            inside, SMALL_FIRST, OFFSETS, G_STEPS, G_SHARES[0], G_SHARES[1], TILE_R, G_TILE_P,
-        )  # fmt: skip
-    if pid == 0:
-        if WEIGHT == 2:
-            _add_not_run(counters_ptr + weight_counter, slots)
-        if GRID == 2:
-            _add_not_run(counters_ptr + grid_counter, slots)
-        if states_ptr is not None:
-            row = tl.arange(0, 8)
-            coming = tl.load(states_ptr + 2 * row + 1, mask=row < 6, other=0)
-            tl.store(states_ptr + 2 * row, coming, mask=row < 6)
-
-
-LEFT_OUT, COUNTED, NOT_RUN = 0, 1, 2
-"""What is done with a step: `_steps_kernel`'s WEIGHT and GRID."""
-
-
-class Steps(NamedTuple):
-    """Which of a convolution's steps are counted in one launch, and where their operands' counts lie."""
-
-    geometry: tuple[int, ...]
-    """`Geometry.pack()`"""
-    weight: int = LEFT_OUT
-    grid: int = LEFT_OUT
-    side: str = "big"
-    """which grid the weight step multiplies with the weight"""
-    first: str = "big"
-    """which grid is the grid step's first operand"""
-    weight_counter: int = 0
-    """where the step's counter begins, in integers"""
-    grid_counter: int = 0
-    weight_at: int = 0
-    """where the weight's counts begin"""
-    big_sample_at: int = 0
-    """where a grid's counts by sample begin"""
-    small_sample_at: int = 0
+@lru_cache(maxsize=1024)
+def _weight_launch(packed: tuple[int, ...], side: str, device: torch.device) -> Launch:
+    g = in_dims(packed, 3)
+    channels, others, grid = g.big_channels, g.small_channels // g.groups, prod(g.big)
+    if side == "small":
+        channels, others, grid = g.small_channels, g.big_channels // g.groups, prod(g.small)
+    positions, offsets = prod(g.small), prod(g.kernel)
+    tile_p = min(TILE, power_of_2(positions))
+    tile_c = min(TILE // tile_p, power_of_2(channels))
+    programs, steps = _programs(triton.cdiv(channels, tile_c) * offsets * triton.cdiv(positions, tile_p))
+    return Launch(
+        device,
+        _weight_kernel,
+        (programs,),
+        channels,
+        others,
+        g.batch,
+        *_walk(g),
+        g.batch * channels * grid,
+        g.elements("weight"),
+        g.slots,
+        g.inside,
+        OF_BIG=side == "big",
+        STEPS=steps,
+        POSITION_STEPS=_share(channels * grid, programs),
+        WEIGHT_STEPS=_share(channels * offsets, programs),
+        TILE_C=tile_c,
+        TILE_P=tile_p,
+    )
 
 
 @lru_cache(maxsize=1024)
-def steps_launch(steps: Steps, device: torch.device) -> Launch:
-    """The launch that counts steps; its tensors are `_steps_kernel`'s, None where a step is not counted.
-
-    Raises:
-        ValueError: no such side, or a geometry of more than three dimensions.
-    """
-    sizes = _sizes(steps.geometry)
-    _check_side("side", steps.side)
-    _check_side("first", steps.first)
-    grids = {"big": prod(sizes.big), "small": prod(sizes.small)}
-    all_channels = {"big": sizes.big_channels, "small": sizes.small_channels}
-    channels, grid, positions = all_channels[steps.side], grids[steps.side], grids["small"]
-    offsets, rows = prod(sizes.kernel), sizes.batch * sizes.groups
+def _grid_launch(packed: tuple[int, ...], first: str, device: torch.device) -> Launch:
+    g = in_dims(packed, 3)
+    rows, positions = g.batch * g.groups, prod(g.small)
     tile_p = min(TILE, power_of_2(positions))
-    tile_c, tile_r = (min(TILE // tile_p, power_of_2(size)) for size in (channels, rows))
-    position_tiles = triton.cdiv(positions, tile_p)
-    weight_programs, weight_steps = _programs(triton.cdiv(channels, tile_c) * offsets * position_tiles)
-    grid_programs, grid_steps = _programs(triton.cdiv(rows, tile_r) * position_tiles)
-    weight_programs *= steps.weight == COUNTED
-    grid_programs *= steps.grid == COUNTED
+    tile_r = min(TILE // tile_p, power_of_2(rows))
+    programs, steps = _programs(triton.cdiv(rows, tile_r) * triton.cdiv(positions, tile_p))
     return Launch(
         device,
-        _steps_kernel,
-        (max(1, weight_programs + grid_programs),),
-        weight_programs,
-        grid_programs,
-        *steps[5:],
+        _grid_kernel,
+        (programs,),
         rows,
-        *sizes,
-        sizes.batch * channels * grid,
-        sizes.weights,
-        *(sizes.batch * all_channels[side] * grids[side] for side in ("big", "small")),
-        sizes.slots,
-        sizes.inside,
-        WEIGHT=steps.weight,
-        GRID=steps.grid,
-        OF_BIG=steps.side == "big",
-        SMALL_FIRST=steps.first == "small",
-        W_STEPS=weight_steps,
-        W_SHARES=(_share(channels * grid, weight_programs), _share(channels * offsets, weight_programs)),
-        TILE_C=tile_c,
-        W_TILE_P=tile_p,
-        G_STEPS=grid_steps,
-        G_SHARES=tuple(_share(all_channels[side] * grids[side], grid_programs) for side in ("big", "small")),
-        OFFSETS=offsets if steps.grid == COUNTED else 1,
+        g.big_channels,
+        g.small_channels,
+        g.groups,
+        *_walk(g),
+        g.elements("big"),
+        g.elements("small"),
+        g.slots,
+        g.inside,
+        SMALL_FIRST=first == "small",
+        OFFSETS=prod(g.kernel),
+        STEPS=steps,
+        BIG_STEPS=_share(g.big_channels * prod(g.big), programs),
+        SMALL_STEPS=_share(g.small_channels * positions, programs),
         TILE_R=tile_r,
-        G_TILE_P=tile_p,
+        TILE_P=tile_p,
     )
+
+
+def _walk(g: Geometry) -> tuple[tuple[int, ...], ...]:
+    return g.big, g.small, g.kernel, g.stride, g.padding, g.dilation
 
 
 def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
@@ -525,13 +364,10 @@ def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry:
         TypeError, ValueError: wrong dtypes, shapes, devices or side; RuntimeError: not on a GPU.
     """
     _check_side("side", side)
-    sizes = _sizes(tuple(geometry))
-    channels, grid = sizes.big_channels, prod(sizes.big)
-    if side == "small":
-        channels, grid = sizes.small_channels, prod(sizes.small)
-    _check(counter, position=(position, 2 * channels * grid), weight=(weight, 2 * channels * prod(sizes.kernel)))
-    launch = steps_launch(Steps(tuple(geometry), weight=COUNTED, side=side), counter.device)
-    launch(counter, position.contiguous(), weight.contiguous(), *[None] * 5)
+    g = in_dims(tuple(geometry), 3)
+    channels, grid = (g.big_channels, prod(g.big)) if side == "big" else (g.small_channels, prod(g.small))
+    _check(counter, position=(position, 2 * channels * grid), weight=(weight, 2 * channels * prod(g.kernel)))
+    _weight_launch(tuple(geometry), side, counter.device)(counter, position.contiguous(), weight.contiguous())
 
 
 def add_grid_step(
@@ -550,17 +386,17 @@ def add_grid_step(
         TypeError, ValueError: wrong dtypes, shapes, devices or side; RuntimeError: not on a GPU.
     """
     _check_side("first", first)
-    sizes = _sizes(tuple(geometry))
-    rows, grids = sizes.batch * sizes.groups, (prod(sizes.big), prod(sizes.small))
+    g = in_dims(tuple(geometry), 3)
+    rows, grids = g.batch * g.groups, (prod(g.big), prod(g.small))
     _check(
         counter,
-        big_position=(big[0], 2 * sizes.big_channels * grids[0]),
+        big_position=(big[0], 2 * g.big_channels * grids[0]),
         big_sample=(big[1], 2 * rows * grids[0]),
-        small_position=(small[0], 2 * sizes.small_channels * grids[1]),
+        small_position=(small[0], 2 * g.small_channels * grids[1]),
         small_sample=(small[1], 2 * rows * grids[1]),
     )
-    launch = steps_launch(Steps(tuple(geometry), grid=COUNTED, first=first), counter.device)
-    launch(counter, None, None, *(part.contiguous() for side in (big, small) for part in side), None)
+    launch = _grid_launch(tuple(geometry), first, counter.device)
+    launch(counter, *(part.contiguous() for side in (big, small) for part in side))
 
 
 def _programs(tiles: int) -> tuple[int, int]:
@@ -571,7 +407,7 @@ def _programs(tiles: int) -> tuple[int, int]:
 
 def _share(count: int, programs: int) -> int:
     """Tiles of a tensor that each program sums, rounded up so that there are few variants to compile."""
-    return power_of_2(triton.cdiv(count, TILE * programs)) if count and programs else 0
+    return power_of_2(triton.cdiv(count, TILE * programs)) if count else 0
 
 
 def _check_side(name: str, side: str) -> None:

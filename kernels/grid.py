@@ -35,10 +35,10 @@ from lnpu_torch.kernels.rounding import (
 GRID = Config(block=4096, warps=4, per_processor=3, longest=64)
 """32 elements a thread: 64 to 128 bytes under way. Chosen by reasoning, not yet by measurement."""
 CHANNELS = 64
-"""Channels of a block of which `round_grid` tells whether anything is in it; as wide as `matmul`'s tiles."""
+"""Channels of a tile where memory runs along them."""
 
-Wanted = tuple[bool, bool, bool, bool, bool]
-"""float32 values, float16 values, counts by sample, blocks, runs"""
+Wanted = tuple[bool, bool, bool, bool]
+"""float32 values, float16 values, counts by sample, runs"""
 
 
 @triton.jit
@@ -47,11 +47,9 @@ def _grid_kernel(
     single_ptr,
     half_ptr,
     sums_ptr,
-    blocks_ptr,
     runs_ptr,
     threshold_ptr,
     seed_ptr,
-    place,
     stream,
     rows,
     group_size,
@@ -75,7 +73,6 @@ def _grid_kernel(
     TILE_GROUPS: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_S: tl.constexpr,
-    CHANNELS: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """Rounds a grid [row groups * rows, groups * group size, space], and counts over rows, over channels, or both.
@@ -87,9 +84,8 @@ def _grid_kernel(
 
     x: floats, bfloat16 as int16, or groups as uint8. single, half: where the values go, as float32 and binary16, at x's
     offsets; either or both may be None. sums: the counts over rows [2, row groups, channels, space], then, if SAMPLE,
-    those over channels [2, rows, groups, space]. blocks: uint8 [rows, blocks of CHANNELS channels, space], or None; bit
-    0: a block has a non-zero; bit 1: it has an infinity or NaN. runs: uint8 [rows, channels, runs of 16 positions], the
-    non-zeros of each, or None; RUN: 16, or all of a shorter tile. threshold: the T is its element `place`.
+    those over channels [2, rows, groups, space]. runs: uint8 [rows, channels, runs of 16 positions], the non-zeros of
+    each, or None; RUN: 16, or all of a shorter tile.
     POSITION_SHARED, SAMPLE_SHARED: several programs have a part in each count; they add to it.
     TILE_GROUPS: channel groups in a tile; if one, a group takes `group_tiles` tiles.
     UNITS: what group_size, space and the strides are multiples of; they come divided by it, so that the compiler
@@ -124,7 +120,7 @@ def _grid_kernel(
     sample_ptr = sums_ptr + tl.cast(row_groups, tl.int64) * 2 * channels * space
     threshold = 0
     if threshold_ptr is not None:
-        threshold = tl.load(threshold_ptr + place)
+        threshold = tl.load(threshold_ptr)
     over_rows = tl.zeros((TILE_C, TILE_S), tl.int32)
     for i in range(ROWS):
         row = tl.cast(row_group, tl.int64) * rows + first_row + i
@@ -144,16 +140,6 @@ def _grid_kernel(
             if half_ptr is not None:
                 tl.store(half_ptr + row * row_stride + offsets, q.to(tl.float16), mask=inside)
             found = tl.where(q != 0, tl.where(small, 1, 1 << 16), 0)
-            if blocks_ptr is not None:
-                PARTS: tl.constexpr = TILE_C // CHANNELS
-                part = first_channel // CHANNELS + tl.arange(0, PARTS)
-                largest = tl.where(inside, (q.to(tl.float16).to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32), 0)
-                largest = tl.max(tl.reshape(largest, (PARTS, CHANNELS, TILE_S)), axis=1)
-                flags = (largest > 0).to(tl.int32) | ((largest >= 0x7C00).to(tl.int32) << 1)
-                blocks = tl.cdiv(channels, CHANNELS)
-                at = blocks_ptr + (row * blocks + part[:, None]) * space + s[None, :]
-                there = (part * CHANNELS < end)[:, None] & (s < space)[None, :] & (first_row + i < rows)
-                tl.store(at, flags.to(tl.uint8), mask=there)
             if runs_ptr is not None:
                 lengths = tl.sum(tl.reshape((found != 0).to(tl.int32), (TILE_C, TILE_S // RUN, RUN)), axis=2)
                 run = pid % space_tiles * (TILE_S // RUN) + tl.arange(0, TILE_S // RUN)
@@ -195,9 +181,6 @@ class Rounded(NamedTuple):
     """`counting.per_position(groups, share)`: int32 [2, N / share, C, *grid]"""
     sample: Tensor | None
     """`counting.per_sample(groups, channel_groups)`: int32 [2, N, g, *grid]"""
-    blocks: Tensor | None
-    """What is in each position's blocks of CHANNELS channels: uint8 [N, blocks, *grid]; bit 0: a non-zero; bit 1: an
-    infinity or NaN."""
     runs: Tensor | None
     """`lanes.runs_of` the values: uint8 [N, C, ceil(positions / 16)]"""
 
@@ -213,7 +196,6 @@ def quantize_grid(
     single: bool = False,
     half: bool = True,
     sample: bool = True,
-    blocks: bool = False,
     runs: bool = False,
     seed: Tensor | None = None,
     stream: int = 0,
@@ -225,75 +207,27 @@ def quantize_grid(
         channel_groups: of the convolution; divides C.
         single, half: whether the values are wanted as float32, as binary16, or both.
         sample: whether counts by sample are wanted.
-        blocks: whether it is wanted what is in blocks of channels; see `has_blocks`.
         runs: whether the non-zeros of runs of positions are wanted.
 
     Raises:
-        As `quantize`; ValueError also for a share or number of groups that does not divide, for blocks of a grid that
-        has none, or without `half`, and for runs of a tensor without a grid.
+        As `quantize`; ValueError also for a share or number of groups that does not divide, and for runs of a tensor
+        without a grid.
     """
-    wanted = {"single": single, "half": half, "sample": sample, "blocks": blocks, "runs": runs}
-    rounded = round_grid(x, threshold, 0, low, high, share, channel_groups, **wanted, seed=seed, stream=stream)
-    return Rounded(rounded.single, rounded.half, *rounded.split(), rounded.blocks, rounded.runs)
-
-
-class Grid(NamedTuple):
-    """`Rounded` with its counts as they lie in memory: those by position, then those by sample."""
-
-    single: Tensor | None
-    half: Tensor | None
-    sums: Tensor
-    blocks: Tensor | None
-    runs: Tensor | None
-    plan: GridPlan
-
-    def split(self) -> tuple[Tensor, Tensor | None]:
-        """The counts by position, and those by sample if there are any."""
-        position, sample, at = self.plan.position, self.plan.sample, self.plan.sample_at
-        by_sample = None if sample is None else self.sums[at:].view(sample)
-        return self.sums[:at].view(position), by_sample
-
-
-def round_grid(
-    x: Tensor,
-    thresholds: Tensor,
-    place: int,
-    low: str | None,
-    high: str | None,
-    share: int,
-    channel_groups: int,
-    *,
-    single: bool = False,
-    half: bool = True,
-    sample: bool = True,
-    blocks: bool = False,
-    runs: bool = False,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> Grid:
-    """`quantize_grid` by the T that stands at a place of `thresholds`, with the counts as they lie in memory."""
-    wanted = (single, half, sample, blocks, runs)
-    constants = (low, high, share, channel_groups, wanted, seed is not None, stream, place, GRID, processors(x.device))
+    wanted = (single, half, sample, runs)
+    constants = (low, high, share, channel_groups, wanted, seed is not None, stream, GRID, processors(x.device))
     plan = _grid_plan(x.shape, x.stride(), x.dtype, x.device, *constants)
-    if thresholds.dtype != torch.int32 or thresholds.device != x.device or seed is not None:
-        check_keys(x, thresholds, seed)
+    if threshold.dtype != torch.int32 or threshold.device != x.device or seed is not None:
+        check_keys(x, threshold, seed)
     if plan.fallback:
-        return _grid_in_steps(x, thresholds, plan, low, high, share, channel_groups, wanted, seed, stream, place)
+        return _grid_in_steps(x, threshold, low, high, share, channel_groups, wanted, seed, stream)
     x = torch.empty_like(x).copy_(x) if plan.copied else x
     floats = torch.empty_like(x, dtype=torch.float32) if single else None
     halves = torch.empty_like(x, dtype=torch.float16) if half else None
-    flags = torch.empty(plan.blocks, dtype=torch.uint8, device=x.device) if plan.blocks is not None else None
     lengths = torch.empty(plan.runs, dtype=torch.uint8, device=x.device) if plan.runs is not None else None
-    # Counts to be added to start from zero; counts that are written once need no start.
-    sums = (torch.zeros if plan.shared else torch.empty)(plan.size, dtype=torch.int32, device=x.device)
+    sums = plan.empty_sums(x.device)
     if plan.launch is not None:
-        plan.launch(readable(x), floats, halves, sums, flags, lengths, thresholds, seed)
-    return Grid(floats, halves, sums, flags, lengths, plan)
-
-
-def has_blocks(channels: int, channel_groups: int) -> bool:
-    """Whether a grid is made of blocks of CHANNELS channels (or, with fewer channels and one group, is one block)."""
-    return channel_groups == 1 or (channels // channel_groups) % CHANNELS == 0
+        plan.launch(readable(x), floats, halves, sums, lengths, threshold, seed)
+    return Rounded(floats, halves, *plan.split(sums), lengths)
 
 
 def grid_sums(x: Tensor, share: int, channel_groups: int, *, sample: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -306,13 +240,13 @@ def grid_sums(x: Tensor, share: int, channel_groups: int, *, sample: bool = True
     check_dtype((torch.uint8, *FLOATS), x=x)
     check_device(x=x)
     x = x if _grid_strides(x.shape, x.stride()) is not None else x.contiguous()
-    wanted = (False, False, sample, False, False)
-    constants = (None, None, share, channel_groups, wanted, False, 0, 0, GRID, processors(x.device))
+    wanted = (False, False, sample, False)
+    constants = (None, None, share, channel_groups, wanted, False, 0, GRID, processors(x.device))
     plan = _grid_plan(x.shape, x.stride(), x.dtype, x.device, *constants)
-    sums = (torch.zeros if plan.shared else torch.empty)(plan.size, dtype=torch.int32, device=x.device)
+    sums = plan.empty_sums(x.device)
     if plan.launch is not None:
-        plan.launch(readable(x), None, None, sums, None, None, None, None)
-    return Grid(None, None, sums, None, None, plan).split()
+        plan.launch(readable(x), None, None, sums, None, None, None)
+    return plan.split(sums)
 
 
 def _check_layout(shape: torch.Size, share: int, channel_groups: int) -> None:
@@ -336,14 +270,13 @@ def _grid_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int
 
 
 class GridPlan(NamedTuple):
-    """What `round_grid` does for tensors of one shape and dtype: memory for the results, and the launch."""
+    """What `quantize_grid` does for tensors of one shape and dtype: memory for the results, and the launch."""
 
     position: tuple[int, ...]
     sample: tuple[int, ...] | None
     sample_at: int
     """Where counts by sample begin, after those by position."""
     size: int
-    blocks: tuple[int, ...] | None
     runs: tuple[int, ...] | None
     shared: bool
     """Whether counts are added to, and so start from zero."""
@@ -353,6 +286,15 @@ class GridPlan(NamedTuple):
     """Whether memory runs in an order in which no tile serves both sums."""
     launch: Launch | None
     """None if there is nothing to do."""
+
+    def empty_sums(self, device: torch.device) -> Tensor:
+        """Memory for the counts. Those to be added to start from zero; those that are written once need no start."""
+        return (torch.zeros if self.shared else torch.empty)(self.size, dtype=torch.int32, device=device)
+
+    def split(self, sums: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The counts by position, and those by sample if there are any."""
+        by_sample = None if self.sample is None else sums[self.sample_at :].view(self.sample)
+        return sums[: self.sample_at].view(self.position), by_sample
 
 
 @lru_cache(maxsize=1024)
@@ -368,19 +310,16 @@ def _grid_plan(
     wanted: Wanted,
     stochastic: bool,
     stream: int,
-    place: int,
     config: Config,
     processors: int,
 ) -> GridPlan:
     """Without values wanted, x is only counted."""
-    single, half, sample, blocks, runs = wanted
+    single, half, sample, runs = wanted
     rounds, copied = single or half or low is not None or high is not None, False
     check_dtype(FLOATS if rounds else (torch.uint8, *FLOATS), x=dtype)
     check_runs(device)
     formats = check_formats(low, high, half) if rounds else Formats.of(None, None)
     _check_layout(shape, share, channel_groups)
-    if blocks and not (half and has_blocks(shape[1], channel_groups)):
-        raise ValueError(f"{shape[1]} channels in {channel_groups} groups have no blocks of {CHANNELS} in float16")
     if runs and len(shape) < 3:
         raise ValueError(f"{list(shape)} has no grid along which to run: see `lanes.runs_of`")
     if rounds:
@@ -390,9 +329,8 @@ def _grid_plan(
     position = (2, batch // share if share else 1, channels, *grid)
     by_sample = (2, batch, channel_groups, *grid) if sample else None
     sizes = prod(position), prod(by_sample) if by_sample else 0
-    flags = (batch, triton.cdiv(channels, CHANNELS), *grid) if blocks else None
     lengths = (batch, channels, triton.cdiv(prod(grid), RUN)) if runs else None
-    plan = GridPlan(position, by_sample, sizes[0], sum(sizes), flags, lengths, True, copied, False, None)
+    plan = GridPlan(position, by_sample, sizes[0], sum(sizes), lengths, True, copied, False, None)
     if not shape.numel():
         return plan
     strides = _grid_strides(shape, stride)
@@ -400,7 +338,7 @@ def _grid_plan(
         return plan._replace(fallback=True)
     space, group_size = prod(grid), channels // channel_groups
     last = strides[1] == 1 and channels > 1
-    tile_groups, tile_c, tile_s = _tile(channels, group_size, space, config.block, last or blocks)
+    tile_groups, tile_c, tile_s = _tile(channels, group_size, space, config.block, last)
     group_tiles = triton.cdiv(group_size, tile_c) if tile_groups == 1 else 1
     channel_tiles = channel_groups * group_tiles if tile_groups == 1 else triton.cdiv(channels, tile_c)
     space_tiles = triton.cdiv(space, tile_s)
@@ -415,7 +353,6 @@ def _grid_plan(
         device,
         _grid_kernel,
         (space_tiles * channel_tiles * chunks * (batch // share),),
-        place,
         stream,
         share,
         group_units,
@@ -436,7 +373,6 @@ def _grid_plan(
         TILE_GROUPS=tile_groups,
         TILE_C=tile_c,
         TILE_S=tile_s,
-        CHANNELS=min(tile_c, CHANNELS),
         RUN=min(tile_s, RUN),
         num_warps=config.warps,
     )
@@ -445,8 +381,7 @@ def _grid_plan(
 
 def _grid_in_steps(
     x: Tensor,
-    thresholds: Tensor,
-    plan: GridPlan,
+    threshold: Tensor,
     low: str | None,
     high: str | None,
     share: int,
@@ -454,25 +389,15 @@ def _grid_in_steps(
     wanted: Wanted,
     seed: Tensor | None,
     stream: int,
-    place: int,
-) -> Grid:
-    """`round_grid` where memory runs in an order in which no tile serves both sums: those are taken of the groups."""
-    single, half, sample, blocks, runs = wanted
-    threshold = thresholds.reshape(-1)[place]
+) -> Rounded:
+    """`quantize_grid` in an order of memory in which no tile serves both sums: those are taken of the groups."""
+    single, half, sample, runs = wanted
     dtype = torch.float32 if single else torch.float16
     rounded, groups, _ = quantize(x, threshold, low, high, seed=seed, stream=stream, dtype=dtype)
     assert groups is not None
     counts = grid_sums(groups, share, channel_groups, sample=sample)
     floats, halves = rounded if single else None, rounded.to(torch.float16) if half else None
-    sums = torch.cat([part.flatten() for part in counts if part is not None])
-    flags = None
-    if blocks:  # of the same values, rounded once more
-        options = {"blocks": True, "sample": False}
-        flags = round_grid(
-            rounded.contiguous(), thresholds, place, None, "fp16", share, channel_groups, **options
-        ).blocks
-    lengths = runs_of(rounded.contiguous()) if runs else None
-    return Grid(floats, halves, sums, flags, lengths, plan)
+    return Rounded(floats, halves, *counts, runs_of(rounded.contiguous()) if runs else None)
 
 
 def _tile(channels: int, group_size: int, space: int, block: int, deep: bool) -> tuple[int, int, int]:

@@ -226,8 +226,8 @@ def profile(runs: Tensor) -> Tensor:
         return torch.zeros(MEMBERS, dtype=torch.int64, device=runs.device)
     launch, programs = _profile_launch(runs.shape, runs.dtype, runs.device, processors(runs.device))
     out = torch.empty(MEMBERS, dtype=torch.int64, device=runs.device)
-    rows, tickets = scratch(runs.device, programs * 128, torch.int64)
-    launch(runs.contiguous(), out, rows, tickets)
+    rows, ticket = scratch(runs.device, programs * 128, torch.int64)
+    launch(runs.contiguous(), out, rows, ticket)
     return out
 
 

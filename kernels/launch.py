@@ -123,18 +123,18 @@ _kept: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
 def scratch(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for so many numbers, and two tickets (int32) at zero, which a launch leaves at zero.
+    """Memory for so many numbers, and a ticket (int32) at zero, which a launch leaves at zero.
 
     Kept for each stream, on which launches take turns.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    rows, tickets = _kept.get((device, stream, dtype), (None, None))
-    if rows is None or tickets is None or len(rows) < size:
+    rows, ticket = _kept.get((device, stream, dtype), (None, None))
+    if rows is None or ticket is None or len(rows) < size:
         rows = torch.empty(power_of_2(max(size, 2**16)), dtype=dtype, device=device)
-        tickets = torch.zeros(2, dtype=torch.int32, device=device)
+        ticket = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else they are the graph's own
-            _kept[device, stream, dtype] = rows, tickets
-    return rows, tickets
+            _kept[device, stream, dtype] = rows, ticket
+    return rows, ticket
 
 
 def power_of_2(size: int) -> int:

@@ -1,12 +1,9 @@
-"""Matrix products and 2D convolutions on a GPU whose accumulator may be rounded every few products, and that may skip.
+"""Matrix products and 2D convolutions on a GPU whose accumulator may be rounded every few products.
 
 Twins of `accumulate.reduce`, `small_from_big`, `big_from_small` and `weight_from_both`: the same order of products,
 the same chunks. FP16 operands, FP32 sums on the tensor cores; with a chunk, each chunk's sum is added to the
 accumulator and that rounded to binary16. Within a chunk the order of additions is the hardware's, so that results equal
 the reference bit by bit only where every sum of a chunk is exact in FP32.
-
-Skipping leaves out the blocks of the reduction in which one operand's tile is all zero, unless the other holds an
-infinity or NaN. It changes no value (only, at most, the sign of a zero).
 """
 
 from __future__ import annotations
@@ -21,13 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.kernels.grid import CHANNELS
-from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, on, power_of_2, processors
+from lnpu_torch.kernels.geometry import in_dims
+from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors
+from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 
 MATMUL = tl.constexpr(0)  # a [m, k] by b [k, n]
 FORWARD = tl.constexpr(1)  # the small grid from the big one (a) and the weight (b)
 GRAD_INPUT = tl.constexpr(2)  # the big grid from the small one (a) and the weight (b)
 GRAD_WEIGHT = tl.constexpr(3)  # the weight from the small grid (a) and the big one (b)
+DEPTH = 64
+"""Products along a tile."""
 
 
 class Config(NamedTuple):
@@ -58,7 +58,7 @@ class Tiles(NamedTuple):
     n: int
     k: int
     chunk: int
-    """Products between two roundings, or just the tile; also the unit of skipping."""
+    """Products between two roundings, or just the tile."""
     parts: int
     """Tiles along a chunk; the last may reach beyond it, and is padded with zeros."""
     stages: int = 3
@@ -69,26 +69,17 @@ class Tiles(NamedTuple):
         tile_m, tile_n = (min(wide, max(16, power_of_2(size))) for size, wide in ((m, config.m), (n, config.n)))
         options = config.stages, config.warps if (tile_m, tile_n) == (config.m, config.n) else 4
         if chunk is None:
-            return cls(tile_m, tile_n, CHANNELS, CHANNELS, 1, *options)
+            return cls(tile_m, tile_n, DEPTH, DEPTH, 1, *options)
         chunk = min(chunk, max(k, 1))
-        tile = min(64, chunk & -chunk)  # the widest that divides it
+        tile = min(DEPTH, chunk & -chunk)  # the widest that divides it
         if tile < 16:  # the tensor cores' least
-            tile = min(64, max(16, power_of_2(chunk)))
+            tile = min(DEPTH, max(16, power_of_2(chunk)))
         return cls(tile_m, tile_n, tile, chunk, triton.cdiv(chunk, tile), *options)
 
     @property
     def options(self) -> dict[str, int]:
         """The launch's own."""
         return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-class Lists(NamedTuple):
-    """For each tile of the result, which chunks of the reduction are not skipped."""
-
-    counts: Tensor
-    """int32 [..., tiles of m, tiles of n]"""
-    chunks: Tensor
-    """int32 [..., tiles of m, tiles of n, chunks], the first `counts` of each row valid."""
 
 
 @triton.jit
@@ -235,8 +226,6 @@ def _product_kernel(
     b_ptr,
     out_ptr,
     bias_ptr,
-    counts_ptr,
-    chunks_ptr,
     m,
     n,
     k,
@@ -260,10 +249,9 @@ def _product_kernel(
 ):
     """A matrix product [m, k] by [k, n] for each channel group, or a convolution's step that is one.
 
-    bias: of each output channel, added to the float32 result, or None. counts, chunks: `Lists`, or None to skip
-    nothing. big_channels, small_channels: of one group. geometry: pairs (big,
-    small, kernel, stride, padding, dilation). ROUND: round the accumulator to binary16 after each chunk. SPLITS: parts
-    of the reduction, each its own program, whose results lie split_stride apart.
+    bias: of each output channel, added to the float32 result, or None. big_channels, small_channels: of one group.
+    geometry: pairs (big, small, kernel, stride, padding, dilation). ROUND: round the accumulator to binary16 after each
+    chunk. SPLITS: parts of the reduction, each its own program, whose results lie split_stride apart.
     """
     group = tl.program_id(1)
     tiles_m, tiles_n = tl.cdiv(m, TILE_M), tl.cdiv(n, TILE_N)
@@ -271,10 +259,6 @@ def _product_kernel(
     rows = tile_m * TILE_M + tl.arange(0, TILE_M)[:, None]
     columns = tile_n * TILE_N + tl.arange(0, TILE_N)[None, :]
     steps = tl.cdiv(k, CHUNK)
-    if chunks_ptr is not None:
-        place = (group * tiles_m + tile_m) * tiles_n + tile_n
-        chunks_ptr += tl.cast(place, tl.int64) * steps
-        steps = tl.load(counts_ptr + place)
     start = 0
     if SPLITS > 1:
         part_steps = tl.cdiv(steps, SPLITS)
@@ -283,10 +267,7 @@ def _product_kernel(
         out_ptr += tl.cast(tl.program_id(2), tl.int64) * split_stride
 
     total = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for step in range(start, steps):
-        chunk = step
-        if chunks_ptr is not None:
-            chunk = tl.load(chunks_ptr + step)
+    for chunk in range(start, steps):
         part = tl.zeros((TILE_M, TILE_N), tl.float32)
         for i in range(PARTS):
             lane = tl.arange(0, TILE_K)
@@ -325,112 +306,6 @@ def _product_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(rows < m) & (columns < n))
 
 
-@triton.jit
-def _occupancy_kernel(
-    x_ptr,
-    out_ptr,
-    size,
-    k,
-    big_channels,
-    small_channels,
-    geometry,
-    strides,
-    FIRST: tl.constexpr,
-    STEP: tl.constexpr,
-    CHANNELS_INNER: tl.constexpr,
-    ONE_TAP: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """What is in each block of the first (or second) operand, as `_product_kernel` reads it.
-
-    size: its rows (or columns), TILE of them in a block. out: uint8 [groups, tiles, chunks]; bit 0: the block has a
-    non-zero; bit 1: it has an infinity or NaN.
-    """
-    chunks = tl.cdiv(k, CHUNK)
-    tiles = tl.cdiv(size, TILE)
-    group = tl.program_id(1)
-    chunk = tl.program_id(0) % chunks
-    outer = tl.program_id(0) // chunks * TILE + tl.arange(0, TILE)
-    largest = tl.zeros((TILE,), tl.int32)
-    for i in range(PARTS):
-        lane = tl.arange(0, TILE_K)
-        first = chunk * CHUNK + i * TILE_K
-        inside = (first + lane < k) & (i * TILE_K + lane < CHUNK)
-        if FIRST:
-            mask = (outer < size)[:, None] & inside[None, :]
-            tile = _load_a(
-                x_ptr, outer[:, None], first, lane[None, :], mask, group, big_channels, small_channels, geometry,
-                strides, STEP, CHANNELS_INNER, ONE_TAP,
-            )  # fmt: skip
-        else:
-            mask = inside[:, None] & (outer < size)[None, :]
-            tile = _load_b(
-                x_ptr, outer[None, :], first, lane[:, None], mask, group, big_channels, small_channels, geometry,
-                strides, STEP, CHANNELS_INNER, ONE_TAP,
-            )  # fmt: skip
-        magnitude = (tile.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
-        largest = tl.maximum(largest, tl.max(magnitude, axis=1 if FIRST else 0))
-    found = tl.max(largest, axis=0)
-    flags = (found > 0).to(tl.int32) | ((found >= 0x7C00).to(tl.int32) << 1)
-    tl.store(out_ptr + group * tiles * chunks + tl.program_id(0), flags.to(tl.uint8))
-
-
-@triton.jit
-def _summary_kernel(
-    blocks_ptr,
-    out_ptr,
-    size,
-    k,
-    big_channels,
-    small_channels,
-    geometry,
-    strides,
-    STEP: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_K: tl.constexpr,
-):
-    """`_occupancy_kernel` of the first operand, from what the quantizer found in each position's blocks of channels.
-
-    k, big_channels, small_channels: in blocks, of which one is a chunk. blocks: uint8 [N, blocks, *grid].
-    """
-    tiles = tl.cdiv(size, TILE)
-    group = tl.program_id(1)
-    first = tl.program_id(0) // tiles * TILE_K
-    outer = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE))[:, None]
-    lane = tl.arange(0, TILE_K)[None, :]
-    mask = (outer < size) & (first + lane < k)
-    found = _load_a(
-        blocks_ptr, outer, first, lane, mask, group, big_channels, small_channels, geometry, strides, STEP, True, False
-    )
-    chunk = first + tl.arange(0, TILE_K)
-    at = out_ptr + (group * tiles + tl.program_id(0) % tiles) * k + chunk
-    tl.store(at, tl.max(found.to(tl.int32), axis=0).to(tl.uint8), mask=chunk < k)
-
-
-@triton.jit
-def _lists_kernel(
-    a_ptr, b_ptr, counts_ptr, chunks_ptr, tiles_m, tiles_n, chunks, STEPS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`Lists` from the operands' occupancies, a [groups, tiles_m, chunks] and b [groups, tiles_n, chunks]."""
-    pid = tl.program_id(0)
-    group = pid // (tiles_m * tiles_n)
-    a_ptr += (group * tiles_m + pid // tiles_n % tiles_m) * chunks
-    b_ptr += (group * tiles_n + pid % tiles_n) * chunks
-    chunks_ptr += tl.cast(pid, tl.int64) * chunks
-    count = 0
-    for step in range(STEPS):
-        index = step * BLOCK + tl.arange(0, BLOCK)
-        a = tl.load(a_ptr + index, mask=index < chunks, other=0).to(tl.int32)
-        b = tl.load(b_ptr + index, mask=index < chunks, other=0).to(tl.int32)
-        active = (((a & b & 1) | ((a | b) & 2)) != 0).to(tl.int32)
-        tl.store(chunks_ptr + count + tl.cumsum(active, axis=0) - 1, index, mask=active != 0)
-        count += tl.sum(active, axis=0)
-    tl.store(counts_ptr + pid, count)
-
-
 class Problem(NamedTuple):
     """One product, as `_product_kernel` is to see it."""
 
@@ -458,7 +333,7 @@ class Problem(NamedTuple):
         return max(1, min(2 * processors // max(1, programs), self.k // (8 * tiles.k), 64))
 
     def reduction(self, tiles: Tiles) -> dict[str, Any]:
-        """The options by which the reduction is walked, common to all kernels."""
+        """The options by which the reduction is walked."""
         channels = self.big_channels if self.step == FORWARD.value else self.small_channels
         return {
             "STEP": self.step,
@@ -468,12 +343,6 @@ class Problem(NamedTuple):
             "CHUNK": tiles.chunk,
             "PARTS": tiles.parts,
         }
-
-    def has_summary(self, tiles: Tiles) -> bool:
-        """Whether each chunk of the first operand is one of the quantizer's blocks of channels."""
-        channels = self.big_channels if self.step == FORWARD.value else self.small_channels
-        inner = self.channels_inner or prod(self.geometry[2]) == 1
-        return self.step in (FORWARD.value, GRAD_INPUT.value) and inner and channels % CHANNELS == 0 == tiles.chunk % 64
 
 
 class Plan(NamedTuple):
@@ -528,10 +397,8 @@ def _run(
     a: Tensor,
     b: Tensor,
     chunk: int | None,
-    skip: bool,
     dtype: torch.dtype,
     bias: Tensor | None = None,
-    blocks: Tensor | None = None,
 ) -> Tensor:
     """A problem's product, in its shape."""
     _check(a, b, problem.shape, chunk, dtype, bias)
@@ -539,11 +406,7 @@ def _run(
     out = plan.empty(dtype if plan.splits == 1 else torch.float32, a.device, problem.channels_inner)
     if 0 in (problem.m, problem.n):
         return out[0].to(dtype)
-    lists = (None, None)
-    if skip and problem.k:
-        lists = _lists(problem, plan.tiles, a, b, blocks)
-    once = bias if plan.splits == 1 else None
-    plan.launch(a, b, out, once, *lists)
+    plan.launch(a, b, out, bias if plan.splits == 1 else None)
     if plan.splits == 1:
         return out[0]
     # in the order of memory, which a sum would not keep
@@ -553,78 +416,12 @@ def _run(
     return total.to(dtype)
 
 
-def _lists(problem: Problem, tiles: Tiles, a: Tensor, b: Tensor, blocks: Tensor | None = None) -> Lists:
-    """Which chunks to walk, from both operands' blocks."""
-    places = (problem.groups, triton.cdiv(problem.m, tiles.m), triton.cdiv(problem.n, tiles.n))
-    chunks, device = triton.cdiv(problem.k, tiles.chunk), a.device
-    if blocks is not None and problem.has_summary(tiles):
-        first = _summary(problem, tiles, blocks)
-    else:
-        first = _occupancy(problem, tiles, a, first=True)
-    second = _occupancy(problem, tiles, b, first=False)
-    counts = torch.empty(places, dtype=torch.int32, device=device)
-    active = torch.empty(*places, chunks, dtype=torch.int32, device=device)
-    block = min(1024, power_of_2(chunks))
-    steps = power_of_2(triton.cdiv(chunks, block))
-    with on(a):
-        _lists_kernel[(counts.numel(),)](
-            first, second, counts, active, places[1], places[2], chunks, STEPS=steps, BLOCK=block
-        )
-    return Lists(counts, active)
-
-
-def _occupancy(problem: Problem, tiles: Tiles, operand: Tensor, first: bool) -> Tensor:
-    size, tile = (problem.m, tiles.m) if first else (problem.n, tiles.n)
-    shape = (problem.groups, triton.cdiv(size, tile), triton.cdiv(problem.k, tiles.chunk))
-    out = torch.empty(shape, dtype=torch.uint8, device=operand.device)
-    with on(operand):
-        _occupancy_kernel[(shape[1] * shape[2], problem.groups)](
-            operand,
-            out,
-            size,
-            problem.k,
-            problem.big_channels,
-            problem.small_channels,
-            problem.geometry,
-            problem.a_strides if first else problem.b_strides,
-            FIRST=first,
-            TILE=tile,
-            **problem.reduction(tiles),
-        )
-    return out
-
-
-def _summary(problem: Problem, tiles: Tiles, blocks: Tensor) -> Tensor:
-    """The first operand's occupancy, from its blocks of channels."""
-    chunks, rows = problem.k // CHANNELS, triton.cdiv(problem.m, tiles.m)
-    grid = problem.geometry[0] if problem.step == FORWARD.value else problem.geometry[1]
-    blocks = blocks.reshape(blocks.shape[0], -1, *grid)
-    out = torch.empty(problem.groups, rows, chunks, dtype=torch.uint8, device=blocks.device)
-    tile = min(64, max(16, power_of_2(chunks)))
-    with on(blocks):
-        _summary_kernel[(rows * triton.cdiv(chunks, tile), problem.groups)](
-            blocks,
-            out,
-            problem.m,
-            chunks,
-            problem.big_channels // CHANNELS,
-            problem.small_channels // CHANNELS,
-            problem.geometry,
-            blocks.stride(),
-            STEP=problem.step,
-            TILE=tiles.m,
-            TILE_K=tile,
-        )
-    return out
-
-
 def matmul(
     a: Tensor,
     b: Tensor,
     *,
     bias: Tensor | None = None,
     chunk: int | None = None,
-    skip: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """a @ b + bias, as `accumulate.reduce` walks it.
@@ -635,7 +432,6 @@ def matmul(
         bias: float32 or float16 [N], added in float32; or None.
         chunk: products whose FP32 sum is added to the accumulator before that is rounded to binary16; None leaves
             the accumulator in FP32.
-        skip: leave out the blocks in which an operand is all zero. It reads both operands once more.
         dtype: of the result, float32 or float16.
 
     Returns:
@@ -649,7 +445,7 @@ def matmul(
         raise ValueError(f"expected [M, K] and [K, N], got {list(a.shape)} and {list(b.shape)}")
     m, n, k = a.shape[0], b.shape[1], a.shape[1]
     problem = Problem(MATMUL.value, (m, n), m, n, k, a.stride(), b.stride())
-    return _run(problem, a, b, chunk, skip, dtype, bias)
+    return _run(problem, a, b, chunk, dtype, bias)
 
 
 def small_from_big(
@@ -659,8 +455,6 @@ def small_from_big(
     *,
     bias: Tensor | None = None,
     chunk: int | None = None,
-    skip: bool = False,
-    blocks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A convolution's forward (a transposed one's grad_input), as `accumulate.small_from_big` walks it.
@@ -670,8 +464,7 @@ def small_from_big(
         weight: float16 [K, C / groups, *kernel].
         geometry: `Geometry.pack()`, of at most two dimensions.
         bias: float32 or float16 [K], added in float32; or None.
-        chunk, skip, dtype: as in `matmul`.
-        blocks: what is in the big grid's blocks of channels, as `grid.round_grid` tells; it saves a pass over the grid.
+        chunk, dtype: as in `matmul`.
 
     Returns:
         [N, K, *small]; channels_last if `big` is and the accumulator is not rounded.
@@ -679,12 +472,11 @@ def small_from_big(
     Raises:
         As `matmul`; ValueError also if a tensor does not fit the geometry, or that has three dimensions.
     """
-    shape = _shape(tuple(geometry))
+    shape = _Shape.of(geometry)
     big, weight = shape.fit(big=big, weight=weight)
     inner = chunk is None and _channels_last(big)
-    m, n, k = shape.small_positions, shape.small_channels, shape.big_channels * shape.offsets
-    problem = shape.problem(FORWARD, big, weight, shape.small_shape, (m, n, k), inner)
-    return shape.unpadded(_run(problem, big, weight, chunk, skip, dtype, bias, blocks))
+    problem = shape.problem(FORWARD, big, weight, "small", inner)
+    return shape.unpadded(_run(problem, big, weight, chunk, dtype, bias))
 
 
 def big_from_small(
@@ -694,27 +486,23 @@ def big_from_small(
     *,
     bias: Tensor | None = None,
     chunk: int | None = None,
-    skip: bool = False,
-    blocks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A convolution's grad_input (a transposed one's forward), as `accumulate.big_from_small` walks it.
 
     Args:
         small: float16 [N, K, *small], contiguous or channels_last.
-        weight, geometry, chunk, skip, dtype: as in `small_from_big`.
+        weight, geometry, chunk, dtype: as in `small_from_big`.
         bias: float32 or float16 [C], added in float32; or None.
-        blocks: what is in the small grid's blocks of channels.
 
     Returns:
         [N, C, *big]; channels_last if `small` is and the accumulator is not rounded.
     """
-    shape = _shape(tuple(geometry))
+    shape = _Shape.of(geometry)
     small, weight = shape.fit(small=small, weight=weight)
     inner = chunk is None and _channels_last(small)
-    m, n, k = shape.big_positions, shape.big_channels, shape.small_channels * shape.offsets
-    problem = shape.problem(GRAD_INPUT, small, weight, shape.big_shape, (m, n, k), inner)
-    return shape.unpadded(_run(problem, small, weight, chunk, skip, dtype, bias, blocks))
+    problem = shape.problem(GRAD_INPUT, small, weight, "big", inner)
+    return shape.unpadded(_run(problem, small, weight, chunk, dtype, bias))
 
 
 def weight_from_both(
@@ -723,76 +511,46 @@ def weight_from_both(
     geometry: Sequence[int],
     *,
     chunk: int | None = None,
-    skip: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The grad_weight of either convolution, as `accumulate.weight_from_both` walks it.
 
     Args:
-        big, small, geometry, chunk, skip, dtype: as in `small_from_big` and `big_from_small`.
+        big, small, geometry, chunk, dtype: as in `small_from_big` and `big_from_small`.
 
     Returns:
         [K, C / groups, *kernel]; channels_last if `big` is.
     """
-    shape = _shape(tuple(geometry))
+    shape = _Shape.of(geometry)
     big, small = shape.fit(big=big, small=small)
     inner = _channels_last(big)  # the reduction is over positions, so that this order is free
-    m, n, k = shape.small_channels, shape.big_channels * shape.offsets, shape.small_positions
-    problem = shape.problem(GRAD_WEIGHT, small, big, shape.weight_shape, (m, n, k), inner)
-    return shape.unpadded(_run(problem, small, big, chunk, skip, dtype))
+    problem = shape.problem(GRAD_WEIGHT, small, big, "weight", inner)
+    return shape.unpadded(_run(problem, small, big, chunk, dtype))
 
 
 class _Shape(NamedTuple):
-    """`Geometry` with two dimensions, the first of them 1 where a convolution has fewer."""
+    """A geometry in two dimensions."""
 
-    batch: int
-    groups: int
-    big_channels: int  # of a group
-    small_channels: int  # of a group
-    pairs: tuple[tuple[int, int], ...]  # big, small, kernel, stride, padding, dilation
+    geometry: Geometry
     dims: int
+    """that the convolution has"""
 
     @classmethod
-    def of(cls, packed: tuple[int, ...]) -> _Shape:
-        dims, rest = divmod(len(packed) - 4, 6)
-        if rest or not 0 <= dims <= 2:
-            raise ValueError(f"{len(packed)} numbers are not the packed geometry of 0 to 2 dimensions")
-        batch, big, small, groups, *grids = packed
-        pairs = []
-        for i, fill in enumerate((1, 1, 1, 1, 0, 1)):
-            sizes = [fill] * (2 - dims) + list(grids[i * dims : (i + 1) * dims])
-            pairs.append((sizes[0], sizes[1]))
-        return cls(batch, groups, big // groups, small // groups, tuple(pairs), dims)
+    def of(cls, packed: Sequence[int]) -> _Shape:
+        return cls(in_dims(tuple(packed), 2), (len(packed) - 4) // 6)
 
-    @property
-    def big_shape(self) -> tuple[int, ...]:
-        return self.batch, self.groups * self.big_channels, *self.pairs[0]
-
-    @property
-    def small_shape(self) -> tuple[int, ...]:
-        return self.batch, self.groups * self.small_channels, *self.pairs[1]
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return self.groups * self.small_channels, self.big_channels, *self.pairs[2]
-
-    @property
-    def big_positions(self) -> int:
-        return self.batch * prod(self.pairs[0])
-
-    @property
-    def small_positions(self) -> int:
-        return self.batch * prod(self.pairs[1])
-
-    @property
-    def offsets(self) -> int:
-        return prod(self.pairs[2])
-
-    def problem(
-        self, step: tl.constexpr, a: Tensor, b: Tensor, shape: tuple[int, ...], mnk: tuple[int, int, int], inner: bool
-    ) -> Problem:
-        strides, channels = (a.stride(), b.stride()), (self.big_channels, self.small_channels)
-        return Problem(step.value, shape, *mnk, *strides, self.groups, *channels, self.pairs, inner)
+    def problem(self, step: tl.constexpr, a: Tensor, b: Tensor, result: str, inner: bool) -> Problem:
+        """One of the steps as a product; `result` is the tensor that it makes."""
+        g = self.geometry
+        channels = g.big_channels // g.groups, g.small_channels // g.groups
+        big, small, offsets = g.batch * prod(g.big), g.batch * prod(g.small), prod(g.kernel)
+        mnk = {
+            "small": (small, channels[1], channels[0] * offsets),
+            "big": (big, channels[0], channels[1] * offsets),
+            "weight": (channels[1], channels[0] * offsets, small),
+        }[result]
+        pairs = g.big, g.small, g.kernel, g.stride, g.padding, g.dilation
+        return Problem(step.value, g.shape(result), *mnk, a.stride(), b.stride(), g.groups, *channels, pairs, inner)
 
     def unpadded(self, x: Tensor) -> Tensor:
         """A tensor without the dimensions that were put there to make two."""
@@ -800,15 +558,12 @@ class _Shape(NamedTuple):
 
     def fit(self, **tensors: Tensor) -> list[Tensor]:
         """The tensors with two dimensions; ValueError if one does not have the geometry's shape."""
-        shapes = {"big": self.big_shape, "small": self.small_shape, "weight": self.weight_shape}
         for name, tensor in tensors.items():
-            expected = (*shapes[name][:2], *shapes[name][4 - self.dims :])
+            shape = self.geometry.shape(name)
+            expected = (*shape[:2], *shape[4 - self.dims :])
             if tensor.shape != expected:
                 raise ValueError(f"{name} is {list(tensor.shape)}; the geometry says {list(expected)}")
-        return [x if self.dims == 2 else x.reshape(shapes[name]) for name, x in tensors.items()]
-
-
-_shape = lru_cache(maxsize=512)(_Shape.of)
+        return [x if self.dims == 2 else x.reshape(self.geometry.shape(name)) for name, x in tensors.items()]
 
 
 def _channels_last(x: Tensor) -> bool:

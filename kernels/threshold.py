@@ -1,4 +1,4 @@
-"""The choice of thresholds on a GPU: one launch for one or two operands, which also keeps their state.
+"""The choice of thresholds on a GPU: one launch, which also keeps the state.
 
 Equal to `reference.choose_threshold`, `histogram` and `largest_bin`, and to `ops.next_threshold`. All that is summed is
 whole numbers. Each program looks at a part of a tensor and leaves what it found in a row of its own; the one that
@@ -233,134 +233,113 @@ def _finish(rows_ptr, programs, states_ptr, used_ptr, counts_ptr, C: tl.constexp
 
 @triton.jit
 def _threshold_kernel(
-    a_ptr,
-    b_ptr,
+    x_ptr,
     states_ptr,
     counts_ptr,
     used_ptr,
     rows_ptr,
-    tickets_ptr,
-    a,
-    a_sizes,
-    a_strides,
-    b,
-    b_sizes,
-    b_strides,
-    A: tl.constexpr,
-    B: tl.constexpr,
+    ticket_ptr,
+    programs,
+    count,
+    step,
+    sizes,
+    strides,
+    state,
+    C: tl.constexpr,
     TRAINING: tl.constexpr,
-    A_STEPS: tl.constexpr,
-    B_STEPS: tl.constexpr,
+    STEPS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The T's of a, and of b unless that is None.
+    """The T of x.
 
-    a, b: of each operand (programs, count, step, row of states, first element of its row of counts); see `_look`.
-    states: int32 [rows, 2]. counts: int32, added to, or None. used: int32 [2]. rows: int32 [programs, BINS], scratch.
-    tickets: int32 [2], zero before and after.
+    count, step, sizes, strides: see `_look`. states: int32 [rows, 2], of which `state` is x's row. counts: int32, added
+    to, or None. used: int32. rows: int32 [programs, BINS], scratch. ticket: int32, zero before and after.
     """
     pid = tl.program_id(0)
-    second = pid >= a[0]
-    part, programs = pid, a[0]
-    if b_ptr is not None and second:
-        part, programs = pid - a[0], b[0]
-        _look(b_ptr, rows_ptr + pid * BINS, part, b[1], b[2], b_sizes, b_strides, B, B_STEPS, BINS, BLOCK)
-    else:
-        _look(a_ptr, rows_ptr + pid * BINS, part, a[1], a[2], a_sizes, a_strides, A, A_STEPS, BINS, BLOCK)
+    _look(x_ptr, rows_ptr + pid * BINS, pid, count, step, sizes, strides, C, STEPS, BINS, BLOCK)
     # All threads' findings are written before the first one's ticket says so, to whoever reads that.
     tl.debug_barrier()
-    tickets_ptr += tl.where(second, 1, 0)
-    if tl.atomic_add(tickets_ptr, 1, sem="acq_rel") == programs - 1:
-        tl.store(tickets_ptr, 0)
-        if b_ptr is not None and second:
-            if counts_ptr is not None:
-                counts_ptr += b[4]
-            rows_ptr += a[0] * BINS
-            _finish(rows_ptr, programs, states_ptr + 2 * b[3], used_ptr + 1, counts_ptr, B, TRAINING, BINS, ROWS)
-        else:
-            if counts_ptr is not None:
-                counts_ptr += a[4]
-            _finish(rows_ptr, programs, states_ptr + 2 * a[3], used_ptr, counts_ptr, A, TRAINING, BINS, ROWS)
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
+        tl.store(ticket_ptr, 0)
+        _finish(rows_ptr, programs, states_ptr + 2 * state, used_ptr, counts_ptr, C, TRAINING, BINS, ROWS)
 
 
 class _Plan(NamedTuple):
-    """The launch for operands of certain shapes, and the integers of scratch memory that it needs."""
+    """The launch for a tensor of a certain shape, and the integers of scratch memory that it needs."""
 
     launch: Launch
     scratch: int
-    whole: tuple[bool, ...]
-    """whether an operand is read as it lies in memory, all of it"""
+    whole: bool
+    """whether the tensor is read as it lies in memory, all of it"""
 
 
-def choose(
-    operands: Sequence[tuple[Tensor, Choice, int]], states: Tensor, training: bool, counts: Tensor | None = None
-) -> Tensor:
-    """The T's to use now for one or two operands; in training also chooses the ones to come. One launch.
+def choose(x: Tensor, choice: Choice, states: Tensor, row: int, training: bool, counts: Tensor | None = None) -> Tensor:
+    """The T to use now; in training also chooses the one to come.
 
     Args:
-        operands: of each its tensor (float32, float16 or bfloat16, any strides, not empty), choice and row of states.
-        states: int32 [rows, 2], T in use and T to come, as in `ops.next_threshold`.
-        counts: int32 [rows, at least `Choice.bins`], to whose rows each histogram is added, or, if the choice is by the
-            LARGEST, one count in the bin of the T that the operand asks for.
+        x: float32, float16 or bfloat16, any strides, not empty.
+        states: int32 [rows, 2], T in use and T to come, as in `ops.next_threshold`; `row` is x's.
+        counts: int32 [at least `Choice.bins`], to which the histogram is added, or, if the choice is by the LARGEST,
+            one count in the bin of the T that x asks for.
 
     Returns:
-        int32 [2], the first one's T and the second one's (anything if there is none).
+        int32 [].
 
     Raises:
         TypeError, ValueError: a dtype, size or device that the kernel does not take; RuntimeError: not on a GPU.
     """
-    first = operands[0][0]
-    key = tuple((x.shape, x.stride(), x.dtype, choice, row) for x, choice, row in operands)
-    plan = _plan(key, first.device, training, None if counts is None else counts.stride(0))
-    if states.dtype != torch.int32 or any(x.device != states.device for x, _, _ in operands):
+    plan = _plan(x.shape, x.stride(), x.dtype, choice, row, x.device, training)
+    if states.dtype != torch.int32 or x.device != states.device:
         check_dtype((torch.int32,), states=states)
-        check_device(states=states, **{f"operand {i}": x for i, (x, _, _) in enumerate(operands)})
-    used = torch.empty(2, dtype=torch.int32, device=first.device)
-    tensors = [readable(dense(x) if whole else x) for (x, _, _), whole in zip(operands, plan.whole, strict=True)]
-    rows, tickets = scratch(first.device, plan.scratch, torch.int32)
-    plan.launch(tensors[0], tensors[1] if len(tensors) > 1 else None, states, counts, used, rows, tickets)
+        check_device(states=states, x=x)
+    used = torch.empty((), dtype=torch.int32, device=x.device)
+    rows, ticket = scratch(x.device, plan.scratch, torch.int32)
+    plan.launch(readable(dense(x) if plan.whole else x), states, counts, used, rows, ticket)
     return used
 
 
 @lru_cache(maxsize=1024)
 def _plan(
-    operands: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, Choice, int], ...],
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    choice: Choice,
+    row: int,
     device: torch.device,
     training: bool,
-    width: int | None,
 ) -> _Plan:
-    parts = [_part(shape, stride, dtype, choice, device) for shape, stride, dtype, choice, _ in operands]
-    views = [
-        ((*part.view, row, row * (width or 0)), part.sizes, part.strides)
-        for part, (*_, row) in zip(parts, operands, strict=True)
-    ]
-    choices, programs = [choice for *_, choice, _ in operands], sum(part.view[0] for part in parts)
-    bins = power_of_2(max(choice.bins for choice in choices) + 1)  # at least one to spare, for what is not counted
+    part = _part(shape, stride, dtype, choice, device)
+    bins = power_of_2(choice.bins + 1)  # at least one to spare, for what is not counted
     launch = Launch(
         device,
         _threshold_kernel,
-        (programs,),
-        *views[0],
-        *views[-1],
-        A=choices[0],
-        B=choices[-1],
+        (part.programs,),
+        part.programs,
+        part.count,
+        part.step,
+        part.sizes,
+        part.strides,
+        row,
+        C=choice,
         TRAINING=training,
-        A_STEPS=parts[0].steps,
-        B_STEPS=parts[-1].steps,
+        STEPS=part.steps,
         BINS=bins,
         BLOCK=BLOCK,
         ROWS=ROWS,
     )
-    return _Plan(launch, programs * bins, tuple(c.mode == LARGEST.value for c in choices))
+    return _Plan(launch, part.programs * bins, choice.mode == LARGEST.value)
 
 
 class _Part(NamedTuple):
-    """How an operand is looked at."""
+    """How a tensor is looked at."""
 
-    view: tuple[int, int, int]
-    """programs, elements, step from one to the next"""
+    programs: int
+    count: int
+    """elements"""
+    step: int
+    """from one element to the next"""
     steps: int
     """tiles of each program"""
     sizes: tuple[int, ...] = (1,)
@@ -370,21 +349,21 @@ class _Part(NamedTuple):
 def _part(
     shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, choice: Choice, device: torch.device
 ) -> _Part:
-    check_dtype(FLOATS, operand=dtype)
+    check_dtype(FLOATS, x=dtype)
     total = shape.numel()
     if not 0 < total < INT32:
         raise ValueError(f"a threshold is chosen from 1 to 2^31 - 1 elements, not {total}")
     if choice.mode == FIXED.value:
-        return _Part((1, 1, 1), 1)
+        return _Part(1, 1, 1, 1)
     if choice.mode == LARGEST.value:
         tiles = triton.cdiv(total, BLOCK)
         steps = power_of_2(triton.cdiv(tiles, 4 * processors(device)))
-        return _Part((triton.cdiv(tiles, steps), total, 1), steps)
+        return _Part(triton.cdiv(tiles, steps), total, 1, steps)
     step = max(1, -(-total // SAMPLE))
     while total > SAMPLE and gcd(step, total) != 1:  # no divisor in common with the size: no row is favoured
         step += 1
     count = triton.cdiv(total, step)
-    return _Part((triton.cdiv(count, BLOCK), count, step), 1, *_joined(shape, stride))
+    return _Part(triton.cdiv(count, BLOCK), count, step, 1, *_joined(shape, stride))
 
 
 def _joined(shape: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

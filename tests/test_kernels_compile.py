@@ -50,7 +50,7 @@ def compiled(request, monkeypatch, tmp_path):
         every.append((self.__name__, kernels[self.__name__]))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (count, grid, lanes, matmul, result, rounding, threshold):
+    for module in (count, grid, lanes, matmul, rounding, threshold):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
     for module in (grid, result):
         monkeypatch.setattr(module, "check_runs", lambda device: None)
@@ -126,12 +126,6 @@ def test_quantize_grid(compiled, layout):
     assert "atom.global.gpu.relaxed" in kernel.asm["ptx"]
 
 
-def test_grid_with_blocks(compiled):
-    x, _ = GRIDS["channels_last"]
-    grid.quantize_grid(x, t(), "e4m3", "fp16", len(x), 1, blocks=True)
-    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_grid_kernel"])
-
-
 def test_grid_sums(compiled):
     grid.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
     assert compiled.keys() == {"_grid_kernel"}
@@ -140,10 +134,10 @@ def test_grid_sums(compiled):
 @pytest.mark.parametrize("options", [{"max_error": 0.01}, {"fp16_share": 0.2}, {"threshold": 3}, {"high": None}])
 def test_threshold(compiled, options):
     choice = threshold.Choice.of("e4m3", **{"high": "fp16"} | options)
-    states, counts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 300, dtype=torch.int32)
+    states, counts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(300, dtype=torch.int32)
     x, w = torch.empty(64, 64, 14, 14, dtype=torch.bfloat16), torch.empty(64, 64, 14, 14).transpose(0, 3)
-    threshold.choose([(x, choice, 0), (w, choice, 1)], states, True)
-    threshold.choose([(w, choice, 1)], states, False, counts)
+    threshold.choose(x, choice, states, 0, True)
+    threshold.choose(w, choice, states, 1, False, counts)
     ptx = compiled["_threshold_kernel"].asm["ptx"]
     # What a program found is in memory before its ticket says so: all threads' writes, the barrier, then the ticket.
     before = ptx[: ptx.index("atom.global.gpu.acq_rel.add")]
@@ -166,29 +160,15 @@ def test_count(compiled, dims):
         weight = torch.empty(2, channels[side], *geometry.kernel).int()
         count.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
         count.add_grid_step(counter, counts["big"], counts["small"], geometry.pack(), side)
-    assert compiled.keys() == {"_steps_kernel"}
-
-
-def test_steps_in_one_launch(compiled):
-    geometry = make(32, 64, 96, 1, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1))
-    at = {"weight_counter": 190, "grid_counter": 380, "weight_at": 1152, "big_sample_at": 25088}
-    steps = count.Steps(
-        tuple(geometry.pack()), count.COUNTED, count.COUNTED, "small", "big", **at, small_sample_at=37632
-    )
-    x, counters = torch.zeros(100_000, dtype=torch.int32), torch.zeros(570, dtype=torch.int64)
-    count.steps_launch(steps, x.device)(counters, x, x, x, x, x, x, torch.zeros(6, 2, dtype=torch.int32))
-    assert compiled.keys() == {"_steps_kernel"}
+    assert compiled.keys() == {"_weight_kernel", "_grid_kernel"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_result(compiled, dtype):
-    x, bias = torch.empty(64, 64, 14, 14).to(memory_format=torch.channels_last), torch.empty(64)
-    result.round_result(x, bias, "fp16", dtype)
-    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
-    result.round_result(x, None, "e6m9", torch.float32)
-    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
-    result.round_result(x.bfloat16(), bias.bfloat16(), "fp16", dtype)
-    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
+    x = torch.empty(64, 64, 14, 14).to(memory_format=torch.channels_last)
+    for source, form in ((x, "fp16"), (x, "e6m9"), (x.bfloat16(), "fp16")):
+        result.round_result(source, form, dtype)
+        assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
 
 
 def uses_tensor_cores(kernel):
@@ -207,15 +187,8 @@ def test_matmul(compiled, chunk):
     assert kernel.asm["ttgir"].count("arith.addf") == kernel.asm["ttgir"].count("arith.truncf") == (chunk is not None)
 
 
-def test_matmul_that_skips(compiled):
-    a = torch.empty(512, 1024, dtype=torch.float16)
-    matmul.matmul(a, a.T, skip=True, chunk=64)
-    assert compiled.keys() == {"_occupancy_kernel", "_lists_kernel", "_product_kernel"}
-    assert uses_tensor_cores(compiled["_product_kernel"]) and "cp.async" in compiled["_product_kernel"].asm["ptx"]
-
-
-@pytest.mark.parametrize(("layout", "chunk", "skip"), [("last", None, False), ("last", 64, True), ("first", 64, False)])
-def test_convolution(compiled, layout, chunk, skip):
+@pytest.mark.parametrize(("layout", "chunk"), [("last", None), ("last", 64), ("first", 64)])
+def test_convolution(compiled, layout, chunk):
     geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1))
     format_ = torch.channels_last if layout == "last" else torch.contiguous_format
     big, small, weight = (
@@ -225,23 +198,21 @@ def test_convolution(compiled, layout, chunk, skip):
     steps = (matmul.small_from_big, big, weight), (matmul.big_from_small, small, weight)
     for step, *operands in (*steps, (matmul.weight_from_both, big, small)):
         compiled.clear()
-        step(*operands, geometry.pack(), chunk=chunk, skip=skip)
+        step(*operands, geometry.pack(), chunk=chunk)
         kernel = compiled["_product_kernel"]
         assert uses_tensor_cores(kernel)
         if layout == "last" and chunk is None:
             assert "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 
 
-def test_convolution_with_bias_and_blocks(compiled):
+def test_convolution_with_bias(compiled):
     geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (1, 1), (1, 1), (1, 1))
     x, weight = (
         torch.empty(shape, dtype=torch.float16).to(memory_format=torch.channels_last)
         for shape in ((16, 64, 32, 32), (128, 64, 3, 3))
     )
-    blocks = torch.empty(16, 1, 32, 32, dtype=torch.uint8)
     bias = torch.empty(128)
-    matmul.small_from_big(x, weight, geometry.pack(), bias=bias, skip=True, blocks=blocks, dtype=torch.float16)
-    assert compiled.keys() == {"_summary_kernel", "_occupancy_kernel", "_lists_kernel", "_product_kernel"}
+    matmul.small_from_big(x, weight, geometry.pack(), bias=bias, dtype=torch.float16)
     kernel = compiled["_product_kernel"]
     assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 

@@ -165,45 +165,6 @@ def check_exact_values_never_move(kernels, value):
     assert kernels.quantize_grid(x, threshold(12), "e4m3", "fp16", 1, 1, seed=key).half.item() == value
 
 
-BLOCKS = [  # shape, channel groups
-    ((3, 192, 5, 7), 1),
-    ((3, 192, 5, 7), 3),
-    ((2, 384, 3, 3), 2),
-    ((5, 100, 4, 4), 1),
-    ((2, 128, 33), 2),
-    ((9, 300), 1),
-    ((4, 3, 9, 9), 1),
-]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block", [256, 4096])
-def check_blocks_of_channels(kernels, monkeypatch, layout, block):
-    monkeypatch.setattr(kernels.grid, "GRID", kernels.grid.GRID._replace(block=block))
-    for shape, groups in BLOCKS:
-        if layout == "channels_last" and len(shape) != 4:
-            continue
-        x = spread(*shape, seed=2)
-        x *= (torch.rand(shape[0], -(-shape[1] // 64), *shape[2:]) < 0.5).repeat_interleave(64, 1)[:, : shape[1]]
-        x[-1, -1] = torch.nan
-        x = LAYOUTS[layout](x.half())
-        q, counted = reference.quantize(x, Rule(), threshold(1))
-        got = kernels.quantize_grid(x, threshold(1), "e4m3", "fp16", len(x), groups, blocks=True)
-        parts = [part.abs().amax(1) for part in torch.where(q.isnan(), torch.inf, q).split(64, 1)]
-        expected = torch.stack([(part > 0).byte() + 2 * part.isinf().byte() for part in parts], 1)
-        assert torch.equal(got.blocks, expected) and 0.2 < (expected == 0).float().mean() < 0.7
-        assert identical(got.half, q) and torch.equal(got.sample, counting.per_sample(counted, groups))
-
-
-def check_blocks_that_there_are_not(kernels):
-    x = spread(2, 192, 3, 3)
-    for groups, options in ((1, {"half": False, "single": True}), (2, {})):
-        with pytest.raises(ValueError, match="have no blocks of 64"):
-            kernels.quantize_grid(x, threshold(1), "e4m3", "fp16", 2, groups, blocks=True, **options)
-    with pytest.raises(ValueError, match="has no grid along which to run"):
-        kernels.quantize_grid(spread(4, 6), threshold(1), "e4m3", "fp16", 4, 1, runs=True)
-
-
 def check_empty(kernels):
     for shape in ((0,), (0, 3, 2, 2), (2, 0), (2, 3, 0, 4)):
         x = torch.ones(shape)
@@ -236,3 +197,5 @@ def check_what_is_refused(kernels):
         kernels.quantize_grid(x, t, "e4m3", "fp16", 4, 4)
     with pytest.raises(ValueError, match="4 samples do not divide by 3"):
         kernels.grid_sums(x, 3, 1)
+    with pytest.raises(ValueError, match="has no grid along which to run"):
+        kernels.quantize_grid(x, t, "e4m3", "fp16", 4, 1, runs=True)

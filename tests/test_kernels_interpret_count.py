@@ -24,7 +24,8 @@ def kernels(request, monkeypatch):
     from lnpu_torch.kernels import count
 
     monkeypatch.setattr(count, "PROGRAMS", request.param)
-    count.steps_launch.cache_clear()
+    count._weight_launch.cache_clear()
+    count._grid_launch.cache_clear()
     return count
 
 
@@ -51,32 +52,6 @@ def check_steps(kernels, geometry):
         counter = start.clone()
         kernels.add_grid_step(counter, big, small, geometry.pack(), first)
         assert torch.equal(counter - start, counting.grid_step(big, small, geometry, first))
-
-
-@pytest.mark.parametrize("weight", [0, 1, 2])
-@pytest.mark.parametrize("grid", [0, 1, 2])
-def check_steps_in_one_launch(kernels, weight, grid):
-    """As a layer's backward counts them, from tensors in which counts by sample follow those by position."""
-    geometry = GEOMETRIES["groups"]
-    big, small, _, weight_of_small = sums(geometry)
-    joined = [torch.cat([part.flatten() for part in side]) for side in (big, small)]
-    weights = torch.cat((torch.full((5,), 77, dtype=torch.int32), weight_of_small.flatten()))
-    counters = torch.arange(5 * kernels.WIDTH).reshape(5, -1)
-    states = torch.arange(12, dtype=torch.int32).reshape(6, 2)
-    at = {"weight_counter": 3 * kernels.WIDTH, "grid_counter": kernels.WIDTH, "weight_at": 5}
-    at |= {"big_sample_at": big[0].numel(), "small_sample_at": small[0].numel()}
-    steps = kernels.Steps(tuple(geometry.pack()), weight, grid, "small", "small", **at)
-    got = counters.clone()
-    kernels.steps_launch(steps, got.device)(
-        got, joined[1], weights, joined[0], joined[0], joined[1], joined[1], states if grid else None
-    )
-    not_run = torch.zeros(kernels.WIDTH, dtype=torch.int64)
-    not_run[:4] = torch.tensor((1, geometry.slots, 0, geometry.slots))
-    counted = counting.weight_step(small[0], weight_of_small, geometry, "small")
-    counters[3] += (0, counted, not_run)[weight]
-    counters[1] += (0, counting.grid_step(big, small, geometry, "small"), not_run)[grid]
-    assert torch.equal(got, counters)
-    assert states[:, 0].tolist() == (list(range(1, 12, 2)) if grid else list(range(0, 12, 2)))
 
 
 def check_counts_beyond_int32(kernels):

@@ -8,7 +8,7 @@ is tested.
 import pytest
 import torch
 from test_counting import GEOMETRIES
-from test_kernels_interpret import identical, interpret
+from test_kernels_interpret import interpret
 
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
@@ -64,39 +64,13 @@ def check_rounding_matters(kernels):
     assert not any(torch.equal(results[i], results[i - 1]) for i in range(3))
 
 
-@pytest.mark.parametrize("chunk", [None, 32])
-def check_skipping(kernels, chunk):
-    a, b = integers(200, 320), integers(320, 150)
-    a[:128, 64:192] = 0
-    b[128:256, 128:] = 0
-    a[128:] = 0
-    expected = reduce(a, b, chunk)
-    assert torch.equal(kernels.matmul(a, b, chunk=chunk, skip=True), expected)
-    problem = kernels.Problem(kernels.MATMUL.value, (200, 150), 200, 150, 320, a.stride(), b.stride())
-    counts, _ = kernels._lists(problem, problem.tiles(chunk, kernels.CONFIGS), a, b)
-    per_step = 1 if chunk is None else 2
-    assert counts.flatten().tolist() == [3 * per_step, 2 * per_step, 0, 0]
-
-
-def check_skipping_keeps_infinity_and_nan(kernels):
-    a, b = integers(20, 128), integers(128, 20)
-    a[:, :64] = 0
-    b[3, 5], b[7, 2], a[3, 100] = torch.inf, torch.nan, torch.inf
-    expected = reduce(a, b, None)
-    got = kernels.matmul(a, b, skip=True)
-    assert torch.equal(got.isnan(), expected.isnan()) and expected.isnan().sum() > 20
-    assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
-
-
 def check_splits(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "processors", lambda device: 8)
     a, b = integers(30, 2000), integers(2000, 20)
-    a[:, 300:900] = 0
-    for skip in (False, True):
-        assert torch.equal(kernels.matmul(a, b, skip=skip), reduce(a, b, None))
-        bias = integers(20).float() / 8
-        got = kernels.matmul(a, b, bias=bias, skip=skip, dtype=torch.float16)
-        assert torch.equal(got, (reduce(a, b, None) + bias).half())
+    assert torch.equal(kernels.matmul(a, b), reduce(a, b, None))
+    bias = integers(20).float() / 8
+    got = kernels.matmul(a, b, bias=bias, dtype=torch.float16)
+    assert torch.equal(got, (reduce(a, b, None) + bias).half())
     problem = kernels.Problem(kernels.MATMUL.value, (30, 20), 30, 20, 2000, a.stride(), b.stride())
     assert problem.splits(1, problem.tiles(None, kernels.CONFIGS), 8) == 3
 
@@ -121,11 +95,11 @@ def grid(geometry, name):
 def check_convolution(kernels, step, geometry):
     operands = STEPS[step](geometry)
     last = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in operands]
-    for chunk, skip, layout in ((None, False, operands), (None, True, last), (16, False, last), (16, True, operands)):
+    for chunk, layout in ((None, operands), (None, last), (16, last), (16, operands)):
         form = FORMATS["fp32" if chunk is None else "fp16"]
         floats = [x.float() for x in operands]
         expected = getattr(accumulate, step)(*floats, geometry, form, chunk or 10**9)
-        got = getattr(kernels, step)(*layout, geometry.pack(), chunk=chunk, skip=skip)
+        got = getattr(kernels, step)(*layout, geometry.pack(), chunk=chunk)
         assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
@@ -144,49 +118,6 @@ def check_bias(kernels, step, geometry):
         assert torch.equal(got, expected)
 
 
-def check_blocks_of_channels(kernels):
-    """What the quantizer found in blocks of channels stands in for a pass over the first operand."""
-    from test_counting import make
-
-    threshold = torch.tensor(4, dtype=torch.int32)
-    for geometry in (
-        make(3, 128, 192, 1, (9, 7), (3, 3), (2, 1), (1, 1), (1, 1)),
-        make(3, 256, 128, 2, (6, 5), (2, 3), (1, 2), (0, 2), (2, 1)),
-        make(150, 192, 128, 1, (), (), (), (), ()),
-    ):
-        for step, name in (("small_from_big", "big"), ("big_from_small", "small")):
-            x, weight = integers(*grid(geometry, name)), integers(*grid(geometry, "weight"))
-            x[: len(x) // 2, 64:128] = 0
-            x[-1] = 0
-            x[0, 0], weight[0, 0] = torch.inf, 0.0
-            x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-            rounded = kernels_grid().quantize_grid(x, threshold, None, "fp16", len(x), geometry.groups, blocks=True)
-            assert torch.equal(rounded.half, x)
-            shape = kernels._shape(tuple(geometry.pack()))
-            a, b = shape.fit(**{name: x, "weight": weight})
-            kind = kernels.FORWARD if name == "big" else kernels.GRAD_INPUT
-            result, reduced = ("small", "big") if name == "big" else ("big", "small")
-            sizes = {side: getattr(shape, f"{side}_channels") for side in ("big", "small")}
-            mnk = getattr(shape, f"{result}_positions"), sizes[result], sizes[reduced] * shape.offsets
-            problem = shape.problem(kind, a, b, getattr(shape, f"{result}_shape"), mnk, x.dim() == 4)
-            tiles = problem.tiles(None, kernels.CONFIGS._replace(streamed=kernels.Config(16, 32, 3)))
-            assert problem.has_summary(tiles)
-            expected = kernels._occupancy(problem, tiles, a, first=True)
-            assert torch.equal(kernels._summary(problem, tiles, rounded.blocks), expected)
-            assert set(expected.flatten().tolist()) == {0, 1, 3}
-            got = [
-                getattr(kernels, step)(x, weight, geometry.pack(), skip=True, blocks=blocks)
-                for blocks in (None, rounded.blocks)
-            ]
-            assert identical(*got)
-
-
-def kernels_grid():
-    from lnpu_torch.kernels import grid
-
-    return grid
-
-
 def check_one_kernel_offset_per_tile(kernels):
     """64 channels: a tile of the reduction lies within one kernel offset, which is computed once."""
     from test_counting import make
@@ -202,7 +133,7 @@ def check_one_kernel_offset_per_tile(kernels):
 def check_empty(kernels):
     for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
         a, b = torch.ones(m, k).half(), torch.ones(k, n).half()
-        assert torch.equal(kernels.matmul(a, b, skip=True), torch.zeros(m, n))
+        assert torch.equal(kernels.matmul(a, b), torch.zeros(m, n))
 
 
 def check_what_is_refused(kernels):

@@ -89,15 +89,15 @@ def quantize(
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
     """`ops.next_threshold`."""
-    used: Tensor = thresholds.choose([(x, choice(rule), row)], states, training)
-    return used[0]
+    used: Tensor = thresholds.choose(x, choice(rule), states, row, training)
+    return used
 
 
 def histogram(x: Tensor, rule: Rule) -> Tensor:
     """`reference.histogram`, in int32."""
-    counts = torch.zeros(1, choice(rule).bins, dtype=torch.int32, device=x.device)
-    thresholds.choose([(x, choice(rule), 0)], counts, training=False, counts=counts)  # any states will do
-    return counts[0]
+    counts = torch.zeros(choice(rule).bins, dtype=torch.int32, device=x.device)
+    thresholds.choose(x, choice(rule), counts, 0, training=False, counts=counts)  # any states will do
+    return counts
 
 
 @lru_cache(maxsize=256)
@@ -131,7 +131,10 @@ def rounds_results(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype in DTYPES and dtype in DTYPES
 
 
-round_result = result.round_result
+def round_result(x: Tensor, bias: None, form: str, dtype: torch.dtype) -> Tensor:
+    """`product_ops.rounded_result`; a bias was added before."""
+    rounded: Tensor = result.round_result(x, form, dtype)
+    return rounded
 
 
 def _or_empty(x: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
