@@ -34,7 +34,7 @@ def step(
         "kind": "Conv2d",
         "step": step,
         "calls": calls,
-        "slots": sum(map(sum, pairs)) + padding + not_run,
+        "macs": sum(map(sum, pairs)) + padding + not_run,
         "padding": padding,
         "not_run": not_run,
         "pairs": pairs,

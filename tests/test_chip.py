@@ -10,8 +10,8 @@ from handmade import variant
 from pydantic import ValidationError
 
 from lnpu_torch.cost.energy_table import event_energies
-from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml
-from lnpu_torch.hardware.chip import chip, chips
+from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml, validate
+from lnpu_torch.hardware.chip import ChipFile, chip, chips
 from lnpu_torch.reporting.chip_tables import chip_table, chips_table
 from lnpu_torch.text_tables import plain
 from lnpu_torch.units import pj
@@ -45,7 +45,7 @@ def test_energy_line_and_rates() -> None:
     lnpu = chip("lnpu")
     energies = event_energies(lnpu)
     assert pj(energies.fp8_mac) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
-    assert pj(energies.fp8_mac + 9 * energies.skipped_slot) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
+    assert pj(energies.fp8_mac + 9 * energies.skipped_mac) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
     assert energies.fp16_mac == 2 * energies.fp8_mac
     assert energies.fp16_band == (0, 2 * energies.fp8_mac)  # from twice to four times
     assert lnpu.cycles(1536, 0) == lnpu.cycles(0, 768) == 1
@@ -99,7 +99,7 @@ BAD = [
     ("energy.fp8_mac_pj", 0.575, ["energy.fp8_mac_pj"]),
     ("energy.fp8_mac_pj.value", -0.575, ["energy.fp8_mac_pj.value", "-0.575"]),
     ("energy.fp8_mac_pj.value", float("nan"), ["energy.fp8_mac_pj.value"]),
-    ("energy.skipped_slot_pj.value", -1, ["energy.skipped_slot_pj.value"]),
+    ("energy.skipped_mac_pj.value", -1, ["energy.skipped_mac_pj.value"]),
     ("energy.fp8_mac_pj.unit", "nJ", ["energy.fp8_mac_pj.unit", "known: value, tag, source"]),
     ("energy.fp8_mac_pj.range", [0.5, 0.6], ["energy.fp8_mac_pj.range", "unknown key"]),
     ("energy.fp16_to_fp8.range", [3.0, 4.0], ["energy.fp16_to_fp8", "outside its range"]),
@@ -183,8 +183,18 @@ def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
     mine, yours, lnpu = chip(tmp_path / "mine.yaml"), chip(tmp_path / "yours.yaml"), chip("lnpu")
     assert mine.name == "mine"
     assert mine.energy.fp8_mac_pj.value == 0.5
-    assert mine.energy.skipped_slot_pj == lnpu.energy.skipped_slot_pj
+    assert mine.energy.skipped_mac_pj == lnpu.energy.skipped_mac_pj
     assert (yours.name, yours.description, yours.energy) == ("your chip", "yours", mine.energy)
+
+
+def test_a_file_may_call_a_mac_a_slot_as_older_ones_do(tmp_path: Path) -> None:
+    value = "{value: 0.03, tag: assumed, source: a hunch}"
+    (tmp_path / "mine.yaml").write_text(f"like: lnpu\ndescription: mine\nenergy:\n  skipped_slot_pj: {value}\n")
+    mine = chip(tmp_path / "mine.yaml")
+    assert mine.energy.skipped_mac_pj.value == 0.03
+    held = mine.model_dump(mode="json")
+    held["energy"]["skipped_slot_pj"] = held["energy"].pop("skipped_mac_pj")
+    assert validate(ChipFile, {"file": "mine.yaml", "content": held}, "config.yaml").content == mine
 
 
 @pytest.mark.parametrize(

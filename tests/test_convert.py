@@ -31,8 +31,8 @@ def small_model():
     )
 
 
-def slots(cost):
-    return sum(entry.slots - entry.not_run for entry in cost.counts.steps)
+def macs(cost):
+    return sum(entry.macs - entry.not_run for entry in cost.counts.steps)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "alexnet", "mobilenet_v2"])
@@ -52,12 +52,12 @@ def test_zoo_models_convert_train_and_revert_bit_identical(name):
 
     with FlopCounterMode(display=False) as flops, lnpu.CostCounter(model) as cost:
         output = model.eval()(torch.randn(1, 3, 64, 64))
-        assert 2 * slots(cost) == flops.get_total_flops()
+        assert 2 * macs(cost) == flops.get_total_flops()
         output.sum().backward()
     if name != "mobilenet_v2":  # torch's counter takes a depthwise convolution's grad_weight for a dense one's
-        assert 2 * slots(cost) == flops.get_total_flops()
+        assert 2 * macs(cost) == flops.get_total_flops()
     first = next(row for row in cost.report("lnpu").rows if row.step == "grad_input")
-    assert first.not_run == first.slots > 0
+    assert first.not_run == first.macs > 0
 
     assert lnpu.revert(model) is model
     assert classes == {key: type(module) for key, module in model.named_modules()}
@@ -89,7 +89,7 @@ def test_shared_modules_stay_shared():
     with lnpu.CostCounter(model) as cost:
         model["b"](model["a"](torch.randn(2, 4)))
     (entry,) = cost.counts.steps
-    assert (entry.layer, entry.calls, entry.slots) == ("a", 2, 2 * 2 * 16)
+    assert (entry.layer, entry.calls, entry.macs) == ("a", 2, 2 * 2 * 16)
 
 
 def test_a_bare_layer_converts_in_place():

@@ -39,7 +39,7 @@ def test_an_activation_by_hand() -> None:
     assert row.sram_energy_pj == pytest.approx(100 * 16 * (SRAM_READ + SRAM_WRITE))
     assert row.energy_pj == pytest.approx(row.simd_energy_pj + row.sram_energy_pj)
     assert row.sram_bits == 2 * 100 * 16
-    assert (row.slots, row.executed, row.cycles, row.mac_energy_pj) == (0, 0, 0.0, None)
+    assert (row.macs, row.executed, row.cycles, row.mac_energy_pj) == (0, 0, 0.0, None)
     assert (row.dram_bits, row.dram_energy_pj) == (None, None)  # it is the layers' that it comes from and goes to
 
 
@@ -66,7 +66,7 @@ def test_one_line_for_each_kind_and_phase() -> None:
     by_step = {row.step: row for row in report.by("step").rows}
     assert list(by_step) == ["forward", "grad_input", "grad_weight", "backward", "update"]
     assert by_step["forward"].operations == 100
-    assert by_step["forward"].slots == network().steps[0].slots + network().steps[3].slots
+    assert by_step["forward"].macs == network().steps[0].macs + network().steps[3].macs
 
 
 def test_ops_of_one_kind_are_one_line() -> None:
@@ -79,7 +79,7 @@ def test_totals_close_and_know_the_rest_by_what_it_was_without() -> None:
     without, report = price(network(), "lnpu"), price(counted(RELU, ADAM), "lnpu")
     simd = [row for row in report.rows if row.kind == "SIMD"]
     assert report.total.energy_pj == pytest.approx(without.total.energy_pj + sum(row.energy_pj for row in simd))
-    assert report.total.slots == without.total.slots
+    assert report.total.macs == without.total.macs
     assert report.total.zero_share == without.total.zero_share
     assert report.total.operations == 100 + 280
 

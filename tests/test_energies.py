@@ -73,7 +73,7 @@ def test_bottom_up_energies_by_hand() -> None:
     read = 24.2 / 32 * (0.78 / 1.2) ** 2
     assert pj(energies.fp16_mac) == pytest.approx((1.1 + 0.9) * to_65nm + 36 * read / 48)
     assert pj(energies.fp8_mac) == pytest.approx((0.4 + 0.9) * to_65nm + 28 * read / 48)
-    assert pj(energies.skipped_slot) == pytest.approx(read / 48)
+    assert pj(energies.skipped_mac) == pytest.approx(read / 48)
     assert pj(energies.sram_read_bit) == pytest.approx(read)
     assert pj(energies.sram_write_bit) == pytest.approx(18.7 / 32 * (0.78 / 1.2) ** 2)
     assert energies.dram_bit == event_energies(chip("lnpu")).dram_bit
@@ -149,7 +149,7 @@ def test_bottom_up_needs_its_tables() -> None:
 EVENTS = {
     "FP8 MAC": "fp8_mac",
     "FP16 MAC": "fp16_mac",
-    "skipped slot": "skipped_slot",
+    "skipped MAC": "skipped_mac",
     "SRAM, bit read": "sram_read_bit",
     "SRAM, bit written": "sram_write_bit",
     "DRAM, bit": "dram_bit",

@@ -67,6 +67,6 @@ def test_equal_products_have_equal_counts_and_prices(
             layer(place(rows).clone().requires_grad_()).backward(place(error))
         parts = lnpu.price(cost.counts, "lnpu").rows
         assert len(parts) == 3
-        counts = [(each.step, each.slots, each.pairs, each.first, each.second) for each in cost.counts.steps]
+        counts = [(each.step, each.macs, each.pairs, each.first, each.second) for each in cost.counts.steps]
         found[name] = counts, [(part.step, part.cycles, part.energy_pj) for part in parts]
     assert all(each == found["rows"] for each in found.values()), found

@@ -52,7 +52,7 @@ def profiles(counts):
         for name, operand in zip(OPERANDS[entry.step], (entry.first, entry.second), strict=True):
             if name == "weight":
                 assert operand.lanes is None
-            elif entry.not_run < entry.slots:
+            elif entry.not_run < entry.macs:
                 assert found.setdefault((entry.layer, name), operand.lanes) == operand.lanes
     return found
 

@@ -25,7 +25,7 @@ FIELDS_EXPECTED = [
     "layer",
     "kind",
     "step",
-    "slots",
+    "macs",
     "executed",
     "skipped",
     "padding",
@@ -64,8 +64,8 @@ def test_a_row_has_these_fields() -> None:
 
 def test_a_row_that_does_not_add_up_is_refused() -> None:
     row = price(network(), "lnpu").rows[0]
-    with pytest.raises(ValueError, match="conv1 forward: slots are not"):
-        dataclasses.replace(row, slots=row.slots + 1)
+    with pytest.raises(ValueError, match="conv1 forward: macs are not"):
+        dataclasses.replace(row, macs=row.macs + 1)
     with pytest.raises(ValueError, match="conv1 forward: pairs do not"):
         dataclasses.replace(row, pairs={})
 
@@ -97,7 +97,7 @@ def test_groups_keep_the_models_order() -> None:
 def test_time_and_efficiency() -> None:
     report = price(network(), "lnpu")
     assert report.time_s == report.total.cycles / 50e6
-    asked = report.total.slots - report.total.not_run
+    asked = report.total.macs - report.total.not_run
     assert report.total.not_run == 55
     assert report.tflops_per_watt == pytest.approx(2 * asked / report.total.energy_pj)
 
@@ -188,7 +188,7 @@ def test_a_model_that_is_one_layer_has_a_name() -> None:
 
 def test_nothing_counted() -> None:
     report = price(counts(), "lnpu")
-    assert (report.rows, report.total.slots, report.total.energy_pj, report.tflops_per_watt) == ((), 0, 0, None)
+    assert (report.rows, report.total.macs, report.total.energy_pj, report.tflops_per_watt) == ((), 0, 0, None)
     assert str(report).strip() == "nothing was counted that chip lnpu could be priced for"
 
 
@@ -221,14 +221,14 @@ def test_what_ran_in_float_stands_beside_every_total() -> None:
     whole = network()
     seen = whole.model_copy(update={"in_float": products})
     total = price(whole, "lnpu").total
-    share = 300 / (300 + total.slots - total.not_run)
+    share = 300 / (300 + total.macs - total.not_run)
     line = f"NOT IN THE TOTAL: {share:.1%} of all multiply-accumulates, 300, which ran in float: aten.mm.default (2 x)"
     reports = [price(seen, chip) for chip in ("lnpu", "dense-fp16")]
     swept = sweep(seen, ["lnpu"], {"lanes.balancer": [1, 4]})
     for printed in (reports[0], Comparison(reports), swept):
         assert line in " ".join(str(printed).split())
     assert reports[0].float_share == share and price(seen + seen, "lnpu").float_share == pytest.approx(
-        600 / (600 + 2 * (total.slots - total.not_run))
+        600 / (600 + 2 * (total.macs - total.not_run))
     )
     for nothing in (whole, whole.model_copy(update={"in_float": {}}), seen + whole):  # of the last, nobody knows
         assert "NOT IN THE TOTAL" not in str(price(nothing, "lnpu"))

@@ -174,7 +174,7 @@ def skipping() -> Any:
         groups = lnpu.quantize(streamed.detach(), "fgmp", return_groups=True)[1]
         _squares(axis, groups)
         row = rows[step]
-        told = f"each {name} meets\n{meets}\n{row.executed} of {row.slots} slots executed,\n{row.skipped} skipped"
+        told = f"each {name} meets\n{meets}\n{row.executed} of {row.macs} MACs executed,\n{row.skipped} skipped"
         axis.set_title(f"{step}: {name} {list(groups.shape)}", loc="left")
         axis.text(0, -0.05, told, transform=axis.transAxes, va="top")
     return figure

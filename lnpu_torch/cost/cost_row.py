@@ -29,13 +29,13 @@ class Row:
 
     `energy_zj` has the exact energies by component, of which those in pJ are the nearest floats. None in a number of
     bits or in an energy, and a component that `energy_zj` lacks, means that no model covers it. Raises ValueError if
-    the slots or the pairs do not add up.
+    the MACs or the pairs do not add up.
     """
 
     layer: str
     kind: str
     step: str
-    slots: int
+    macs: int
     executed: int
     skipped: int
     padding: int
@@ -60,8 +60,8 @@ class Row:
 
     def __post_init__(self) -> None:
         name = f"{self.layer} {self.step}"
-        if self.slots != self.executed + self.skipped + self.padding + self.not_run:
-            raise ValueError(f"{name}: slots are not executed + skipped + padding + not_run")
+        if self.macs != self.executed + self.skipped + self.padding + self.not_run:
+            raise ValueError(f"{name}: macs are not executed + skipped + padding + not_run")
         if sum(self.pairs.values()) != self.executed:
             raise ValueError(f"{name}: pairs do not add up to executed")
 
@@ -100,7 +100,7 @@ class Part:
     layer: str
     kind: str
     step: str
-    slots: int = 0
+    macs: int = 0
     skipped: int = 0
     padding: int = 0
     not_run: int = 0
@@ -134,7 +134,7 @@ class Part:
             layer=self.layer,
             kind=self.kind,
             step=self.step,
-            slots=self.slots,
+            macs=self.macs,
             executed=sum(self.pairs.values()),
             skipped=self.skipped,
             padding=self.padding,
@@ -161,7 +161,7 @@ class Part:
     @property
     def _unpriced(self) -> bool:
         """Whether there was work, and no model covers any of it."""
-        worked = self.slots or self.operations
+        worked = self.macs or self.operations
         return bool(worked) and not any(component in self.energy for component in ON_CHIP)
 
     def _bits(self, *kinds: str) -> int | None:
@@ -169,7 +169,7 @@ class Part:
         return sum(known) if known else None
 
 
-SUMS = ("slots", "skipped", "padding", "not_run", "zero", "fp8", "wide")
+SUMS = ("macs", "skipped", "padding", "not_run", "zero", "fp8", "wide")
 
 
 def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:

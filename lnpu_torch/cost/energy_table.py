@@ -12,7 +12,7 @@ from lnpu_torch.units import Component, zj
 
 @dataclass(frozen=True)
 class Energies:
-    """Energy of one event each, in zJ: a multiplication or a skipped slot, a bit of SRAM or DRAM.
+    """Energy of one event each, in zJ: a multiplication or a skipped MAC, a bit of SRAM or DRAM.
 
     `fp16_band` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
     """
@@ -20,15 +20,15 @@ class Energies:
     fp8_mac: int
     fp16_mac: int
     fp16_band: tuple[int, int] | None
-    skipped_slot: int
+    skipped_mac: int
     sram_read_bit: int
     sram_write_bit: int
     dram_bit: int
     simd_operation: int | None
 
     def of_work(self, fp8_macs: int, fp16_macs: int, skipped: int) -> dict[Component, int]:
-        """Energy of these multiplications and skipped slots."""
-        return {"mac": self.fp8_mac * fp8_macs + self.fp16_mac * fp16_macs + self.skipped_slot * skipped}
+        """Energy of these multiplications and skipped MACs."""
+        return {"mac": self.fp8_mac * fp8_macs + self.fp16_mac * fp16_macs + self.skipped_mac * skipped}
 
     def of_bits(self, bits: Mapping[str, int]) -> dict[Component, int]:
         """Energy of the bits moved, as `traffic.bits_moved` names them; of none if none are known."""
@@ -60,7 +60,7 @@ def event_energies(chip: Chip) -> Energies:
         fp8_mac=zj(fp8),
         fp16_mac=fp16,
         fp16_band=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
-        skipped_slot=zj(energy.skipped_slot_pj.value * scale),
+        skipped_mac=zj(energy.skipped_mac_pj.value * scale),
         sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
         sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
         dram_bit=zj(energy.dram_pj_per_bit.value),
@@ -69,7 +69,7 @@ def event_energies(chip: Chip) -> Energies:
 
 
 def _bottom_up(chip: Chip, tables: BottomUp) -> Energies:
-    """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped slot reads one bit."""
+    """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped MAC reads one bit."""
     voltage, circuits, storage = chip.operating_point.voltage_v.value, tables.arithmetic, chip.storage
     scale, read = circuits.scale(voltage), tables.sram.read_pj_per_bit(voltage)
     per_bit = read / tables.macs_per_read.value
@@ -80,7 +80,7 @@ def _bottom_up(chip: Chip, tables: BottomUp) -> Energies:
         fp8_mac=zj(circuits.fp8_multiply_pj.value * scale + add + fp8_read),
         fp16_mac=zj(circuits.fp16_multiply_pj.value * scale + add + fp16_read),
         fp16_band=None,
-        skipped_slot=zj(storage.zero_bits.value * per_bit),
+        skipped_mac=zj(storage.zero_bits.value * per_bit),
         sram_read_bit=zj(read),
         sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
         dram_bit=zj(chip.energy.dram_pj_per_bit.value),

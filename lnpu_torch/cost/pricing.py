@@ -47,7 +47,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
 
 def _who_reads_errors(counts: Counts) -> set[str]:
     """The layers whose grad_input was run: that is where their error is read first."""
-    return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.slots > entry.not_run}
+    return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.macs > entry.not_run}
 
 
 def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool) -> Part:
@@ -55,7 +55,7 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool)
     policy = getattr(chip.skip, entry.step).value
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
     pairs = _executed(entry, policy)
-    skipped = entry.slots - entry.padding - entry.not_run - sum(pairs.values())
+    skipped = entry.macs - entry.padding - entry.not_run - sum(pairs.values())
     work = _work(entry, chip, policy, pairs, skipped)
     bits = bits_moved(entry, chip, error_is_new=error_is_new)
     zero, fp8, wide = streamed.elements
@@ -65,7 +65,7 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool)
         layer=entry.layer,
         kind=entry.kind,
         step=entry.step,
-        slots=entry.slots,
+        macs=entry.macs,
         skipped=skipped,
         padding=entry.padding,
         not_run=entry.not_run,
@@ -101,7 +101,7 @@ def _executed(entry: StepCounts, policy: str) -> dict[tuple[str, str], int]:
 def _work(
     entry: StepCounts, chip: Chip, policy: str, pairs: dict[tuple[str, str], int], skipped: int
 ) -> tuple[int, int, int]:
-    """FP8 multiplications, FP16 multiplications and skipped slots, padding among them as the chip treats it."""
+    """FP8 multiplications, FP16 multiplications and skipped MACs, padding among them as the chip treats it."""
     first, second = OPERANDS[entry.step]
     fp8 = sum(macs for pair, macs in pairs.items() if chip.runs_fp8(*pair))
     fp16 = sum(pairs.values()) - fp8

@@ -52,9 +52,7 @@ class Report:
     def float_share(self) -> float | None:
         """Their share of all multiply-accumulates that ran, skipped ones too; None where nobody looked, or none ran."""
         total = self.total
-        return (
-            None if self.float_macs is None else share(self.float_macs, self.float_macs + total.slots - total.not_run)
-        )
+        return None if self.float_macs is None else share(self.float_macs, self.float_macs + total.macs - total.not_run)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -88,9 +86,9 @@ class Report:
 
     @property
     def tflops_per_watt(self) -> float | None:
-        """2 FLOP per slot that was asked for, skipped or not, over energy; None if there were none of either."""
+        """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either."""
         total = self.total
-        asked = total.slots - total.not_run
+        asked = total.macs - total.not_run
         return 2 * asked / total.energy_pj if asked and total.energy_pj else None
 
     def by(self, key: Literal["layer", "step"]) -> Report:
@@ -173,7 +171,7 @@ def csv_text(report: Report | Sequence[Report]) -> str:
 Column = tuple[str, str, Callable[[Any], str]]
 
 WORK: tuple[Column, ...] = (
-    ("slots", "slots", si),
+    ("MACs", "macs", si),
     ("executed", "executed", si),
     ("skipped", "skipped", si),
     ("padding", "padding", si),
@@ -243,7 +241,7 @@ def access(row: Row) -> str:
 
 def _tables(report: Report) -> list[Table]:
     """Multiplications, operations on elements if there are any, and the energy of both."""
-    macs = [row for row in report.rows if row.slots or row.operations is None]
+    macs = [row for row in report.rows if row.macs or row.operations is None]
     elements = [row for row in report.rows if row.operations is not None]
     tables = [_table("Multiplications", report, macs, WORK)] if macs else []
     tables += [_table("Operations on elements", report, elements, ELEMENTS)] if elements else []
@@ -272,7 +270,7 @@ def _footer(report: Report) -> list[str]:
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
         f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
-        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)",
+        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per MAC, skipped ones too; DRAM apart)",
         *missing(report),
         *_layers_access(report),
         *([f"energy band: {band(report)}, {report.band}"] if report.band else []),

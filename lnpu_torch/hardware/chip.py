@@ -58,19 +58,19 @@ class Lanes(Frozen):
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
-    A slot: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
+    A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
     moved from or to DRAM.
     """
 
     fp8_mac_pj: Tagged[NotNegative]
-    skipped_slot_pj: Tagged[NotNegative]
+    skipped_mac_pj: Tagged[NotNegative]
     fp16_to_fp8: Ranged
     sram_read_pj_per_bit: Tagged[NotNegative]
     sram_write_pj_per_bit: Tagged[NotNegative]
     dram_pj_per_bit: Ranged
 
 
-CALIBRATED = ("energy.fp8_mac", "energy.skipped_slot", "energy.fp16_to_fp8", "energy.sram")
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram")
 """How the keys begin that only the calibrated model uses."""
 
 
@@ -102,7 +102,7 @@ class Chip(Frozen):
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
-    ("streamed"), those whose operands "both" are, or "never". `padding` says what a slot outside the image is: a zero
+    ("streamed"), those whose operands "both" are, or "never". `padding` says what a MAC outside the image is: a zero
     of the step's first operand ("as_zero"), or not scheduled ("free").
     """
 
@@ -218,10 +218,19 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     data = parse_yaml(read_text(path, "chip"), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a chip: a mapping of keys is expected")
-    start = {"name": path.stem}
+    data, start = _current(data), {"name": path.stem}
     if "like" in data:
         start = {**_base(data.pop("like"), path, (*above, path.resolve())), **start}
     return _merge(start, data)
+
+
+def _current(data: dict[str, Any]) -> dict[str, Any]:
+    """A chip's plain data under today's names; older files and run folders call a MAC a slot."""
+    energy = data.get("energy")
+    if not isinstance(energy, dict) or "skipped_slot_pj" not in energy:
+        return data
+    renamed = {"skipped_mac_pj" if key == "skipped_slot_pj" else key: value for key, value in energy.items()}
+    return {**data, "energy": renamed}
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -250,7 +259,7 @@ class ChipFile(NamedFile):
     @field_validator("content", mode="before")
     @classmethod
     def _of_plain_data(cls, value: Any) -> Any:
-        return validate(Chip, value, "content") if isinstance(value, dict) else value
+        return validate(Chip, _current(value), "content") if isinstance(value, dict) else value
 
 
 def hold_chip(value: str | ChipFile, again: bool = False) -> str | ChipFile:

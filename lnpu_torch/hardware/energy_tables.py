@@ -101,7 +101,7 @@ class Sram(Frozen):
 class BottomUp(Frozen):
     """Multipliers, adders and SRAM from tables.
 
-    `macs_per_read` is how many multiplications one value read from SRAM serves; a skipped slot costs its share of
+    `macs_per_read` is how many multiplications one value read from SRAM serves; a skipped MAC costs its share of
     reading the bit that says so.
     """
 

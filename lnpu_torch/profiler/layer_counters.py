@@ -162,7 +162,7 @@ def _values(counters: Tensor) -> Tensor:
 
 def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:
     values = rows.sum(0).tolist()
-    calls, slots, padding, not_run = values[:4]
+    calls, macs, padding, not_run = values[:4]
     table, elements = values[4:13], (values[13:16], values[16:19])
     first, second = (
         _operand(life, step, name, *each) for name, *each in zip(OPERANDS[step], elements, lanes, strict=True)
@@ -173,7 +173,7 @@ def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list
             "kind": life.kind,
             "step": step,
             "calls": calls,
-            "slots": slots,
+            "macs": macs,
             "padding": padding,
             "not_run": not_run,
             "pairs": tuple(tuple(table[i : i + 3]) for i in (0, 3, 6)),

@@ -28,7 +28,7 @@ def chips_table(chips: Sequence[Chip]) -> Table:
             *(f"{each.operating_point.voltage_v.value:g}", f"{each.clock_hz / 1e6:.4g}"),
             *(f"{fp8.value}" if fp8 else "-", f"{each.macs_per_cycle.fp16.value}"),
             *(f"{pj(energies.fp8_mac):.4g}" if fp8 else "-", f"{pj(energies.fp16_mac):.4g}"),
-            *(f"{pj(energies.skipped_slot):.4g}", f"{each.sram_bytes.value / 1024:.4g}"),
+            *(f"{pj(energies.skipped_mac):.4g}", f"{each.sram_bytes.value / 1024:.4g}"),
         )
     return table
 

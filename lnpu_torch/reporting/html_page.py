@@ -72,14 +72,14 @@ def _share(value: Any) -> str:
 COLUMNS = (
     Column("layer", "layer", "its name in the model", _plain, text=True),
     Column("kind", "kind", "its class", _plain, text=True),
-    Column("slots", "slots", "multiplications of a dense chip", si, of_macs=True),
+    Column("MACs", "macs", "multiplications of a dense chip", si, of_macs=True),
     Column("executed", "executed", "multiplications that are not skipped", si, of_macs=True),
     Column("zeros", "zero_share", "zeros in the streamed operand", _share),
     Column("FP8", "fp8_share", "FP8 among the streamed operand's non-zeros", _share),
     Column("lanes busy", "utilisation", "mean work of a lane over the fullest one's", _share),
     Column("cycles", "cycles", "of the multipliers", si, of_macs=True),
     Column("operations", "operations", "on elements, on the SIMD core", si),
-    Column("MAC", "mac_energy_pj", "energy of multiplications and skipped slots", _energy),
+    Column("MAC", "mac_energy_pj", "energy of multiplications and skipped MACs", _energy),
     Column("SRAM", "sram_energy_pj", "energy of SRAM", _energy),
     Column("SIMD", "simd_energy_pj", "energy of the SIMD core", _energy),
     Column("chip", "energy_pj", "energy on the chip: MAC, SRAM and SIMD", _energy),
@@ -146,7 +146,7 @@ def _tiles(study: Study) -> Iterator[dict[str, str]]:
 
 def _cell(column: Column, row: Mapping[str, Any], chip: Mapping[str, Any]) -> Any:
     """A row's value in a column; None where it says nothing of operations on elements."""
-    if column.of_macs and not row["slots"] and row["operations"] is not None:
+    if column.of_macs and not row["macs"] and row["operations"] is not None:
         return None
     return row[column.field]
 
