@@ -7,7 +7,7 @@ if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a check
     __path__.append(str(_SOURCE))
 
 from lnpu_torch import nn  # noqa: E402
-from lnpu_torch.cost.cost_row import Row  # noqa: E402
+from lnpu_torch.cost.cost_row import CostRow  # noqa: E402
 from lnpu_torch.cost.pricing import price  # noqa: E402
 from lnpu_torch.cost.report import Report  # noqa: E402
 from lnpu_torch.cost.sweep import Sweep, sweep  # noqa: E402
@@ -29,10 +29,10 @@ __all__ = [
     "Chip",
     "ConfigError",
     "CostCounter",
+    "CostRow",
     "Counts",
     "Precision",
     "Report",
-    "Row",
     "Rule",
     "SharedThresholds",
     "Sweep",

@@ -56,7 +56,7 @@ def over_sparse(probe: Probe, ratio: float | None = None) -> float:
     return energy(probe.fp16, sparse) / energy(probe.fgmp, mine)
 
 
-def access(row: lnpu.Row) -> float:
+def access(row: lnpu.CostRow) -> float:
     """DRAM traffic against dense FP16's, as a change: -0.4 is 40 % less."""
     return _known(row.dram_bits) / _known(row.dense_dram_bits) - 1
 

@@ -47,7 +47,7 @@ def test_energy_line_and_rates() -> None:
     assert pj(energies.fp8_mac) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
     assert pj(energies.fp8_mac + 9 * energies.skipped_mac) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
     assert energies.fp16_mac == 2 * energies.fp8_mac
-    assert energies.fp16_band == (0, 2 * energies.fp8_mac)  # from twice to four times
+    assert energies.fp16_range == (0, 2 * energies.fp8_mac)  # from twice to four times
     assert lnpu.cycles(1536, 0) == lnpu.cycles(0, 768) == 1
     assert chip("lnpu-fp16").cycles(0, 1536) == 2
 

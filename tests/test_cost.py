@@ -10,7 +10,7 @@ import torch
 from handmade import bottom_up, counts, network, step, variant
 
 import lnpu_torch as lnpu
-from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, builtin_names
@@ -21,7 +21,7 @@ E8, E16, SKIP = 0.575, 1.15, 0.024  # pJ, as in lnpu.yaml
 CHIPS = builtin_names("chips")
 
 
-def one(entry: Any, chip: str | Chip = "lnpu") -> Row:
+def one(entry: Any, chip: str | Chip = "lnpu") -> CostRow:
     (row,) = price(counts(entry), chip).rows
     return row
 
@@ -143,11 +143,11 @@ def test_calibration_nine_zeros_in_ten() -> None:
 def test_energy_band_over_the_ratio_of_fp16_to_fp8() -> None:
     report = price(counts(step()), "lnpu")
     assert report.energy_range_pj == pytest.approx((report.total.energy_pj, report.total.energy_pj + 24 * 2 * E8))
-    assert report.band == "energy of an FP16 MAC 2 ... 4 times an FP8 MAC's"
+    assert report.energy_range == "energy of an FP16 MAC 2 ... 4 times an FP8 MAC's"
     ratio = variant().energy.fp16_to_fp8.model_copy(update={"range": None})
     fixed = variant().model_copy(update={"energy": variant().energy.model_copy(update={"fp16_to_fp8": ratio})})
     without = price(counts(step()), fixed)
-    assert without.band is None
+    assert without.energy_range is None
     assert without.energy_range_pj == (report.total.energy_pj,) * 2
 
 

@@ -23,7 +23,7 @@ from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.reporting import figure_style as drawing
 from lnpu_torch.reporting.figures import FIGURES, figures
-from lnpu_torch.reporting.html_page import COLUMNS, page
+from lnpu_torch.reporting.html_page import page
 from lnpu_torch.reporting.run_reader import read_run
 from lnpu_torch.reporting.run_report import study
 
@@ -258,8 +258,3 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = CliRunner().invoke(app, ["report", str(write_run(tmp_path / "run", epochs=1))])
     assert done.exit_code == 2 and "lnpu-torch[plot]" in done.output
-
-
-def test_a_column_says_what_it_shows() -> None:
-    assert len({column.field for column in COLUMNS}) == len(COLUMNS)
-    assert all(column.says for column in COLUMNS)

@@ -11,7 +11,7 @@ from handmade import step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import STEPS, Counts, StepCounts
 from lnpu_torch.counts.vector_ops import ElementOp, Elements
@@ -66,7 +66,7 @@ def run(entries: list[StepCounts]) -> Counts:
     return Counts.merge(Counts(steps=(entry,), elements=beside(entry)) for entry in entries)
 
 
-def exact(total: Row) -> dict[str, int]:
+def exact(total: CostRow) -> dict[str, int]:
     """What must add up to the last digit."""
     bits = {name: getattr(total, name) or 0 for name in ("sram_bits", "dram_bits", "dense_dram_bits")}
     return {**{part: total.energy_zj.get(part, 0) for part in COMPONENTS}, **bits}
@@ -124,7 +124,7 @@ def moved(entry: StepCounts, operand: str, source: int, target: int, share: floa
     return step(entry.step, entry.layer, pairs, entry.padding, entry.not_run, **elements, result=result)
 
 
-def assert_no_dearer(less: Row, more: Row) -> None:
+def assert_no_dearer(less: CostRow, more: CostRow) -> None:
     assert all(less.energy_zj[part] <= more.energy_zj[part] for part in more.energy_zj)
     assert less.cycles <= more.cycles * (1 + 1e-12)
     assert less.dram_bits <= more.dram_bits  # type: ignore[operator]

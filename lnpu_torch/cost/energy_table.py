@@ -14,12 +14,12 @@ from lnpu_torch.units import Component, zj
 class Energies:
     """Energy of one event each, in zJ: a multiplication or a skipped MAC, a bit of SRAM or DRAM.
 
-    `fp16_band` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
+    `fp16_range` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
     """
 
     fp8_mac: int
     fp16_mac: int
-    fp16_band: tuple[int, int] | None
+    fp16_range: tuple[int, int] | None
     skipped_mac: int
     sram_read_bit: int
     sram_write_bit: int
@@ -31,7 +31,7 @@ class Energies:
         return {"mac": self.fp8_mac * fp8_macs + self.fp16_mac * fp16_macs + self.skipped_mac * skipped}
 
     def of_bits(self, bits: Mapping[str, int]) -> dict[Component, int]:
-        """Energy of the bits moved, as `traffic.bits_moved` names them; of none if none are known."""
+        """Energy of the bits moved, as `memory_traffic.bits_moved` names them; of none if none are known."""
         energy: dict[Component, int] = {}
         if "sram_read" in bits:
             energy["sram"] = self.sram_read_bit * bits["sram_read"] + self.sram_write_bit * bits["sram_write"]
@@ -43,9 +43,9 @@ class Energies:
         """Energy of operations on elements; of none if the chip's SIMD core is not modelled."""
         return {} if self.simd_operation is None else {"simd": self.simd_operation * operations}
 
-    def band(self, fp16_macs: int) -> tuple[int, int]:
+    def energy_range(self, fp16_macs: int) -> tuple[int, int]:
         """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
-        low, high = self.fp16_band or (0, 0)
+        low, high = self.fp16_range or (0, 0)
         return low * fp16_macs, high * fp16_macs
 
 
@@ -59,7 +59,7 @@ def event_energies(chip: Chip) -> Energies:
     return Energies(
         fp8_mac=zj(fp8),
         fp16_mac=fp16,
-        fp16_band=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
+        fp16_range=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
         skipped_mac=zj(energy.skipped_mac_pj.value * scale),
         sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
         sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
@@ -79,7 +79,7 @@ def _bottom_up(chip: Chip, tables: BottomUp) -> Energies:
     return Energies(
         fp8_mac=zj(circuits.fp8_multiply_pj.value * scale + add + fp8_read),
         fp16_mac=zj(circuits.fp16_multiply_pj.value * scale + add + fp16_read),
-        fp16_band=None,
+        fp16_range=None,
         skipped_mac=zj(storage.zero_bits.value * per_bit),
         sram_read_bit=zj(read),
         sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),

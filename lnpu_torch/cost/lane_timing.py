@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lnpu_torch.cost.cost_row import LaneCycles, Part
+from lnpu_torch.cost.cost_row import CostRow, LaneCycles
 from lnpu_torch.counts.schema import OPERANDS, StepCounts
 from lnpu_torch.hardware.chip import Chip
 
@@ -27,9 +27,9 @@ def lane_cycles(entry: StepCounts, chip: Chip, ideal: float) -> LaneCycles | Non
     return LaneCycles(ideal, *(ideal * each / profile.work for each in held))
 
 
-def not_recorded(parts: Sequence[Part]) -> list[str]:
-    """What a report says if the lane profiles of some parts were not recorded."""
-    run = [part for part in parts if part.cycles]
-    unknown = [part for part in run if not part.lanes]
+def not_recorded(rows: Sequence[CostRow]) -> list[str]:
+    """What a report says if the lane profiles of some rows were not recorded."""
+    run = [row for row in rows if row.cycles]
+    unknown = [row for row in run if not row.lanes]
     some = "" if len(unknown) == len(run) else f" for {len(unknown)} of {len(run)} rows"
     return [f"utilisation not recorded{some}: their cycles assume that every lane is busy"] if unknown else []

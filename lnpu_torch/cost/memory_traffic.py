@@ -19,7 +19,7 @@ FP16_BITS = 16
 
 
 def bits_moved(entry: StepCounts, chip: Chip, *, error_is_new: bool) -> dict[str, int]:
-    """Bits of one step by kind, as `rows.Part` names them; empty if the sizes of its calls were not recorded.
+    """Bits of one step by kind, as `CostRow.bits` names them; empty if the sizes of its calls were not recorded.
 
     DRAM: operands are read as often as they are fetched. An activation or error was written once, by whoever made it,
     in the format in which it is read; so its write is booked where it is read first: a layer's input on forward, its

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lnpu_torch.cost.cost_row import Part
+from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.energy_table import Energies, event_energies
 from lnpu_torch.cost.lane_timing import lane_cycles, not_recorded
 from lnpu_torch.cost.memory_traffic import bits_moved
@@ -39,7 +39,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         chip=chip.name,
         clock_hz=chip.clock_hz,
         parts=(*steps, *element_parts(counts.elements, chip, energies)),
-        band=_band(chip) if energies.fp16_band else None,
+        energy_range=_range(chip) if energies.fp16_range else None,
         notes=(*_notes(counts, chip), *not_recorded(steps)),
         in_float=counts.in_float,
     )
@@ -50,7 +50,7 @@ def _who_reads_errors(counts: Counts) -> set[str]:
     return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.macs > entry.not_run}
 
 
-def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool) -> Part:
+def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool) -> CostRow:
     """One step of one layer: what of it is executed, what is skipped, what is moved, and what all that costs."""
     policy = getattr(chip.skip, entry.step).value
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
@@ -61,7 +61,7 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool)
     zero, fp8, wide = streamed.elements
     ideal = chip.cycles(*work[:2])
     lanes = lane_cycles(entry, chip, ideal)
-    return Part(
+    return CostRow(
         layer=entry.layer,
         kind=entry.kind,
         step=entry.step,
@@ -69,19 +69,19 @@ def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool)
         skipped=skipped,
         padding=entry.padding,
         not_run=entry.not_run,
-        pairs={"*".join(pair): macs for pair, macs in pairs.items()},
+        executed_pairs={"*".join(pair): macs for pair, macs in pairs.items()},
         zero=zero,
         fp8=fp8,
         wide=wide,
         cycles=lanes.balanced if lanes else ideal,
         lanes=lanes,
-        energy=energies.of_work(*work) | energies.of_bits(bits),
+        energy_zj=energies.of_work(*work) | energies.of_bits(bits),
         bits=bits,
-        band=energies.band(work[1]),
+        range_zj=energies.energy_range(work[1]),
     )
 
 
-def _band(chip: Chip) -> str:
+def _range(chip: Chip) -> str:
     low, high = chip.energy.fp16_to_fp8.range or (0.0, 0.0)
     return f"energy of an FP16 MAC {low:g} ... {high:g} times an FP8 MAC's"
 

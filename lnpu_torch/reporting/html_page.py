@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lnpu_torch.cost.cost_row import COLUMNS, Column
 from lnpu_torch.reporting.run_report import Study
 from lnpu_torch.text_tables import si
 
@@ -45,46 +45,13 @@ FIGURES = {
 """Title and caption of each figure, in the page's order."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table of layers: its head, what it says, which field of a row it shows, and how."""
-
-    head: str
-    field: str
-    says: str
-    write: Callable[[Any], str]
-    text: bool = False
-    of_macs: bool = False
+SHOWN = tuple(column for column in COLUMNS if column.on_page)
+OF_MACS = ("macs", "executed", "cycles")
+"""Columns that say nothing of vector operations."""
 
 
-def _plain(value: Any) -> str:
-    return str(value)
-
-
-def _energy(value: Any) -> str:
-    return si(value, "pJ").replace(" uJ", " \u00b5J")
-
-
-def _share(value: Any) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-COLUMNS = (
-    Column("layer", "layer", "its name in the model", _plain, text=True),
-    Column("kind", "kind", "its class", _plain, text=True),
-    Column("MACs", "macs", "multiplications of a dense chip", si, of_macs=True),
-    Column("executed", "executed", "multiplications that are not skipped", si, of_macs=True),
-    Column("zeros", "zero_share", "zeros in the streamed operand", _share),
-    Column("FP8", "fp8_share", "FP8 among the streamed operand's non-zeros", _share),
-    Column("lanes busy", "utilisation", "mean work of a lane over the fullest one's", _share),
-    Column("cycles", "cycles", "of the multipliers", si, of_macs=True),
-    Column("operations", "operations", "on elements, on the SIMD core", si),
-    Column("MAC", "mac_energy_pj", "energy of multiplications and skipped MACs", _energy),
-    Column("SRAM", "sram_energy_pj", "energy of SRAM", _energy),
-    Column("SIMD", "simd_energy_pj", "energy of the SIMD core", _energy),
-    Column("chip", "energy_pj", "energy on the chip: MAC, SRAM and SIMD", _energy),
-    Column("DRAM", "dram_energy_pj", "energy of DRAM, outside the chip", _energy),
-)
+def _text(column: Column, value: Any) -> str:
+    return column.text(value).replace(" uJ", " \u00b5J")
 
 
 def page(study: Study, drawn: Mapping[str, str]) -> str:
@@ -112,11 +79,20 @@ def page(study: Study, drawn: Mapping[str, str]) -> str:
             for name, (title, caption) in FIGURES.items()
             if name in drawn
         ],
-        columns=COLUMNS,
+        columns=SHOWN,
+        text=_text,
         cell=_cell,
         share=_share_of_energy,
         settings=list(_flat(study["settings"])),
     )
+
+
+def _energy(value: float | None) -> str:
+    return si(value, "pJ").replace(" uJ", " \u00b5J")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _headline(study: Study) -> str:
@@ -145,8 +121,8 @@ def _tiles(study: Study) -> Iterator[dict[str, str]]:
 
 
 def _cell(column: Column, row: Mapping[str, Any], chip: Mapping[str, Any]) -> Any:
-    """A row's value in a column; None where it says nothing of operations on elements."""
-    if column.of_macs and not row["macs"] and row["operations"] is not None:
+    """A row's value in a column; None where it says nothing of vector operations."""
+    if column.field in OF_MACS and not row["macs"] and row["operations"] is not None:
         return None
     return row[column.field]
 

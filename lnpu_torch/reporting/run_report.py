@@ -6,7 +6,6 @@ Energies are in pJ, times in s, shares in 0 ... 1; None is what no model covers,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ def _on_chip(run: Run, chip: Chip) -> dict[str, Any]:
         "chip": chip.name,
         "description": chip.description,
         **whole.to_dict(),
-        "layers": [asdict(row) for row in whole.by("layer").rows],
-        "steps": [asdict(row) for row in whole.by("step").rows],
+        "layers": [row.to_dict() for row in whole.by("layer").rows],
+        "steps": [row.to_dict() for row in whole.by("step").rows],
         "epochs": [_epoch(epoch.number, price(epoch.counts, chip)) for epoch in run.epochs],
         "constants": [
             {"key": key, "value": value_text(entry), "tag": entry.tag, "source": entry.source}
@@ -65,8 +64,8 @@ def _epoch(number: int, report: Report) -> dict[str, Any]:
     return {
         "epoch": number,
         "time_s": report.time_s,
-        "total": asdict(report.total),
-        "steps": {row.step: asdict(row) for row in report.by("step").rows},
+        "total": report.total.to_dict(),
+        "steps": {row.step: row.to_dict() for row in report.by("step").rows},
     }
 
 
