@@ -42,7 +42,9 @@ def line(name: str, report: lnpu.Report) -> str:
 
 def main(images: int = 1500) -> None:
     counts = counted_epoch(images)  # counts.save("epoch.json"), and `lnpu price epoch.json --chip ...` does the rest
-    four_times = lnpu.chip("lnpu").having({"lanes.count": 64, "macs_per_cycle.fp8": 6144, "macs_per_cycle.fp16": 3072})
+    four_times = lnpu.chip("lnpu").with_values(
+        {"lanes.count": 64, "macs_per_cycle.fp8": 6144, "macs_per_cycle.fp16": 3072}
+    )
     chips = {name: lnpu.chip(name) for name in ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")}
     reports = {name: lnpu.price(counts, chip) for name, chip in {**chips, "4 x the lanes": four_times}.items()}
 

@@ -157,7 +157,7 @@ def accuracy(runs: Evidence) -> Answer:
 
 def memory_access(runs: Evidence) -> Answer:
     probe = runs.probes["resnet18"]
-    report, tags = layers(probe.fgmp), built_in("lnpu").having(FGMP_ALONE)
+    report, tags = layers(probe.fgmp), built_in("lnpu").with_values(FGMP_ALONE)
     by_step = {row.step: 100 * access(row) for row in report.by("step").rows}
     mine, sparse = (layers(counts, chip).total.dram_bits for counts, chip in pairs(probe.fgmp, probe.fp16))
     why = (

@@ -52,7 +52,7 @@ def tflops_per_watt(counts: lnpu.Counts, chip: Chip = "lnpu", *, dram: bool = Fa
 def over_sparse(probe: Probe, ratio: float | None = None) -> float:
     """Efficiency of FGMP over sparse FP16; an FP16 MAC costs `ratio` times an FP8 one, or what the chips say."""
     values = {} if ratio is None else {"energy.fp16_to_fp8": ratio}
-    mine, sparse = (built_in(name).having(values) for name in ("lnpu", "lnpu-fp16"))
+    mine, sparse = (built_in(name).with_values(values) for name in ("lnpu", "lnpu-fp16"))
     return energy(probe.fp16, sparse) / energy(probe.fgmp, mine)
 
 

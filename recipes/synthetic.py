@@ -35,7 +35,7 @@ def curves(config: CurveConfig, seed: int = 0) -> Curves:
     chips = {"lnpu": "fp8", "lnpu-fp16": "fp16", "dense-fp16": "fp16"}
     priced = {name: (lnpu.chip(name), precision) for name, precision in chips.items()}
     for name in ("lnpu", "lnpu-fp16"):
-        priced[f"{name}, bottom-up"] = (lnpu.chip(name).having({"energy_model": "bottom_up"}), chips[name])
+        priced[f"{name}, bottom-up"] = (lnpu.chip(name).with_values({"energy_model": "bottom_up"}), chips[name])
     return {
         name: tuple(point(lnpu.price(counts, chip), share) for share, counts in runs[precision])
         for name, (chip, precision) in priced.items()

@@ -63,7 +63,7 @@ def network() -> Counts:
 
 def bottom_up() -> Chip:
     """LNPU, by the bottom-up model."""
-    return chip("lnpu").having({"energy_model": "bottom_up"})
+    return chip("lnpu").with_values({"energy_model": "bottom_up"})
 
 
 def variant(**values: object) -> Chip:

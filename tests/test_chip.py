@@ -9,7 +9,7 @@ import yaml
 from handmade import variant
 from pydantic import ValidationError
 
-from lnpu_torch.cost.energy_table import event_energies
+from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml, validate
 from lnpu_torch.hardware.chip import ChipFile, chip, chips
 from lnpu_torch.reporting.chip_tables import chip_table, chips_table
@@ -21,7 +21,7 @@ from lnpu_torch.units import pj
 def test_every_chip_loads_and_says_what_each_value_rests_on(name: str) -> None:
     loaded = chip(name)
     assert loaded.name == name
-    both = [loaded.having({"energy_model": model}) for model in ("calibrated", "bottom_up")]
+    both = [loaded.with_values({"energy_model": model}) for model in ("calibrated", "bottom_up")]
     assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in both)  # each uses its own part
     assert all(len(entry.source) > 10 for entry in loaded.values().values())
 
@@ -43,7 +43,7 @@ def test_the_built_in_chips() -> None:
 
 def test_energy_line_and_rates() -> None:
     lnpu = chip("lnpu")
-    energies = event_energies(lnpu)
+    energies = EnergyTable.of(lnpu)
     assert pj(energies.fp8_mac) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
     assert pj(energies.fp8_mac + 9 * energies.skipped_mac) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
     assert energies.fp16_mac == 2 * energies.fp8_mac

@@ -30,7 +30,7 @@ def test_a_sweep_prices_every_combination() -> None:
         (chip, lanes, voltage) for chip in ("lnpu", "lnpu-fp16") for lanes in (384, 768) for voltage in (0.78, 1.1)
     ]
     for point in points:
-        report = price(network(), lnpu.chip(point.chip).having(point.values))
+        report = price(network(), lnpu.chip(point.chip).with_values(point.values))
         assert (point.total, point.time_s, point.tflops_per_watt) == (
             report.total,
             report.time_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lnpu_torch.cost.cost_row import CostRow
-from lnpu_torch.cost.energy_table import Energies, event_energies
+from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.lane_timing import lane_cycles, not_recorded
 from lnpu_torch.cost.memory_traffic import bits_moved
 from lnpu_torch.cost.report import Report
@@ -33,7 +33,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         ConfigError: no such chip, or its file is wrong.
     """
     chip = read_chip(chip)
-    energies, told = event_energies(chip), _who_reads_errors(counts)
+    energies, told = EnergyTable.of(chip), _who_reads_errors(counts)
     steps = tuple(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps)
     return Report(
         chip=chip.name,
@@ -50,7 +50,7 @@ def _who_reads_errors(counts: Counts) -> set[str]:
     return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.macs > entry.not_run}
 
 
-def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool) -> CostRow:
+def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, error_is_new: bool) -> CostRow:
     """One step of one layer: what of it is executed, what is skipped, what is moved, and what all that costs."""
     policy = getattr(chip.skip, entry.step).value
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first

@@ -131,7 +131,7 @@ def sweep(
     points, left_out = [], dict[str, None]()
     for start, values in itertools.product(starts, itertools.product(*settings.values())):
         chosen = dict(zip(settings, values, strict=True))
-        report = price(counts, start.having(chosen))
+        report = price(counts, start.with_values(chosen))
         total = report.total
         left_out |= dict.fromkeys(missing(report))
         if total.energy_pj is None:

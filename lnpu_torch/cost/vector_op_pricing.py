@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lnpu_torch.cost.cost_row import CostRow
-from lnpu_torch.cost.energy_table import Energies
+from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.counts.vector_ops import KINDS, PHASES, ElementOp, Elements, NotCounted, Phase
 from lnpu_torch.hardware.chip import Chip
 
@@ -18,7 +18,7 @@ SIMD = "SIMD"
 """The kind of a row of operations on elements; its layer is what kind of operations, in parentheses."""
 
 
-def element_parts(elements: Elements | NotCounted, chip: Chip, energies: Energies) -> Iterator[CostRow]:
+def element_parts(elements: Elements | NotCounted, chip: Chip, energies: EnergyTable) -> Iterator[CostRow]:
     """One part for each kind and phase that ran; without energy on a chip whose SIMD core is not modelled."""
     entries = elements.entries if isinstance(elements, Elements) else ()
     for kind in KINDS:
@@ -38,7 +38,7 @@ def element_notes(elements: Elements | NotCounted, chip: Chip) -> list[str]:
     return [*notes, f"ran, but not counted: {calls}"] if calls else notes
 
 
-def _part(layer: str, phase: Phase, entries: list[ElementOp], chip: Chip, energies: Energies) -> CostRow:
+def _part(layer: str, phase: Phase, entries: list[ElementOp], chip: Chip, energies: EnergyTable) -> CostRow:
     operations, special = (sum(getattr(entry, name) for entry in entries) for name in ("operations", "special"))
     if chip.simd is None:
         return CostRow(layer=layer, kind=SIMD, step=phase, operations=operations + special)

@@ -1,4 +1,4 @@
-"""Chip: rates, energies, memories and skip policy of one accelerator, all tagged. It knows nothing of what was run."""
+"""Chip: rates, energies, memories and skip policy of one accelerator, each with its source."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ from lnpu_torch.files import (
 )
 from lnpu_torch.hardware.energy_tables import BottomUp
 from lnpu_torch.hardware.operating_point import OperatingPoint
-from lnpu_torch.hardware.simd_core import SimdCore
-from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
+from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, SourcedRange, SourcedValue, sourced_values
 from lnpu_torch.named_files import NamedFile, file_to_read
 
 
 class MacsPerCycle(Frozen):
     """Multiply-accumulates that the whole chip starts in one cycle; `fp8` is None on a chip without FP8."""
 
-    fp8: Tagged[Natural] | None
-    fp16: Tagged[Natural]
+    fp8: SourcedValue[Natural] | None
+    fp16: SourcedValue[Natural]
 
 
 class Lanes(Frozen):
@@ -44,9 +43,9 @@ class Lanes(Frozen):
     All lanes wait for the fullest after every `run` positions; neighbours share their work in groups of `balancer`.
     """
 
-    count: Tagged[Annotated[int, Field(gt=0, le=LANES)]]
-    run: Tagged[Literal[16, 64, 256]]
-    balancer: Tagged[Literal[1, 4, 16]]
+    count: SourcedValue[Annotated[int, Field(gt=0, le=LANES)]]
+    run: SourcedValue[Literal[16, 64, 256]]
+    balancer: SourcedValue[Literal[1, 4, 16]]
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
@@ -62,12 +61,12 @@ class Energy(Frozen):
     moved from or to DRAM.
     """
 
-    fp8_mac_pj: Tagged[NotNegative]
-    skipped_mac_pj: Tagged[NotNegative]
-    fp16_to_fp8: Ranged
-    sram_read_pj_per_bit: Tagged[NotNegative]
-    sram_write_pj_per_bit: Tagged[NotNegative]
-    dram_pj_per_bit: Ranged
+    fp8_mac_pj: SourcedValue[NotNegative]
+    skipped_mac_pj: SourcedValue[NotNegative]
+    fp16_to_fp8: SourcedRange
+    sram_read_pj_per_bit: SourcedValue[NotNegative]
+    sram_write_pj_per_bit: SourcedValue[NotNegative]
+    dram_pj_per_bit: SourcedRange
 
 
 CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram")
@@ -82,19 +81,33 @@ class Storage(Frozen):
     it is summed up.
     """
 
-    zero_bits: Tagged[Bits]
-    fp8_bits: Tagged[Bits]
-    fp16_bits: Tagged[Bits]
-    partial_sum_bits: Tagged[Natural]
-    results: Tagged[Literal["as_read", "through_dram"]]
+    zero_bits: SourcedValue[Bits]
+    fp8_bits: SourcedValue[Bits]
+    fp16_bits: SourcedValue[Bits]
+    partial_sum_bits: SourcedValue[Natural]
+    results: SourcedValue[Literal["as_read", "through_dram"]]
 
 
 class Skip(Frozen):
     """The operand whose zeros each step skips; a named operand is the streamed one."""
 
-    forward: Tagged[Literal["input", "weight", "both", "none"]]
-    grad_input: Tagged[Literal["grad_output", "weight", "both", "none"]]
-    grad_weight: Tagged[Literal["input", "grad_output", "both", "none"]]
+    forward: SourcedValue[Literal["input", "weight", "both", "none"]]
+    grad_input: SourcedValue[Literal["grad_output", "weight", "both", "none"]]
+    grad_weight: SourcedValue[Literal["input", "grad_output", "both", "none"]]
+
+
+class SimdCore(Frozen):
+    """A core for vector operations, beside the multipliers: the slower of the two tells the time.
+
+    `operation_pj` holds at the low end of the operating range, without operands: each operation reads them from SRAM,
+    and writes its result there. A special function (division, a root, exp ...) takes as long and as much energy as
+    `special_operations` operations.
+    """
+
+    operations_per_cycle: SourcedValue[Natural]
+    special_operations: SourcedValue[Natural]
+    operation_pj: SourcedValue[NotNegative]
+    element_bits: SourcedValue[Natural]
 
 
 class Chip(Frozen):
@@ -111,13 +124,13 @@ class Chip(Frozen):
     energy_model: Literal["calibrated", "bottom_up"] = "calibrated"
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
-    sram_bytes: Tagged[Natural]
+    sram_bytes: SourcedValue[Natural]
     lanes: Lanes
-    fp8_pairs: Tagged[Literal["streamed", "both", "never"]]
+    fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
     energy: Energy
     storage: Storage
     skip: Skip
-    padding: Tagged[Literal["as_zero", "free"]]
+    padding: SourcedValue[Literal["as_zero", "free"]]
     simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
 
@@ -151,9 +164,9 @@ class Chip(Frozen):
         fp8, fp16 = self.macs_per_cycle.fp8, self.macs_per_cycle.fp16
         return (fp8_macs / fp8.value if fp8 else 0.0) + fp16_macs / fp16.value
 
-    def values(self) -> dict[str, Tagged[Any]]:
-        """Every tagged value under its dotted key, as in the YAML."""
-        return tagged_values(self)
+    def values(self) -> dict[str, SourcedValue[Any]]:
+        """Every sourced value under its dotted key, as in the YAML."""
+        return sourced_values(self)
 
     def tags(self) -> dict[str, int]:
         """How many of the values that its energy model uses are published, derived and assumed."""
@@ -161,7 +174,7 @@ class Chip(Frozen):
         count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(unused))
         return {tag: count[tag] for tag in ("published", "derived", "assumed")}
 
-    def having(self, values: Mapping[str, Any]) -> Chip:
+    def with_values(self, values: Mapping[str, Any]) -> Chip:
         """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
 
         Raises:
@@ -177,7 +190,7 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
     """A Chip from a built-in name ("lnpu", "dense-fp16", ...), a YAML file's path, or itself.
 
     A file may start from another with `like: NAME_OR_PATH` (a path as seen from the file) and give only what differs;
-    a tagged value is replaced whole. The chip's name is the file's, unless it gives another.
+    a sourced value is replaced whole. The chip's name is the file's, unless it gives another.
 
     Args:
         voltage: run it at this voltage, in V, in place of its own.
@@ -186,7 +199,7 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
         ConfigError: no such chip; a key is missing or unknown; a value, tag, source or unit is wrong. Names the key.
     """
     if voltage is not None:
-        return chip(name_or_path).having({"operating_point.voltage_v": voltage})
+        return chip(name_or_path).with_values({"operating_point.voltage_v": voltage})
     if isinstance(name_or_path, Chip):
         return name_or_path
     path = find("chips", name_or_path, "chip")
@@ -245,7 +258,7 @@ def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """`over` laid on `base`, mapping by mapping; a tagged value is one piece."""
+    """`over` laid on `base`, mapping by mapping; a sourced value is one piece."""
     if not (isinstance(base, dict) and isinstance(over, dict)) or "value" in base or "value" in over:
         return over
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
