@@ -28,7 +28,7 @@ SGD = ElementOp(
 def epoch_counts(times: int) -> Counts:
     """Two layers, one of a name that HTML would take for its own; and a ReLU and an update."""
     counted = network().model_copy(update={"elements": Elements(entries=(RELU, SGD))})
-    full = lanes(16, sum(counted.steps[0].first.elements[1:]), lambda member: 10 * member.lanes)
+    full = lanes(16, sum(counted.steps[0].first.elements[1:]), lambda config: 10 * config.lanes)
     first, *others = counted.steps
     steps = [with_lanes(first, first=full), *others]
     renamed = [step.model_copy(update={"layer": NAME if step.layer == "conv1" else step.layer}) for step in steps]

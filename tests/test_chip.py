@@ -141,10 +141,10 @@ BAD = [
     ("padding.tag", ..., ["padding.tag", "required"]),
     ("padding.tag", "guessed", ["padding.tag", "'guessed'"]),
     ("description", ..., ["description", "required"]),
-    ("lanes.count.value", 18, ["lanes", "18 is not a multiple of balancer 4"]),
+    ("lanes.count.value", 18, ["lanes", "18 is not a multiple of balance_group 4"]),
     ("lanes.count.value", 2048, ["lanes.count.value", "1024"]),
-    ("lanes.run.value", 32, ["lanes.run.value", "16, 64 or 256"]),
-    ("lanes.balancer.value", 8, ["lanes.balancer.value", "1, 4 or 16"]),
+    ("lanes.sync_interval.value", 32, ["lanes.sync_interval.value", "16, 64 or 256"]),
+    ("lanes.balance_group.value", 8, ["lanes.balance_group.value", "1, 4 or 16"]),
     ("lanes", ..., ["lanes", "required"]),
     ("sram", 1, ["unknown key 'sram'"]),
 ]
@@ -187,14 +187,15 @@ def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
     assert (yours.name, yours.description, yours.energy) == ("your chip", "yours", mine.energy)
 
 
-def test_a_file_may_call_a_mac_a_slot_as_older_ones_do(tmp_path: Path) -> None:
+def test_keys_of_older_files_are_read(tmp_path: Path) -> None:
     value = "{value: 0.03, tag: assumed, source: a hunch}"
-    (tmp_path / "mine.yaml").write_text(f"like: lnpu\ndescription: mine\nenergy:\n  skipped_slot_pj: {value}\n")
+    older = f"energy:\n  skipped_slot_pj: {value}\nlanes:\n  run: {{value: 256, tag: assumed, source: a hunch}}\n"
+    (tmp_path / "mine.yaml").write_text(f"like: lnpu\ndescription: mine\n{older}")
     mine = chip(tmp_path / "mine.yaml")
-    assert mine.energy.skipped_mac_pj.value == 0.03
-    held = mine.model_dump(mode="json")
-    held["energy"]["skipped_slot_pj"] = held["energy"].pop("skipped_mac_pj")
-    assert validate(ChipFile, {"file": "mine.yaml", "content": held}, "config.yaml").content == mine
+    assert (mine.energy.skipped_mac_pj.value, mine.lanes.sync_interval.value) == (0.03, 256)
+    content = mine.model_dump(mode="json")
+    content["energy"]["skipped_slot_pj"] = content["energy"].pop("skipped_mac_pj")
+    assert validate(ChipFile, {"file": "mine.yaml", "content": content}, "config.yaml").content == mine
 
 
 @pytest.mark.parametrize(

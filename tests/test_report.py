@@ -235,7 +235,7 @@ def test_what_ran_in_float_stands_beside_every_total() -> None:
     share = 300 / (300 + total.macs - total.not_run)
     line = f"NOT IN THE TOTAL: {share:.1%} of all multiply-accumulates, 300, which ran in float: aten.mm.default (2 x)"
     reports = [price(seen, chip) for chip in ("lnpu", "dense-fp16")]
-    swept = sweep(seen, ["lnpu"], {"lanes.balancer": [1, 4]})
+    swept = sweep(seen, ["lnpu"], {"lanes.balance_group": [1, 4]})
     for printed in (reports[0], Comparison(reports), swept):
         assert line in " ".join(str(printed).split())
     assert reports[0].float_share == share and price(seen + seen, "lnpu").float_share == pytest.approx(

@@ -1,10 +1,11 @@
-"""How long a chip's lanes take in a step, from the counts' lane profiles. It knows no energies and no rendering."""
+"""How long a chip's lanes take in a step, from the counts' lane profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from lnpu_torch.cost.cost_row import CostRow, LaneCycles
+from lnpu_torch.counts.lane_configs import LaneConfig
 from lnpu_torch.counts.schema import OPERANDS, StepCounts
 from lnpu_torch.hardware.chip import Chip
 
@@ -23,8 +24,10 @@ def lane_cycles(entry: StepCounts, chip: Chip, ideal: float) -> LaneCycles | Non
         return None
     if not profile.work:
         return LaneCycles(ideal, ideal, ideal)
-    held = [profile.held(lanes.run.value, balancer, lanes.count.value) for balancer in (lanes.balancer.value, 1)]
-    return LaneCycles(ideal, *(ideal * each / profile.work for each in held))
+    configs = [
+        LaneConfig(lanes.sync_interval.value, group, lanes.count.value) for group in (lanes.balance_group.value, 1)
+    ]
+    return LaneCycles(ideal, *(ideal * profile.lane_cycles(config) / profile.work for config in configs))
 
 
 def not_recorded(rows: Sequence[CostRow]) -> list[str]:

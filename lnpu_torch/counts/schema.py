@@ -245,13 +245,16 @@ class Counts(Frozen):
 
 def _current(data: dict[str, Any]) -> dict[str, Any]:
     """A file's data under the names of this version."""
-    if data["version"] < 4 and isinstance(data["steps"], list):
-        data = {**data, "steps": [_renamed(each, {"slots": "macs"}) for each in data["steps"]]}
+    if data["version"] < 4:
+        data = {**data, "steps": _renamed(data["steps"], {"slots": "macs", "lane_cycles": "cycles_by_config"})}
     return {**data, "version": VERSION}
 
 
 def _renamed(data: Any, names: dict[str, str]) -> Any:
-    return {names.get(key, key): value for key, value in data.items()} if isinstance(data, dict) else data
+    """Plain data in which keys have other names, however deep."""
+    if isinstance(data, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in data.items()}
+    return [_renamed(each, names) for each in data] if isinstance(data, list) else data
 
 
 def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:

@@ -40,17 +40,17 @@ class MacsPerCycle(Frozen):
 class Lanes(Frozen):
     """How the multipliers fall into lanes, each of which streams one channel, and which of these wait for each other.
 
-    All lanes wait for the fullest after every `run` positions; neighbours share their work in groups of `balancer`.
+    All lanes wait for the fullest after every `sync_interval` positions; `balance_group` neighbours share their work.
     """
 
     count: SourcedValue[Annotated[int, Field(gt=0, le=LANES)]]
-    run: SourcedValue[Literal[16, 64, 256]]
-    balancer: SourcedValue[Literal[1, 4, 16]]
+    sync_interval: SourcedValue[Literal[16, 64, 256]]
+    balance_group: SourcedValue[Literal[1, 4, 16]]
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
-        if self.count.value % self.balancer.value:
-            raise ValueError(f"count {self.count.value} is not a multiple of balancer {self.balancer.value}")
+        if self.count.value % self.balance_group.value:
+            raise ValueError(f"count {self.count.value} is not a multiple of balance_group {self.balance_group.value}")
         return self
 
 
@@ -237,13 +237,22 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     return _merge(start, data)
 
 
+RENAMED = {
+    ("energy", "skipped_slot_pj"): "skipped_mac_pj",
+    ("lanes", "run"): "sync_interval",
+    ("lanes", "balancer"): "balance_group",
+}
+"""Keys of older files, and what they are called today."""
+
+
 def _current(data: dict[str, Any]) -> dict[str, Any]:
-    """A chip's plain data under today's names; older files and run folders call a MAC a slot."""
-    energy = data.get("energy")
-    if not isinstance(energy, dict) or "skipped_slot_pj" not in energy:
-        return data
-    renamed = {"skipped_mac_pj" if key == "skipped_slot_pj" else key: value for key, value in energy.items()}
-    return {**data, "energy": renamed}
+    """A chip's plain data, from older files and run folders too, under today's names."""
+    return {
+        place: {RENAMED.get((place, key), key): value for key, value in inside.items()}
+        if isinstance(inside, dict)
+        else inside
+        for place, inside in data.items()
+    }
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

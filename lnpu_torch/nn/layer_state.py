@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, RUNS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.gemms import Accumulator
 from lnpu_torch.nn.reads import READINGS, READS, STEPS, Read, Use, plan, uses
@@ -44,8 +44,8 @@ def new_counters(device: torch.device | str = "cpu") -> Tensor:
 
 
 def new_lanes(device: torch.device | str = "cpu") -> Tensor:
-    """Lane profiles of a layer that has done nothing, by step and operand: int64 [len(STEPS), 2, len(MEMBERS)]."""
-    return torch.zeros(len(STEPS), 2, len(MEMBERS), dtype=torch.int64, device=device)
+    """Lane profiles of a layer that has done nothing, by step and operand: int64 [len(STEPS), 2, len(LANE_CONFIGS)]."""
+    return torch.zeros(len(STEPS), 2, len(LANE_CONFIGS), dtype=torch.int64, device=device)
 
 
 def new_call_sizes() -> Tensor:
@@ -214,7 +214,9 @@ class Emulation:
             threshold: a T that it was read by before, to be read so again.
         """
         found = {}
-        joined = joined and len(x) > 1 and prod(x.shape[2:]) % RUNS[-1] != 0  # else they end there in either case
+        joined = (
+            joined and len(x) > 1 and prod(x.shape[2:]) % SYNC_INTERVALS[-1] != 0
+        )  # else they end there in either case
         for use in self._uses[operand, now, later]:
             wanted = (sampled or use.sampled, self.counting and operand != "weight")
             rounded = self._read(x, use, wanted, halves, layout, seed, last, joined, threshold)

@@ -187,7 +187,7 @@ def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list
 def _operand(life: Life, step: Step, name: str, elements: list[int], lanes: list[int]) -> Operand:
     profile = None
     if name in life.channels:
-        profile = LaneProfile(channels=life.channels[name], lane_cycles=tuple(lanes))
+        profile = LaneProfile(channels=life.channels[name], cycles_by_config=tuple(lanes))
     return Operand(wide=life.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, RUN
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, RUN
 from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.threads import team
 
@@ -28,6 +28,6 @@ def runs_of(values: Tensor) -> Tensor:
 
 def profile(runs: Tensor) -> Tensor:
     """`lanes.profile`, of runs that are not empty."""
-    entries = torch.zeros(len(MEMBERS), dtype=torch.int64, device="cpu")
+    entries = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu")
     shared_loops.profile(team(runs.numel()), runs.numpy(), entries.numpy())
     return entries

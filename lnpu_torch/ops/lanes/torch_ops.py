@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, runs_shape
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.registry import fake, op
@@ -42,10 +42,10 @@ def count_joined_runs(values: Tensor) -> Tensor:
 
 @op()
 def lane_profile(runs: Tensor) -> Tensor:
-    """`lanes.profile`: int64 [len(MEMBERS)], on the device of the runs; the host waits for nothing."""
+    """`lanes.profile`: int64 [len(LANE_CONFIGS)], on the device of the runs; the host waits for nothing."""
     return implementation(runs).profile(runs)  # type: ignore[no-any-return]
 
 
 @fake("lane_profile")
 def _(runs: Tensor) -> Tensor:
-    return runs.new_empty(len(MEMBERS), dtype=torch.int64)
+    return runs.new_empty(len(LANE_CONFIGS), dtype=torch.int64)

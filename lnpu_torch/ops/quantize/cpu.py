@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS, runs_shape
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, runs_shape
 from lnpu_torch.ops import buffers, shared_loops
 from lnpu_torch.ops.lanes import cpu as cpu_lanes
 from lnpu_torch.ops.pair_counts import reference as counting
@@ -98,7 +98,7 @@ class _Work:
         self.position = np.empty((2, blocks, channels, *grid), np.int32)
         self.kind = KINDS[counting.sample_dtype(channels, groups)]
         self.sample = np.empty((2, batch, groups, *grid), self.kind) if wanted[2] else None
-        self.profile = np.zeros(len(MEMBERS), np.int64) if wanted[3] else None
+        self.profile = np.zeros(len(LANE_CONFIGS), np.int64) if wanted[3] else None
         self.runs = np.empty(runs_shape(x.shape), np.uint8) if wanted[3] and grid else None  # else along the rows
         self.arguments = (
             team(x.numel()),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.dispatch import backend as backend
 from lnpu_torch.ops.lanes import reference as lanes
@@ -105,7 +105,7 @@ def _(
     values = [
         torch.empty_like(x, dtype=d) if w else x.new_empty(0, dtype=d) for d, w in zip(dtypes, wanted, strict=False)
     ]
-    profile = x.new_empty(len(MEMBERS) if wanted[3] else 0, dtype=torch.int64)
+    profile = x.new_empty(len(LANE_CONFIGS) if wanted[3] else 0, dtype=torch.int64)
     return values[0], values[1], *_empty_counts(x, layout, wanted[2]), profile
 
 
