@@ -48,7 +48,7 @@ def run(config: CurveConfig, zeros: float, precision: str, seed: int = 0) -> lnp
     layer = lnpu.convert(nn.Sequential(nn.Conv2d(config.channels, config.channels, 3, bias=False)), precision)
     images = masked((config.batch, config.channels, config.size + 2, config.size + 2), zeros, random).requires_grad_()
     error = masked((config.batch, config.channels, config.size, config.size), zeros, random)
-    with lnpu.CostCounter(layer, elements=False) as cost:
+    with lnpu.CostCounter(layer, vector_ops=False) as cost:
         layer(images).backward(error)
     return cost.counts
 

@@ -63,7 +63,7 @@ def test_equal_products_have_equal_counts_and_prices(
     found = {}
     for name, (layer, place) in cases(*sizes).items():
         lnpu.convert(layer, precision)
-        with lnpu.backends.backend(implementation), lnpu.CostCounter(layer, elements=False) as cost:
+        with lnpu.backends.backend(implementation), lnpu.CostCounter(layer, vector_ops=False) as cost:
             layer(place(rows).clone().requires_grad_()).backward(place(error))
         parts = lnpu.price(cost.counts, "lnpu").rows
         assert len(parts) == 3

@@ -215,7 +215,7 @@ def test_one_epoch_and_no_metrics_leave_out_what_would_show_nothing(tmp_path: Pa
     assert drawn.keys() == {"energy_by_epoch", "chips_side_by_side", "shares_by_layer"}
     assert "multipliers" in html and "time of the SIMD core" not in html
     assert "not recorded" in html and "test accuracy" not in html
-    assert "operations on elements were not counted" in html
+    assert "vector operations were not counted" in html
 
 
 def test_what_no_model_covers_is_no_zero(tmp_path: Path) -> None:

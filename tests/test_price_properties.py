@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import STEPS, Counts, StepCounts
-from lnpu_torch.counts.vector_ops import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 from lnpu_torch.files import builtin_names
 from lnpu_torch.hardware.chip import chip
 from lnpu_torch.units import COMPONENTS, ON_CHIP
@@ -59,15 +59,15 @@ def calls(draw: st.DrawFn) -> StepCounts:
     )
 
 
-def beside(entry: StepCounts) -> Elements:
-    """Some operations on elements, as if there were an optimizer with as many as the call has padding."""
+def beside(entry: StepCounts) -> VectorOpCounts:
+    """Some vector operations, as if there were an optimizer with as many as the call has padding."""
     names = ("calls", "read", "written", "operations", "special", "fetched", "stored")
     update = {"kind": "optimizer", "phase": "update", "op": "add_"}
-    return Elements(entries=(ElementOp.model_validate(update | dict.fromkeys(names, entry.padding)),))
+    return VectorOpCounts(entries=(VectorOp.model_validate(update | dict.fromkeys(names, entry.padding)),))
 
 
 def run(entries: list[StepCounts]) -> Counts:
-    return Counts.merge(Counts(steps=(entry,), elements=beside(entry)) for entry in entries)
+    return Counts.merge(Counts(steps=(entry,), vector_ops=beside(entry)) for entry in entries)
 
 
 def exact(total: CostRow) -> dict[str, int]:

@@ -17,7 +17,7 @@ from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report, csv_text, json_text
 from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.counts.schema import Counts, FloatProduct
-from lnpu_torch.counts.vector_ops import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.text_tables import si
 
@@ -204,8 +204,8 @@ def test_nothing_counted() -> None:
 
 
 def test_operations_on_elements_alone() -> None:
-    relu = ElementOp(kind="activation", phase="forward", op="relu", calls=1, read=4, written=4, operations=4, special=0)
-    report = price(Counts(steps=(), elements=Elements(entries=(relu,))), "lnpu")
+    relu = VectorOp(kind="activation", phase="forward", op="relu", calls=1, read=4, written=4, operations=4, special=0)
+    report = price(Counts(steps=(), vector_ops=VectorOpCounts(entries=(relu,))), "lnpu")
     assert report.total.energy_pj and report.tflops_per_watt is None
     assert "Multiplications" not in str(report) and "no step of an emulated layer was counted" in str(report)
     assert "MACs" not in str(report)

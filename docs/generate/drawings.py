@@ -161,7 +161,7 @@ def skipping() -> Any:
     input = torch.relu(torch.randn(4, 6)).requires_grad_()
     error = torch.randn(4, 5) * (torch.rand(4, 5) > 0.4)
     layer = lnpu.nn.Linear(6, 5, bias=False)
-    with lnpu.CostCounter(layer, elements=False) as cost:
+    with lnpu.CostCounter(layer, vector_ops=False) as cost:
         layer(input).backward(error)
     rows = {row.step: row for row in cost.report("lnpu").rows}
     panels = (

@@ -80,7 +80,7 @@ class EnergyTable:
         return energy
 
     def of_operations(self, operations: int) -> dict[Component, int]:
-        """Energy of operations on elements; of none if the chip's SIMD core is not modelled."""
+        """Energy of vector operations; of none if the chip's SIMD core is not modelled."""
         return {} if self.simd_operation is None else {"simd": self.simd_operation * operations}
 
     def energy_range(self, fp16_macs: int) -> tuple[int, int]:

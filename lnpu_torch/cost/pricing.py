@@ -9,7 +9,7 @@ from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.lane_timing import lane_cycles, not_recorded
 from lnpu_torch.cost.memory_traffic import bits_moved
 from lnpu_torch.cost.report import Report
-from lnpu_torch.cost.vector_op_pricing import element_notes, element_parts
+from lnpu_torch.cost.vector_op_pricing import vector_op_notes, vector_op_rows
 from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
@@ -38,7 +38,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
     return Report(
         chip=chip.name,
         clock_hz=chip.clock_hz,
-        parts=(*steps, *element_parts(counts.elements, chip, energies)),
+        parts=(*steps, *vector_op_rows(counts.vector_ops, chip, energies)),
         energy_range=_range(chip) if energies.fp16_range else None,
         notes=(*_notes(counts, chip), *not_recorded(steps)),
         in_float=counts.in_float,
@@ -128,4 +128,4 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
         notes.append("fp32, an operand left in float, is priced as FP16")
     if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
         notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
-    return [*notes, *element_notes(counts.elements, chip)]
+    return [*notes, *vector_op_notes(counts.vector_ops, chip)]

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from lnpu_torch.counts.lane_profile import LaneProfile
-from lnpu_torch.counts.vector_ops import Elements, NotCounted
-from lnpu_torch.counts.vector_ops import merge as merge_elements
+from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts
+from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
 
 VERSION: Literal[4] = 4
-"""Version of the file format. Older files are read: 1 has no lane profiles, 2 no `in_float`, 3 calls MACs slots."""
+"""Version of the file format. Older files are read: 1 has no lane profiles, 2 no `in_float`, 3 has other names."""
 
 Step = Literal["forward", "grad_input", "grad_weight"]
 STEPS: tuple[Step, ...] = ("forward", "grad_input", "grad_weight")
@@ -159,7 +159,7 @@ class Counts(Frozen):
     """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
 
     Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
-    `elements` is what ran besides multiply-accumulates, or why that was not counted.
+    `vector_ops` is what ran besides multiply-accumulates, or why that was not counted.
     `in_float` are multiply-accumulates outside of emulated layers, by torch op; None where nobody looked.
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
@@ -167,7 +167,7 @@ class Counts(Frozen):
     version: Literal[4] = VERSION
     extrapolated: bool = False
     steps: tuple[StepCounts, ...]
-    elements: Elements | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
+    vector_ops: VectorOpCounts | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
     in_float: dict[str, FloatProduct] | None = None
 
     @model_validator(mode="after")
@@ -202,7 +202,7 @@ class Counts(Frozen):
         seen = [part.in_float for part in parts]
         return cls(
             steps=tuple(entry for entries in merged.values() for entry in entries.values()),
-            elements=merge_elements([part.elements for part in parts]),
+            vector_ops=merge_vector_ops([part.vector_ops for part in parts]),
             in_float=None if None in seen else _sum_products([each for each in seen if each]),
             extrapolated=any(part.extrapolated for part in parts),
         )
@@ -246,7 +246,8 @@ class Counts(Frozen):
 def _current(data: dict[str, Any]) -> dict[str, Any]:
     """A file's data under the names of this version."""
     if data["version"] < 4:
-        data = {**data, "steps": _renamed(data["steps"], {"slots": "macs", "lane_cycles": "cycles_by_config"})}
+        data = {"vector_ops" if key == "elements" else key: value for key, value in data.items()}
+        data["steps"] = _renamed(data["steps"], {"slots": "macs", "lane_cycles": "cycles_by_config"})
     return {**data, "version": VERSION}
 
 

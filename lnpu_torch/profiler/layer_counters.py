@@ -123,7 +123,7 @@ class LayerLedger:
 def uncounted(model: nn.Module) -> Iterator[None]:
     """Within the block a model's emulated layers compute as ever, but count nothing, which is faster.
 
-    Nor does a `CostCounter` around it count this thread's operations on elements.
+    Nor does a `CostCounter` around it count this thread's vector operations.
 
     A step's forward and backward belong into the same block. Under torch.compile each way is compiled once.
     """

@@ -61,7 +61,7 @@ Operations = tuple[int, int]
 
 @dataclass(frozen=True)
 class Formula:
-    """An op's kind, and its operations and special functions in a call; None if that call is no element operation.
+    """An op's kind, and its operations and special functions in a call; None if that call is no vector operation.
 
     `read` and `written` give the tensors that go in and out, where those are not all arguments and all results.
     `product`: it is a matrix product or a convolution; here is what it adds to it.
@@ -74,7 +74,7 @@ class Formula:
     product: bool = False
 
     def work(self, call: Call) -> Work | None:
-        """What one call amounts to; None if it is no element operation, as a product without bias or of integers."""
+        """What one call amounts to; None if it is no vector operation, as a product without bias or of integers."""
         read = floats(self.read(call)) if self.read else call.read
         counted = self.count(call) if read else None
         if counted is None:

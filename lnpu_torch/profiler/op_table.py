@@ -1,4 +1,4 @@
-"""Which torch ops are operations on elements, of which kind, by which formula. It knows names, and counts nothing."""
+"""Which torch ops are vector operations, of which kind, by which formula. It knows names, and counts nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees every torch op that runs in a thread and its backward; adds up operations on elements and float products."""
+"""Sees every torch op that runs in a thread and its backward; adds up vector operations and float products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
+from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, Kind, NotCounted, Phase, VectorOp, VectorOpCounts, place
 from lnpu_torch.nn.coverage import is_product, macs
 from lnpu_torch.nn.observers import LayerSteps, LayerWatcher
 from lnpu_torch.nn.observers import unwatched as unwatched
@@ -96,7 +96,7 @@ class Watch:
     Torch takes it along to the threads of backward, but not to threads that a program starts itself. Into code that
     torch.compile made it sees only where that calls torch's own products. Of emulated layers it is told.
 
-    Operations on elements belong to no model. Of watches that overlap, the one that was started last counts them, and
+    Vector operations belong to no model. Of watches that overlap, the one that was started last counts them, and
     those of which a layer is its, too.
     """
 
@@ -151,7 +151,7 @@ class Watch:
         """Whether products were in sight: all that ran in this thread and its backward, compiled or not."""
         return self._layer_calls >= layer_calls or self.is_compiled(layer_calls)
 
-    def result(self, layer_calls: int) -> Elements | NotCounted:
+    def result(self, layer_calls: int) -> VectorOpCounts | NotCounted:
         """What was seen, if that is all.
 
         Args:
@@ -161,22 +161,22 @@ class Watch:
             return NotCounted(reason=COMPILED)
         if self._layer_calls < layer_calls:
             return NotCounted(reason=f"only {self._layer_calls} of {layer_calls} steps of layers ran in sight")
-        return NotCounted(reason=self._reason) if self._reason else self.elements
+        return NotCounted(reason=self._reason) if self._reason else self.vector_ops
 
     @property
-    def elements(self) -> Elements:
+    def vector_ops(self) -> VectorOpCounts:
         """What was seen so far."""
         with self._lock:
             sums, uncounted = dict(self._sums), dict(sorted(self._uncounted.items()))
             entries = [
-                ElementOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
+                VectorOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
                 for (kind, phase, op), values in sums.items()
             ]
         note = (ELSEWHERE,) if self._elsewhere else ()
-        return Elements(entries=tuple(sorted(entries, key=place)), uncounted=uncounted, notes=note)
+        return VectorOpCounts(entries=tuple(sorted(entries, key=place)), uncounted=uncounted, notes=note)
 
     def add_up(self, kind: Kind, phase: Phase, op: str, values: tuple[int, ...]) -> None:
-        """Add a call of an op, as `elements.SUMS` has it."""
+        """Add a call of an op, as `vector_ops.SUMS` has it."""
         with self._lock:
             sums = self._sums.setdefault((kind, phase, op), [0] * len(SUMS))
             for index, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""Operations on elements, against small cases worked by hand."""
+"""Vector operations, against small cases worked by hand."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def seen(run: Callable[[], object]) -> dict[Key, tuple[int, int, int, int]]:
     """What a function does: elements read and written, operations and special functions, by kind, phase and op."""
     with Watch() as watch:
         run()
-    assert not watch.elements.uncounted
+    assert not watch.vector_ops.uncounted
     return {
         (entry.kind, entry.phase, entry.op): (entry.read, entry.written, entry.operations, entry.special)
-        for entry in watch.elements.entries
+        for entry in watch.vector_ops.entries
     }
 
 
@@ -140,7 +140,7 @@ def test_optimizers_count_alike_however_they_are_implemented(
     with Watch() as watch:
         update.step()
         update.step()
-    counted = watch.elements.entries
+    counted = watch.vector_ops.entries
     assert {(entry.kind, entry.phase) for entry in counted} == {("optimizer", "update")}
     steps = 2 * (optimizer is not torch.optim.SGD)  # each parameter's own step number
     assert sum(entry.operations for entry in counted) == 2 * (operations[0] * 27 + steps)
@@ -161,7 +161,7 @@ def test_a_first_step_fetches_the_same_wherever_its_states_come_to_lie() -> None
         del kept[::2]
         with Watch() as watch:
             update.step()
-        fetched.add(sum(entry.fetched for entry in watch.elements.entries))
+        fetched.add(sum(entry.fetched for entry in watch.vector_ops.entries))
     assert fetched == {20 * 64 * 2}
 
 
