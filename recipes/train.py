@@ -180,7 +180,7 @@ class Run:
                     output = self.network(images)
                     loss = F.cross_entropy(output, labels, label_smoothing=self.config.label_smoothing)
                 self.accelerator.backward(loss / self.ranks)
-                with lnpu.unwatched():  # this is no work of the chip's
+                with lnpu.pause_op_tracing():  # this is no work of the chip's
                     if self.shared:
                         self.shared.merge()
                     right = (output.argmax(1) == labels).sum()

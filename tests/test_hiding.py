@@ -20,12 +20,12 @@ def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None
     model, once = network(), step(network())
     with lnpu.CostCounter(model) as cost:
         train(model)
-        with lnpu.uncounted(model):
+        with lnpu.no_count(model):
             train(model)
-            with lnpu.uncounted(model):
+            with lnpu.no_count(model):
                 train(model)
             train(model)
-        with FlopCounterMode(display=False), lnpu.uncounted(model):
+        with FlopCounterMode(display=False), lnpu.no_count(model):
             train(model)
     assert counted(cost) == once
 

@@ -24,7 +24,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts, merge
 from lnpu_torch.profiler.op_formulas import Formula
 from lnpu_torch.profiler.op_table import FORMULAS, MOVES
-from lnpu_torch.profiler.op_tracer import COMPILED, COMPILED_FUNCTION, Watch
+from lnpu_torch.profiler.op_tracer import COMPILED, COMPILED_FUNCTION, OpTracer
 from lnpu_torch.recipes.models import NAMES, ModelConfig, build
 
 
@@ -173,11 +173,11 @@ def test_a_rank_counts_as_one_process_does() -> None:
 
 
 def test_what_has_no_formula_is_named() -> None:
-    with Watch() as watch:
+    with OpTracer() as tracer:
         torch.sort(torch.ones(3))
         torch.sort(torch.ones(3))
         torch.sort(torch.tensor([3, 1]))  # integers are nothing for a floating-point core
-    assert watch.vector_ops == VectorOpCounts(uncounted={"aten.sort.default": 2})
+    assert tracer.vector_ops == VectorOpCounts(uncounted={"aten.sort.default": 2})
 
 
 def test_a_call_that_its_formula_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,9 +185,9 @@ def test_a_call_that_its_formula_cannot_read_is_named(monkeypatch: pytest.Monkey
     found: list[VectorOpCounts] = []
 
     def run() -> None:  # in a thread that has looked no formula up yet
-        with Watch() as watch:
+        with OpTracer() as tracer:
             torch.neg(torch.ones(3))
-        found.append(watch.vector_ops)
+        found.append(tracer.vector_ops)
 
     thread = threading.Thread(target=run)
     thread.start()

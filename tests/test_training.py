@@ -186,7 +186,7 @@ def test_uncounted_steps_compute_as_ever_and_count_nothing(compiled):
     with lnpu.CostCounter(sampled) as cost:
         for seed in range(3):
             counted(batch(seed)).sum().backward()
-            with lnpu.uncounted(sampled) if seed != 1 else contextlib.nullcontext():
+            with lnpu.no_count(sampled) if seed != 1 else contextlib.nullcontext():
                 run(batch(seed)).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(counted.parameters(), sampled.parameters(), strict=True))
     states = lnpu.thresholds(sampled)

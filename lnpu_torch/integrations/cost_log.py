@@ -114,7 +114,7 @@ class CostLog:
     def pause(self) -> None:
         """Compute as ever, but count nothing until `go_on`."""
         self.go_on()
-        self._pauses.enter_context(lnpu.uncounted(self._model))
+        self._pauses.enter_context(lnpu.no_count(self._model))
 
     def go_on(self) -> None:
         """Count again; without a pause before it, nothing changes."""

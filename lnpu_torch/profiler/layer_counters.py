@@ -20,7 +20,7 @@ from lnpu_torch.counts.schema import OPERANDS, STEPS, Calls, Counts, Operand, St
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import why_nothing_is_emulated
 from lnpu_torch.nn.modules import LISTENERS, Emulated, emulated_layers, unwrapped
-from lnpu_torch.profiler.op_tracer import unwatched
+from lnpu_torch.nn.observers import pause_op_tracing
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's
 _SERIALS = itertools.count()
@@ -120,7 +120,7 @@ class LayerLedger:
 
 
 @contextmanager
-def uncounted(model: nn.Module) -> Iterator[None]:
+def no_count(model: nn.Module) -> Iterator[None]:
     """Within the block a model's emulated layers compute as ever, but count nothing, which is faster.
 
     Nor does a `CostCounter` around it count this thread's vector operations.
@@ -132,7 +132,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     try:
         for each in emulations:
             each.counting = False
-        with unwatched():
+        with pause_op_tracing():
             yield
     finally:
         for each, was in zip(emulations, before, strict=True):
