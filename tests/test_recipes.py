@@ -18,7 +18,7 @@ from rich.console import Console
 from small_run import QUIET, config, image_file, photographs, run
 
 import lnpu_torch as lnpu
-from lnpu_torch import text_tables as tables
+from lnpu_torch import text_tables
 from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes import show
 from lnpu_torch.recipes import train as recipe
@@ -253,7 +253,7 @@ def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> No
 
 def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
     epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], [lnpu.chip("lnpu"), lnpu.chip("dense-fp16")]
-    lines = {" ".join(line.split()) for line in tables.plain(show.summary(epochs, chips)).splitlines()}
+    lines = {" ".join(line.split()) for line in text_tables.plain(show.summary(epochs, chips)).splitlines()}
     whole = [lnpu.price(network() * 4, chip) for chip in chips]
     expected = {"total": [report.total for report in whole]}
     expected |= {name: [lnpu.price(counts, chip).total for chip in chips] for name, counts in epochs}

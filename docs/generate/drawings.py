@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.reporting import figure_style as drawing
+from lnpu_torch.reporting import figure_style
 
 IMAGES = Path(__file__).parent.parent / "images"
 FP8, FP16, ZERO, INK = "#0B7A75", "#C2571A", "#9AA3AF", "#22272E"
@@ -205,8 +205,8 @@ def figures() -> dict[str, Callable[[], Any]]:
 
 def main(folder: Path = IMAGES) -> None:
     for name, draw in figures().items():
-        with drawing.look():
-            (folder / f"{name}.svg").write_text(drawing.svg(draw(), name, "path"), encoding="utf-8")
+        with figure_style.look():
+            (folder / f"{name}.svg").write_text(figure_style.svg(draw(), name, "path"), encoding="utf-8")
 
 
 if __name__ == "__main__":
