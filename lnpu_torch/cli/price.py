@@ -82,7 +82,7 @@ def sweep(
 def chips(
     name: Annotated[str | None, typer.Argument(parser=expanduser, help="A built-in chip or a YAML file.")] = None,
 ) -> None:
-    """List the built-in chips; or one chip's values, each with what it rests on."""
+    """List the built-in chips; or one chip's values, each with its tag and source."""
     if name is None:
         print(plain(chips_table(all_chips())))
     else:

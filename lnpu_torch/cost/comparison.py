@@ -1,4 +1,4 @@
-"""Comparison: priced runs of one and the same work, side by side. It prices nothing."""
+"""Comparison: reports of one run on several chips, side by side."""
 
 from __future__ import annotations
 

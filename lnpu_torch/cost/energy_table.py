@@ -1,4 +1,4 @@
-"""What every event costs on a chip at its operating point, in whole zeptojoules. It knows nothing of what was run."""
+"""EnergyTable: the energy of every event on a chip at its operating point, in whole zeptojoules."""
 
 from __future__ import annotations
 

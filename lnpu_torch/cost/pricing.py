@@ -1,4 +1,4 @@
-"""Prices what a run did on a chip: counts times energies. Pure; it knows no model, no rounding and no rendering."""
+"""Prices what a run did on a chip: counts times energies, as a pure function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 
-EXTRAPOLATED = "extrapolated: only some of the steps were counted, and the others taken to be like them"
+EXTRAPOLATED = "extrapolated: only some of the steps were counted; the others are assumed to be like them"
 
 MODELS = {
     "calibrated": "energy of a MAC: on a line through the chip's two efficiencies",

@@ -1,4 +1,4 @@
-"""Report: a priced run's rows, their sums, how they are shown and written. It knows nothing of how they were priced."""
+"""Report: a priced run's rows and their sums, as text, JSON and CSV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweep: one run priced on every chip that a few settings span, and which of them no other beats. It draws nothing."""
+"""Sweep: one run priced on every chip that a few settings span, and which of them no other beats."""
 
 from __future__ import annotations
 

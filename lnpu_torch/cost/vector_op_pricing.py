@@ -1,8 +1,7 @@
-"""Prices vector operations on a chip's SIMD core. It knows no layers, and no torch ops.
+"""Prices vector operations on a chip's SIMD core.
 
-Operands come from SRAM and results go there, call by call: nothing is fused. From and to DRAM goes only what an
-optimizer's step fetches and stores; what forward and backward take from layers and leave to them is in the layers'
-own traffic.
+Operands come from SRAM and results go there, call by call: nothing is fused. Only an
+optimizer's step reads and writes DRAM; what forward and backward exchange with layers is in the layers' own traffic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counts: what a run did, exactly, and independent of any chip. It knows no energies and no tensors."""
+"""Counts: what a run did, exactly, and independent of any chip."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Operand(Frozen):
     """How the elements of one operand fell into groups, summed over all calls.
 
     `wide` says what the elements above FP8 are: "fp16", or "fp32" for an operand left in float. `lanes` is how long
-    lanes were held if the operand is one that steps stream, None where that was not recorded.
+    lanes work and wait if steps stream the operand, None where that was not recorded.
     """
 
     wide: Literal["fp16", "fp32"]

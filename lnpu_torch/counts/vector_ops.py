@@ -1,4 +1,4 @@
-"""What a run did besides multiply-accumulate: vector operations, by kind and phase. It knows no chip."""
+"""What a run did besides multiply-accumulate: vector operations, by kind and phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Energies from tables of single circuits, for a model that no figure of the chip itself went into."""
+"""Energies of single circuits from published tables, for a model that uses no figure of the chip itself."""
 
 from __future__ import annotations
 

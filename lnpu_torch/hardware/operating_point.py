@@ -1,4 +1,4 @@
-"""A chip's voltage, and what follows from it: its clock, and how its energies scale. It knows no other constant."""
+"""A chip's voltage, and what follows from it: its clock, and how its energies scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts what a model does inside a block, and has it priced. It knows no energies, rounding or rendering."""
+"""Counts what a model does inside a block, and has it priced."""
 
 from __future__ import annotations
 

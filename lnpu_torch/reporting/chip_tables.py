@@ -1,4 +1,4 @@
-"""How chips are shown: one line each, or every value of one with its tag and source. It prices nothing."""
+"""How chips are shown: one line each, or every value of one with its tag and source."""
 
 from __future__ import annotations
 

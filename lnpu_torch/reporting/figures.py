@@ -1,4 +1,4 @@
-"""Draws a run: one figure for each question that a reader has. It needs matplotlib, and computes nothing new."""
+"""Draws a run: one figure for each question that a reader has. It needs matplotlib."""
 
 from __future__ import annotations
 
