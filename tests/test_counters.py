@@ -115,7 +115,7 @@ def test_nothing_is_left_behind_by_a_counter() -> None:
     counter.__enter__()
     counter.__enter__()  # anew
     counter.__exit__(None, None, None)
-    assert len(hooks) == before and not lnpu.nn.LISTENERS
+    assert len(hooks) == before and not lnpu.nn.modules.LISTENERS
 
 
 def test_of_two_models_that_are_counted_together_each_operation_is_counted_once() -> None:
