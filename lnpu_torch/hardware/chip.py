@@ -284,6 +284,13 @@ class ChipFile(NamedFile):
         return validate(Chip, _current(value), "content") if isinstance(value, dict) else value
 
 
+def chip_setting(value: Any) -> Any:
+    """A chip in a run's settings, plain data, under today's names; a chip's name as it is."""
+    if isinstance(value, dict) and isinstance(value.get("content"), dict):
+        return {**value, "content": _current(value["content"])}
+    return value
+
+
 def hold_chip(value: str | ChipFile, again: bool = False) -> str | ChipFile:
     """A chip's name as it is; its file's name with what the file says.
 
