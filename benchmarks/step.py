@@ -131,7 +131,7 @@ def counting_share(model: nn.Module, batch: int) -> float:
     step, times = stepper(model, batch), {}
 
     def uncounted() -> None:
-        with lnpu.uncounted(model):
+        with lnpu.no_count(model):
             step()
 
     times = alternate({"counted": step, "uncounted": uncounted}, 5, unmeasured=1)

@@ -21,7 +21,7 @@ def network() -> nn.Module:
 
 
 def counted_epoch(images: int) -> lnpu.Counts:
-    """What an epoch does: slots, zeros, groups, lanes. It knows no chip and no energy."""
+    """What an epoch does: MACs, zeros, groups, lanes. It knows no chip and no energy."""
     torch.manual_seed(0)
     model = lnpu.convert(network(), "fgmp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -42,7 +42,9 @@ def line(name: str, report: lnpu.Report) -> str:
 
 def main(images: int = 1500) -> None:
     counts = counted_epoch(images)  # counts.save("epoch.json"), and `lnpu price epoch.json --chip ...` does the rest
-    four_times = lnpu.chip("lnpu").having({"lanes.count": 64, "macs_per_cycle.fp8": 6144, "macs_per_cycle.fp16": 3072})
+    four_times = lnpu.chip("lnpu").with_values(
+        {"lanes.count": 64, "macs_per_cycle.fp8": 6144, "macs_per_cycle.fp16": 3072}
+    )
     chips = {name: lnpu.chip(name) for name in ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")}
     reports = {name: lnpu.price(counts, chip) for name, chip in {**chips, "4 x the lanes": four_times}.items()}
 

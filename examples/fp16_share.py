@@ -42,7 +42,7 @@ def trained(model: nn.Module, epochs: int) -> float:
             F.cross_entropy(model(IMAGES[batch]), LABELS[batch]).backward()
             optimizer.step()
             slower.step()
-    with torch.no_grad(), lnpu.uncounted(model):
+    with torch.no_grad(), lnpu.no_count(model):
         return 100 * (model.eval()(IMAGES[1500:]).argmax(1) == LABELS[1500:]).float().mean().item()
 
 
@@ -58,7 +58,7 @@ def main(shares: Sequence[float] = SHARES, seeds: Sequence[int] = (0, 1, 2), epo
         error = (gradient(lnpu.convert(network(0), rule)) - exact).norm() / exact.norm()
         accuracies, models = [], [lnpu.convert(network(seed), rule) for seed in seeds]
         for model in models:
-            with lnpu.CostCounter(model, elements=False) as cost:
+            with lnpu.CostCounter(model, vector_ops=False) as cost:
                 accuracies.append(trained(model, epochs))
         total = cost.report("lnpu").total
         enough |= {name: total.energy_pj} if mean(accuracies) >= bound else {}

@@ -20,7 +20,7 @@ from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, 
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 
 WIDTH = 19
-"""Integers of a counter: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
+"""Integers of a counter: calls, macs, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
 TILE = 1024
 PROGRAMS = 256
 """For each step: two for each multiprocessor of an H100, not yet measured."""
@@ -66,7 +66,7 @@ def _add(
     second_found,
     first_count,
     second_count,
-    slots,
+    macs,
     inside,
     TRANSPOSED: tl.constexpr,
 ):
@@ -104,7 +104,7 @@ def _add(
             second_found[1],
         )
     values = (
-        once, once * slots, once * (slots - inside), once * 0,
+        once, once * macs, once * (macs - inside), once * 0,
         once * inside - f0 - s0, s8 - b88 - bx8, sx - b8x - bxx,
         f8 - b88 - b8x, b88, b8x,
         fx - bx8 - bxx, bx8, bxx,
@@ -117,7 +117,7 @@ def _add(
     tl.atomic_add(counter_ptr + place, row, mask=place < 19, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["position_count", "weight_count", "slots", "inside"])
+@triton.jit(do_not_specialize=["position_count", "weight_count", "macs", "inside"])
 def _weight_kernel(
     counter_ptr,
     position_ptr,
@@ -133,7 +133,7 @@ def _weight_kernel(
     dilation,
     position_count,
     weight_count,
-    slots,
+    macs,
     inside,
     OF_BIG: tl.constexpr,
     STEPS: tl.constexpr,
@@ -192,13 +192,13 @@ def _weight_kernel(
         _sums(weight_ptr, channels * offsets, pid, programs, WEIGHT_STEPS, 1024),
         position_count,
         weight_count,
-        slots,
+        macs,
         inside,
         False,
     )
 
 
-@triton.jit(do_not_specialize=["big_count", "small_count", "slots", "inside"])
+@triton.jit(do_not_specialize=["big_count", "small_count", "macs", "inside"])
 def _grid_kernel(
     counter_ptr,
     big_position_ptr,
@@ -217,7 +217,7 @@ def _grid_kernel(
     dilation,
     big_count,
     small_count,
-    slots,
+    macs,
     inside,
     SMALL_FIRST: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -279,7 +279,7 @@ def _grid_kernel(
         _sums(small_position_ptr, small_channels * positions, pid, programs, SMALL_STEPS, 1024),
         big_count,
         small_count,
-        slots,
+        macs,
         inside,
         SMALL_FIRST,
     )
@@ -305,7 +305,7 @@ def _weight_launch(packed: tuple[int, ...], side: str, device: torch.device) -> 
         *_walk(g),
         g.batch * channels * grid,
         g.elements("weight"),
-        g.slots,
+        g.macs,
         g.inside,
         OF_BIG=side == "big",
         STEPS=steps,
@@ -334,7 +334,7 @@ def _grid_launch(packed: tuple[int, ...], first: str, device: torch.device) -> L
         *_walk(g),
         g.elements("big"),
         g.elements("small"),
-        g.slots,
+        g.macs,
         g.inside,
         SMALL_FIRST=first == "small",
         OFFSETS=prod(g.kernel),

@@ -7,7 +7,7 @@ if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a check
     __path__.append(str(_SOURCE))
 
 from lnpu_torch import nn  # noqa: E402
-from lnpu_torch.cost.cost_row import Row  # noqa: E402
+from lnpu_torch.cost.cost_row import CostRow  # noqa: E402
 from lnpu_torch.cost.pricing import price  # noqa: E402
 from lnpu_torch.cost.report import Report  # noqa: E402
 from lnpu_torch.cost.sweep import Sweep, sweep  # noqa: E402
@@ -16,11 +16,11 @@ from lnpu_torch.files import ConfigError  # noqa: E402
 from lnpu_torch.hardware.chip import Chip, chip  # noqa: E402
 from lnpu_torch.nn import functional  # noqa: E402
 from lnpu_torch.nn.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
+from lnpu_torch.nn.observers import pause_op_tracing  # noqa: E402
 from lnpu_torch.nn.rounding import quantize  # noqa: E402
 from lnpu_torch.nn.threshold_sync import SharedThresholds  # noqa: E402
 from lnpu_torch.profiler.cost_counter import CostCounter  # noqa: E402
-from lnpu_torch.profiler.layer_counters import uncounted  # noqa: E402
-from lnpu_torch.profiler.op_tracer import unwatched  # noqa: E402
+from lnpu_torch.profiler.layer_counters import no_count  # noqa: E402
 from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402
 from lnpu_torch.versions import versions  # noqa: E402
 
@@ -29,10 +29,10 @@ __all__ = [
     "Chip",
     "ConfigError",
     "CostCounter",
+    "CostRow",
     "Counts",
     "Precision",
     "Report",
-    "Row",
     "Rule",
     "SharedThresholds",
     "Sweep",
@@ -42,12 +42,12 @@ __all__ = [
     "functional",
     "load_thresholds",
     "nn",
+    "no_count",
+    "pause_op_tracing",
     "price",
     "quantize",
     "revert",
     "sweep",
     "thresholds",
-    "uncounted",
-    "unwatched",
     "versions",
 ]

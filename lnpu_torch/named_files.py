@@ -24,13 +24,13 @@ def file_to_read(value: str | NamedFile, again: bool) -> str | None:
     return name if name is not None and is_file(Path(name)) else None
 
 
-def held(value: Any) -> Any:
-    """What was held for a file's name; anything else as it is."""
+def content_of(value: Any) -> Any:
+    """What a NamedFile said; anything else as it is."""
     return value.content if isinstance(value, NamedFile) else value
 
 
 def names(settings: Any) -> Any:
-    """Settings as plain data, in which a file's name stands for what was held for it."""
+    """Settings as plain data, in which a NamedFile is its file's name."""
     if _is_file(settings):
         return settings["file"]
     if isinstance(settings, Mapping):

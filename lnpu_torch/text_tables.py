@@ -1,4 +1,4 @@
-"""How tables and numbers look as text: units, columns, plain ASCII. It knows nothing of what they say."""
+"""How tables and numbers look as text: units, columns, plain ASCII."""
 
 from __future__ import annotations
 

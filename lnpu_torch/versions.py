@@ -1,4 +1,4 @@
-"""What ran: versions of this package, of what it computes with, and the commit of a checkout. It knows no run."""
+"""What ran: versions of this package, of what it computes with, and the commit of a checkout."""
 
 from __future__ import annotations
 

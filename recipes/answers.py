@@ -157,7 +157,7 @@ def accuracy(runs: Evidence) -> Answer:
 
 def memory_access(runs: Evidence) -> Answer:
     probe = runs.probes["resnet18"]
-    report, tags = layers(probe.fgmp), built_in("lnpu").having(FGMP_ALONE)
+    report, tags = layers(probe.fgmp), built_in("lnpu").with_values(FGMP_ALONE)
     by_step = {row.step: 100 * access(row) for row in report.by("step").rows}
     mine, sparse = (layers(counts, chip).total.dram_bits for counts, chip in pairs(probe.fgmp, probe.fp16))
     why = (
@@ -202,7 +202,7 @@ def fp8_energy(runs: Evidence) -> Answer:
     dense = {name: curve[0].macs for name, curve in runs.curves.items()}
     tables = dense["lnpu, bottom-up"] / dense["lnpu-fp16, bottom-up"]
     why = (
-        "A setting, not a result: half the rate at equal power gives 2, the abstract 4, and reports show that band. "
+        "A setting, not a result: half the rate at equal power gives 2, the abstract 4, and reports show that range. "
         f"The bottom-up model has {tables:.2f}x: a multiplier shrinks with its operands, the accumulator does not. 4x "
         "for an operation that accumulates would need an accumulator that shrinks as well."
     )

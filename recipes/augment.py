@@ -37,7 +37,7 @@ class Augment:
         self.crop, self.flip, self.cutout, self.mean, self.std = crop, flip, cutout, mean, std
         self._random = torch.Generator(mean.device)
 
-    @lnpu.unwatched()
+    @lnpu.pause_op_tracing()
     def draw(self, batch: int, seed: int) -> Moves:
         """What is random about a batch of at most that many images, on their device."""
         random, device = self._random.manual_seed(seed), self._random.device
@@ -45,13 +45,13 @@ class Augment:
         coin, *hole = torch.rand(3, batch, generator=random, device=device)
         return Moves(top, left, (coin < 0.5) & self.flip, torch.stack(hole, 1))
 
-    @lnpu.unwatched()
+    @lnpu.pause_op_tracing()
     def __call__(self, images: Tensor, moves: Moves) -> Tensor:
         """A training batch: uint8 [B, C, H, W] -> float32."""
         images = self.normalised(move(images, moves, self.crop))
         return cut_out(images, moves.hole, self.cutout) if self.cutout else images
 
-    @lnpu.unwatched()
+    @lnpu.pause_op_tracing()
     def normalised(self, images: Tensor) -> Tensor:
         """A test batch: uint8 [B, C, H, W] -> float32."""
         return (images.float() - self.mean) / self.std

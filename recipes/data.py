@@ -83,7 +83,7 @@ class BytesOnDevice:
             index = torch.tensor(batch, device=self._test.labels.device)
             yield self._augment.normalised(self._test.images[index]), self._test.labels[index]
 
-    @lnpu.unwatched()
+    @lnpu.pause_op_tracing()
     def _piece(self, index: Tensor, moves: Moves) -> Pair:
         return self._augment(self._train.images[index], moves), self._train.labels[index]
 

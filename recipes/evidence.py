@@ -44,19 +44,19 @@ def energy(counts: lnpu.Counts, chip: Chip = "lnpu", *, dram: bool = False) -> f
 
 
 def tflops_per_watt(counts: lnpu.Counts, chip: Chip = "lnpu", *, dram: bool = False) -> float:
-    """2 FLOP per slot of the layers' steps over their energy on the chip; over DRAM's too if asked for."""
+    """2 FLOP per MAC of the layers' steps over their energy on the chip; over DRAM's too if asked for."""
     total = layers(counts, chip).total
-    return 2 * (total.slots - total.not_run) / energy(counts, chip, dram=dram)
+    return 2 * (total.macs - total.not_run) / energy(counts, chip, dram=dram)
 
 
 def over_sparse(probe: Probe, ratio: float | None = None) -> float:
     """Efficiency of FGMP over sparse FP16; an FP16 MAC costs `ratio` times an FP8 one, or what the chips say."""
     values = {} if ratio is None else {"energy.fp16_to_fp8": ratio}
-    mine, sparse = (built_in(name).having(values) for name in ("lnpu", "lnpu-fp16"))
+    mine, sparse = (built_in(name).with_values(values) for name in ("lnpu", "lnpu-fp16"))
     return energy(probe.fp16, sparse) / energy(probe.fgmp, mine)
 
 
-def access(row: lnpu.Row) -> float:
+def access(row: lnpu.CostRow) -> float:
     """DRAM traffic against dense FP16's, as a change: -0.4 is 40 % less."""
     return _known(row.dram_bits) / _known(row.dense_dram_bits) - 1
 

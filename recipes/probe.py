@@ -172,7 +172,7 @@ def _probe(name: str, network: NetworkConfig, images: Images, settings: Settings
     say(f"{name}: {network.steps} steps with FGMP")
     fgmp = Training(lnpu.convert(model), network.lr, settings.seed)
     first, _ = fgmp.counted(images.train(0, 1))
-    with lnpu.uncounted(model):
+    with lnpu.no_count(model):
         fgmp.steps(images.train(1, ahead))
     fp16, slower = (
         Training(lnpu.convert(copy.deepcopy(each), "fp16"), network.lr, settings.seed).counted(
@@ -218,7 +218,7 @@ class Training:
     def accuracy(self, images: Images) -> float:
         """Share of the test images that are classified rightly."""
         self.model.eval()
-        with torch.no_grad(), lnpu.uncounted(self.model):
+        with torch.no_grad(), lnpu.no_count(self.model):
             right = [int((self.model(batch).argmax(1) == labels).sum()) for batch, labels in images.test()]
         self.model.train()
         share: float = sum(right) / images.tested

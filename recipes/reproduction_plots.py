@@ -40,7 +40,7 @@ def zeros(evidence: Evidence, claims: Claims) -> Figure:
     return figure
 
 
-def _layers(axes: Axes, rows: Sequence[lnpu.Row]) -> None:
+def _layers(axes: Axes, rows: Sequence[lnpu.CostRow]) -> None:
     names = list(dict.fromkeys(row.layer for row in rows))
     for (step, short), colour, mark in zip(STEPS.items(), COLOURS, MARKS, strict=False):
         mine = [row for row in rows if row.step == step and row.zero_share is not None]

@@ -26,7 +26,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError, create_text, inside, parse_json, parse_yaml, read_text, write_text
 from lnpu_torch.named_files import differences
 from lnpu_torch.recipes.checkpoints import Checkpoints
-from lnpu_torch.recipes.settings import FREE
+from lnpu_torch.recipes.settings import FREE, under_current_names
 
 
 class RunFolder:
@@ -97,7 +97,8 @@ class RunFolder:
         found = parse_yaml(read_text(self.config, "run to resume"), str(self.config))
         if not isinstance(found, dict):
             raise ConfigError(f"{self.config}: not the settings of a run: a mapping of keys is expected")
-        return found
+        settings: dict[str, Any] = under_current_names(found)
+        return settings
 
     def save_epoch(
         self, metrics: Sequence[Mapping[str, Any]], counts: lnpu.Counts | None, tensorboard: bool = False

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lnpu_torch.files import Frozen, listed
-from lnpu_torch.hardware.chip import ChipFile, hold_chip
+from lnpu_torch.hardware.chip import ChipFile, chip_setting, hold_chip
 from lnpu_torch.quant.precision import PrecisionFile, hold_precision
 from lnpu_torch.recipes.models import ModelConfig
 
@@ -165,3 +165,9 @@ class TrainConfig(Frozen):
 FREE = ("out", "threads", "device", "tensorboard", "checkpoint", "data.workers", "data.download", "data.bench")
 """Settings that may change when a run is resumed: they change neither weights nor counts (threads and device: not
 beyond the order in which floating-point sums are taken)."""
+
+
+def under_current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, whatever version wrote them, with today's names in what its chip files said."""
+    chips = settings.get("chip")
+    return settings | {"chip": [chip_setting(chip) for chip in chips]} if isinstance(chips, list) else settings

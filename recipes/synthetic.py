@@ -35,7 +35,7 @@ def curves(config: CurveConfig, seed: int = 0) -> Curves:
     chips = {"lnpu": "fp8", "lnpu-fp16": "fp16", "dense-fp16": "fp16"}
     priced = {name: (lnpu.chip(name), precision) for name, precision in chips.items()}
     for name in ("lnpu", "lnpu-fp16"):
-        priced[f"{name}, bottom-up"] = (lnpu.chip(name).having({"energy_model": "bottom_up"}), chips[name])
+        priced[f"{name}, bottom-up"] = (lnpu.chip(name).with_values({"energy_model": "bottom_up"}), chips[name])
     return {
         name: tuple(point(lnpu.price(counts, chip), share) for share, counts in runs[precision])
         for name, (chip, precision) in priced.items()
@@ -48,7 +48,7 @@ def run(config: CurveConfig, zeros: float, precision: str, seed: int = 0) -> lnp
     layer = lnpu.convert(nn.Sequential(nn.Conv2d(config.channels, config.channels, 3, bias=False)), precision)
     images = masked((config.batch, config.channels, config.size + 2, config.size + 2), zeros, random).requires_grad_()
     error = masked((config.batch, config.channels, config.size, config.size), zeros, random)
-    with lnpu.CostCounter(layer, elements=False) as cost:
+    with lnpu.CostCounter(layer, vector_ops=False) as cost:
         layer(images).backward(error)
     return cost.counts
 
@@ -65,6 +65,6 @@ def masked(shape: tuple[int, ...], zeros: float, random: torch.Generator) -> Ten
 def point(report: lnpu.Report, zeros: float) -> Point:
     """What a priced run says of one share of zeros."""
     total = report.total
-    macs = 2 * (total.slots - total.not_run) / (total.mac_energy_pj or float("nan"))
+    macs = 2 * (total.macs - total.not_run) / (total.mac_energy_pj or float("nan"))
     power_mw = (total.mac_energy_pj or 0.0) * 1e-9 / report.mac_time_s
     return Point(zeros, macs, report.tflops_per_watt or float("nan"), power_mw)

@@ -81,7 +81,7 @@ class Tally:
         if self._every is None or self._now:
             yield
         elif number % self._every and number < self._alike:
-            with lnpu.uncounted(self._model):
+            with lnpu.no_count(self._model):
                 yield
         else:
             with lnpu.CostCounter(self._model) as cost:

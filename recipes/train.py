@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
-from lnpu_torch.named_files import held
+from lnpu_torch.named_files import content_of
 from lnpu_torch.quant.precision import PrecisionFile
 from lnpu_torch.recipes import diagnosis, machines, show, state
 from lnpu_torch.recipes.data import Pair, loader_speed, open_batches
@@ -87,7 +87,7 @@ class Run:
         self.config, self.accelerator = config, machines.start(config)
         self.ranks, self.device = self.accelerator.num_processes, self.accelerator.device
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
-        self.chips = [lnpu.chip(held(chip)) for chip in config.chip]
+        self.chips = [lnpu.chip(content_of(chip)) for chip in config.chip]
         rank = self.accelerator.process_index
         division = Division(config.batch_size, config.accumulate, self.ranks, rank, config.seed)
         with self.accelerator.local_main_process_first() if config.data.download else contextlib.nullcontext():
@@ -107,8 +107,8 @@ class Run:
         model = build(config.model, self.batches.classes, self.batches.shape)
         self.model = model.to(self.device, memory_format=self.memory_format)
         if config.emulated:
-            overrides = {name: held(value) for name, value in config.overrides.items()}
-            lnpu.convert(self.model, held(config.precision), overrides=overrides)
+            overrides = {name: content_of(value) for name, value in config.overrides.items()}
+            lnpu.convert(self.model, content_of(config.precision), overrides=overrides)
         self.average = make_average(self.model, config.ema)
         optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(optimizer, config, self.steps * config.epochs)
@@ -180,7 +180,7 @@ class Run:
                     output = self.network(images)
                     loss = F.cross_entropy(output, labels, label_smoothing=self.config.label_smoothing)
                 self.accelerator.backward(loss / self.ranks)
-                with lnpu.unwatched():  # this is no work of the chip's
+                with lnpu.pause_op_tracing():  # this is no work of the chip's
                     if self.shared:
                         self.shared.merge()
                     right = (output.argmax(1) == labels).sum()

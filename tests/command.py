@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typer.testing import CliRunner, Result
 
-from lnpu_torch.cli import app as cli
+from lnpu_torch.cli.app import app
 
 
 def lnpu_command(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, arguments)
+    return CliRunner().invoke(app, arguments)
 
 
 def refused(*arguments: str) -> str:

@@ -33,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and version("triton").startswith("3
 
 @pytest.fixture(autouse=True)
 def compiled_code_is_discarded() -> Iterator[None]:
-    """While any is alive, operations on elements are not counted: no test may decide that for another."""
+    """While any is alive, vector operations are not counted: no test may decide that for another."""
     yield
     if compiled_code():
         torch._dynamo.reset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lnpu_torch.counts.lane_configs import MEMBERS, Member
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, LaneConfig
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import Counts, StepCounts
 from lnpu_torch.files import validate
@@ -34,7 +34,7 @@ def step(
         "kind": "Conv2d",
         "step": step,
         "calls": calls,
-        "slots": sum(map(sum, pairs)) + padding + not_run,
+        "macs": sum(map(sum, pairs)) + padding + not_run,
         "padding": padding,
         "not_run": not_run,
         "pairs": pairs,
@@ -63,7 +63,7 @@ def network() -> Counts:
 
 def bottom_up() -> Chip:
     """LNPU, by the bottom-up model."""
-    return chip("lnpu").having({"energy_model": "bottom_up"})
+    return chip("lnpu").with_values({"energy_model": "bottom_up"})
 
 
 def variant(**values: object) -> Chip:
@@ -78,10 +78,10 @@ def variant(**values: object) -> Chip:
     return validate(Chip, data, "variant")
 
 
-def lanes(channels: int, work: int, held: Callable[[Member], int]) -> LaneProfile:
-    """A lane profile with so much work, and `held` lane-cycles for each member of more than one lane."""
-    cycles = tuple(work if member.lanes == 1 else held(member) for member in MEMBERS)
-    return LaneProfile(channels=channels, lane_cycles=cycles)
+def lanes(channels: int, work: int, cycles: Callable[[LaneConfig], int]) -> LaneProfile:
+    """A lane profile with so much work, and `cycles` lane-cycles for each configuration of more than one lane."""
+    entries = tuple(work if config.lanes == 1 else cycles(config) for config in LANE_CONFIGS)
+    return LaneProfile(channels=channels, cycles_by_config=entries)
 
 
 def with_lanes(entry: StepCounts, **profiles: LaneProfile) -> StepCounts:

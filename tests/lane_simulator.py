@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lnpu_torch.counts.lane_configs import LaneConfig
+
 Array = np.ndarray[Any, Any]
 
 
@@ -23,14 +25,15 @@ class Simulator:
         """Non-zeros of each run of so many positions: [N, C, runs]."""
         return np.add.reduceat(self.planes, range(0, self.planes.shape[2], run), axis=2, dtype=np.int64)
 
-    def held(self, run: int, balancer: int, lanes: int) -> int:
-        """Lane-cycles of so many lanes: those that have a channel, times the work of the fullest, run by run."""
-        work, total = self.work(run), 0
+    def lane_cycles(self, config: LaneConfig) -> int:
+        """Lane-cycles: the lanes that have a channel, times the work of the fullest, interval by interval."""
+        interval, balance_group, lanes = config
+        work, total = self.work(interval), 0
         for first in range(0, work.shape[1], lanes):
             taken = work[:, first : first + lanes]
             fullest: Array = np.zeros_like(taken[:, 0])
-            for lane in range(0, taken.shape[1], balancer):
-                group = taken[:, lane : lane + balancer]
+            for lane in range(0, taken.shape[1], balance_group):
+                group = taken[:, lane : lane + balance_group]
                 fullest = np.maximum(fullest, -(-group.sum(1) // group.shape[1]))
             total += taken.shape[1] * int(fullest.sum())
         return total

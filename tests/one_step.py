@@ -1,4 +1,4 @@
-"""A small network, a training step of it, and what element operations a counter has seen of it."""
+"""A small network, a training step of it, and what vector operations a counter has seen of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.counts.vector_ops import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 
 IMAGES, LABELS = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
 
@@ -25,19 +25,19 @@ def train(model: nn.Module, images: Tensor = IMAGES) -> None:
     F.cross_entropy(model(images), LABELS[: len(images)]).backward()
 
 
-def counted(cost: lnpu.CostCounter) -> dict[tuple[str, str, str], ElementOp]:
-    elements = cost.counts.elements
-    assert isinstance(elements, Elements), elements
-    return {entry.key: entry for entry in elements.entries}
+def counted(cost: lnpu.CostCounter) -> dict[tuple[str, str, str], VectorOp]:
+    vector_ops = cost.counts.vector_ops
+    assert isinstance(vector_ops, VectorOpCounts), vector_ops
+    return {entry.key: entry for entry in vector_ops.entries}
 
 
-def step(model: nn.Module) -> dict[tuple[str, str, str], ElementOp]:
+def step(model: nn.Module) -> dict[tuple[str, str, str], VectorOp]:
     with lnpu.CostCounter(model) as cost:
         train(model)
     return counted(cost)
 
 
-def operations(counted: dict[tuple[str, str, str], ElementOp]) -> Counter[tuple[str, str]]:
+def operations(counted: dict[tuple[str, str, str], VectorOp]) -> Counter[tuple[str, str]]:
     """Operations by kind and phase."""
     sums: Counter[tuple[str, str]] = Counter()
     for (kind, phase, _), entry in counted.items():

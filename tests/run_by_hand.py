@@ -7,11 +7,11 @@ from pathlib import Path
 from handmade import lanes, network, with_lanes
 
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.counts.vector_ops import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 
 NAME = "<b>layer</b> & 'one'"
-RELU = ElementOp(kind="activation", phase="forward", op="relu", calls=1, read=40, written=40, operations=40, special=0)
-SGD = ElementOp(
+RELU = VectorOp(kind="activation", phase="forward", op="relu", calls=1, read=40, written=40, operations=40, special=0)
+SGD = VectorOp(
     kind="optimizer",
     phase="update",
     op="add",
@@ -27,8 +27,8 @@ SGD = ElementOp(
 
 def epoch_counts(times: int) -> Counts:
     """Two layers, one of a name that HTML would take for its own; and a ReLU and an update."""
-    counted = network().model_copy(update={"elements": Elements(entries=(RELU, SGD))})
-    full = lanes(16, sum(counted.steps[0].first.elements[1:]), lambda member: 10 * member.lanes)
+    counted = network().model_copy(update={"vector_ops": VectorOpCounts(entries=(RELU, SGD))})
+    full = lanes(16, sum(counted.steps[0].first.elements[1:]), lambda config: 10 * config.lanes)
     first, *others = counted.steps
     steps = [with_lanes(first, first=full), *others]
     renamed = [step.model_copy(update={"layer": NAME if step.layer == "conv1" else step.layer}) for step in steps]

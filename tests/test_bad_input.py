@@ -108,7 +108,7 @@ def test_an_empty_batch(case):
         output.sum().backward()
     assert output.shape == expected.shape and x.grad.shape == x.shape
     assert all(not p.grad.any() for p in layer.parameters())
-    assert [step.slots for step in cost.counts.steps] == [0, 0, 0]
+    assert [step.macs for step in cost.counts.steps] == [0, 0, 0]
 
 
 def test_tensors_on_different_devices():

@@ -9,9 +9,9 @@ import yaml
 from handmade import variant
 from pydantic import ValidationError
 
-from lnpu_torch.cost.energy_table import event_energies
-from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml
-from lnpu_torch.hardware.chip import chip, chips
+from lnpu_torch.cost.energy_table import EnergyTable
+from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml, validate
+from lnpu_torch.hardware.chip import ChipFile, chip, chips
 from lnpu_torch.reporting.chip_tables import chip_table, chips_table
 from lnpu_torch.text_tables import plain
 from lnpu_torch.units import pj
@@ -21,7 +21,7 @@ from lnpu_torch.units import pj
 def test_every_chip_loads_and_says_what_each_value_rests_on(name: str) -> None:
     loaded = chip(name)
     assert loaded.name == name
-    both = [loaded.having({"energy_model": model}) for model in ("calibrated", "bottom_up")]
+    both = [loaded.with_values({"energy_model": model}) for model in ("calibrated", "bottom_up")]
     assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in both)  # each uses its own part
     assert all(len(entry.source) > 10 for entry in loaded.values().values())
 
@@ -43,11 +43,11 @@ def test_the_built_in_chips() -> None:
 
 def test_energy_line_and_rates() -> None:
     lnpu = chip("lnpu")
-    energies = event_energies(lnpu)
+    energies = EnergyTable.of(lnpu)
     assert pj(energies.fp8_mac) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
-    assert pj(energies.fp8_mac + 9 * energies.skipped_slot) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
+    assert pj(energies.fp8_mac + 9 * energies.skipped_mac) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
     assert energies.fp16_mac == 2 * energies.fp8_mac
-    assert energies.fp16_band == (0, 2 * energies.fp8_mac)  # from twice to four times
+    assert energies.fp16_range == (0, 2 * energies.fp8_mac)  # from twice to four times
     assert lnpu.cycles(1536, 0) == lnpu.cycles(0, 768) == 1
     assert chip("lnpu-fp16").cycles(0, 1536) == 2
 
@@ -99,7 +99,7 @@ BAD = [
     ("energy.fp8_mac_pj", 0.575, ["energy.fp8_mac_pj"]),
     ("energy.fp8_mac_pj.value", -0.575, ["energy.fp8_mac_pj.value", "-0.575"]),
     ("energy.fp8_mac_pj.value", float("nan"), ["energy.fp8_mac_pj.value"]),
-    ("energy.skipped_slot_pj.value", -1, ["energy.skipped_slot_pj.value"]),
+    ("energy.skipped_mac_pj.value", -1, ["energy.skipped_mac_pj.value"]),
     ("energy.fp8_mac_pj.unit", "nJ", ["energy.fp8_mac_pj.unit", "known: value, tag, source"]),
     ("energy.fp8_mac_pj.range", [0.5, 0.6], ["energy.fp8_mac_pj.range", "unknown key"]),
     ("energy.fp16_to_fp8.range", [3.0, 4.0], ["energy.fp16_to_fp8", "outside its range"]),
@@ -141,10 +141,10 @@ BAD = [
     ("padding.tag", ..., ["padding.tag", "required"]),
     ("padding.tag", "guessed", ["padding.tag", "'guessed'"]),
     ("description", ..., ["description", "required"]),
-    ("lanes.count.value", 18, ["lanes", "18 is not a multiple of balancer 4"]),
+    ("lanes.count.value", 18, ["lanes", "18 is not a multiple of balance_group 4"]),
     ("lanes.count.value", 2048, ["lanes.count.value", "1024"]),
-    ("lanes.run.value", 32, ["lanes.run.value", "16, 64 or 256"]),
-    ("lanes.balancer.value", 8, ["lanes.balancer.value", "1, 4 or 16"]),
+    ("lanes.sync_interval.value", 32, ["lanes.sync_interval.value", "16, 64 or 256"]),
+    ("lanes.balance_group.value", 8, ["lanes.balance_group.value", "1, 4 or 16"]),
     ("lanes", ..., ["lanes", "required"]),
     ("sram", 1, ["unknown key 'sram'"]),
 ]
@@ -183,8 +183,19 @@ def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
     mine, yours, lnpu = chip(tmp_path / "mine.yaml"), chip(tmp_path / "yours.yaml"), chip("lnpu")
     assert mine.name == "mine"
     assert mine.energy.fp8_mac_pj.value == 0.5
-    assert mine.energy.skipped_slot_pj == lnpu.energy.skipped_slot_pj
+    assert mine.energy.skipped_mac_pj == lnpu.energy.skipped_mac_pj
     assert (yours.name, yours.description, yours.energy) == ("your chip", "yours", mine.energy)
+
+
+def test_keys_of_older_files_are_read(tmp_path: Path) -> None:
+    value = "{value: 0.03, tag: assumed, source: a hunch}"
+    older = f"energy:\n  skipped_slot_pj: {value}\nlanes:\n  run: {{value: 256, tag: assumed, source: a hunch}}\n"
+    (tmp_path / "mine.yaml").write_text(f"like: lnpu\ndescription: mine\n{older}")
+    mine = chip(tmp_path / "mine.yaml")
+    assert (mine.energy.skipped_mac_pj.value, mine.lanes.sync_interval.value) == (0.03, 256)
+    content = mine.model_dump(mode="json")
+    content["energy"]["skipped_slot_pj"] = content["energy"].pop("skipped_mac_pj")
+    assert validate(ChipFile, {"file": "mine.yaml", "content": content}, "config.yaml").content == mine
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_profile_prices_one_training_step(attribute: str) -> None:
     )
     assert result.exit_code == 0, result.output
     rows = {(row["layer"], row["step"]): row for row in json.loads(result.stdout)["rows"]}
-    assert rows["conv", "forward"]["slots"] == 2 * 4 * 4 * 4 * 3 * 9
+    assert rows["conv", "forward"]["macs"] == 2 * 4 * 4 * 4 * 3 * 9
     assert rows["conv", "grad_weight"]["executed"] == 2 * 4 * 4 * 4 * 3 * 9
     assert rows["conv", "grad_input"]["not_run"] == 2 * 4 * 4 * 4 * 3 * 9
     assert rows["fc", "grad_input"]["executed"] == 2 * 4 * 2

@@ -31,8 +31,8 @@ def small_model():
     )
 
 
-def slots(cost):
-    return sum(entry.slots - entry.not_run for entry in cost.counts.steps)
+def macs(cost):
+    return sum(entry.macs - entry.not_run for entry in cost.counts.steps)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "alexnet", "mobilenet_v2"])
@@ -52,12 +52,12 @@ def test_zoo_models_convert_train_and_revert_bit_identical(name):
 
     with FlopCounterMode(display=False) as flops, lnpu.CostCounter(model) as cost:
         output = model.eval()(torch.randn(1, 3, 64, 64))
-        assert 2 * slots(cost) == flops.get_total_flops()
+        assert 2 * macs(cost) == flops.get_total_flops()
         output.sum().backward()
     if name != "mobilenet_v2":  # torch's counter takes a depthwise convolution's grad_weight for a dense one's
-        assert 2 * slots(cost) == flops.get_total_flops()
+        assert 2 * macs(cost) == flops.get_total_flops()
     first = next(row for row in cost.report("lnpu").rows if row.step == "grad_input")
-    assert first.not_run == first.slots > 0
+    assert first.not_run == first.macs > 0
 
     assert lnpu.revert(model) is model
     assert classes == {key: type(module) for key, module in model.named_modules()}
@@ -89,7 +89,7 @@ def test_shared_modules_stay_shared():
     with lnpu.CostCounter(model) as cost:
         model["b"](model["a"](torch.randn(2, 4)))
     (entry,) = cost.counts.steps
-    assert (entry.layer, entry.calls, entry.slots) == ("a", 2, 2 * 2 * 16)
+    assert (entry.layer, entry.calls, entry.macs) == ("a", 2, 2 * 2 * 16)
 
 
 def test_a_bare_layer_converts_in_place():
@@ -320,7 +320,7 @@ def test_coverage_of_a_pruned_model():
     model = nn.Sequential(nn.Linear(8, 8))
     prune.l1_unstructured(model[0], "weight", 0.5)
     assert lnpu.coverage(lnpu.convert(model), torch.randn(4, 8)).products == ()
-    assert lnpu.coverage(model, input=torch.randn(4, 8)).slots == 256
+    assert lnpu.coverage(model, input=torch.randn(4, 8)).macs == 256
 
 
 class Recurrent(nn.Module):
@@ -341,8 +341,8 @@ def test_recurrent_layers_are_seen_in_float(make, gates, settings):
     both, layers = (2, 2) if settings.get("bidirectional") else (1, 1)
     inner = sum(64 * gates * ((28 if layer == 0 else 64 * both) + 64) * both for layer in range(layers))
     coverage = lnpu.coverage(lnpu.convert(model), x)
-    assert sum(product.slots for product in coverage.products) == 4 * 10 * inner
-    assert coverage.slots == 4 * 10 * inner + 4 * 10 * 64 * both
+    assert sum(product.macs for product in coverage.products) == 4 * 10 * inner
+    assert coverage.macs == 4 * 10 * inner + 4 * 10 * 64 * both
     with lnpu.CostCounter(model) as cost:
         model(x.requires_grad_()).sum().backward()
     assert cost.report().float_macs == pytest.approx(3 * 4 * 10 * inner, rel=0.1)  # the first step has no state yet
@@ -364,7 +364,7 @@ def test_ops_with_weights_and_no_formula_are_named(monkeypatch):
     assert coverage.products == (FloatProduct("bilinear", "aten._trilinear", None),)
     assert "at least 0.0%" in str(coverage) and "an unknown number" in str(coverage)
     monkeypatch.undo()
-    assert lnpu.coverage(model, torch.randn(4, 8)).products[0].slots == 4 * 4 * 8 * 8
+    assert lnpu.coverage(model, torch.randn(4, 8)).products[0].macs == 4 * 4 * 8 * 8
 
 
 def test_coverage_looks_into_wrappers():

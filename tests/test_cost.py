@@ -10,7 +10,7 @@ import torch
 from handmade import bottom_up, counts, network, step, variant
 
 import lnpu_torch as lnpu
-from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, builtin_names
@@ -21,14 +21,14 @@ E8, E16, SKIP = 0.575, 1.15, 0.024  # pJ, as in lnpu.yaml
 CHIPS = builtin_names("chips")
 
 
-def one(entry: Any, chip: str | Chip = "lnpu") -> Row:
+def one(entry: Any, chip: str | Chip = "lnpu") -> CostRow:
     (row,) = price(counts(entry), chip).rows
     return row
 
 
 def test_lnpu_skips_zero_inputs_and_streams_them_in_fp8() -> None:
     row = one(step())
-    assert (row.slots, row.executed, row.skipped, row.padding, row.not_run) == (55, 39, 6, 10, 0)
+    assert (row.macs, row.executed, row.skipped, row.padding, row.not_run) == (55, 39, 6, 10, 0)
     assert row.pairs == {"fp8*zero": 4, "fp8*fp8": 5, "fp8*fp16": 6, "fp16*zero": 7, "fp16*fp8": 8, "fp16*fp16": 9}
     assert row.mac_energy_pj == pytest.approx(15 * E8 + 24 * E16 + (6 + 10) * SKIP)
     assert row.cycles == 15 / 1536 + 24 / 768
@@ -103,7 +103,7 @@ def test_fp16_chips_skip_alike_but_have_no_fp8_rate() -> None:
 
 def test_what_was_not_run_costs_nothing() -> None:
     row = one(step(pairs=((0, 0, 0),) * 3, padding=0, not_run=7, first=(0, 0, 0)))
-    assert (row.slots, row.not_run, row.executed, row.energy_pj, row.cycles) == (7, 7, 0, 0.0, 0.0)
+    assert (row.macs, row.not_run, row.executed, row.energy_pj, row.cycles) == (7, 7, 0, 0.0, 0.0)
     assert (row.zero_share, row.fp8_share, row.pairs) == (None, None, {})
 
 
@@ -143,20 +143,20 @@ def test_calibration_nine_zeros_in_ten() -> None:
 def test_energy_band_over_the_ratio_of_fp16_to_fp8() -> None:
     report = price(counts(step()), "lnpu")
     assert report.energy_range_pj == pytest.approx((report.total.energy_pj, report.total.energy_pj + 24 * 2 * E8))
-    assert report.band == "energy of an FP16 MAC 2 ... 4 times an FP8 MAC's"
+    assert report.energy_range == "energy of an FP16 MAC 2 ... 4 times an FP8 MAC's"
     ratio = variant().energy.fp16_to_fp8.model_copy(update={"range": None})
     fixed = variant().model_copy(update={"energy": variant().energy.model_copy(update={"fp16_to_fp8": ratio})})
     without = price(counts(step()), fixed)
-    assert without.band is None
+    assert without.energy_range is None
     assert without.energy_range_pj == (report.total.energy_pj,) * 2
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_sums_close(name: str) -> None:
     report = price(network(), name)
-    assert report.total.slots == sum(entry.slots for entry in network().steps)
+    assert report.total.macs == sum(entry.macs for entry in network().steps)
     for grouped in (report.by("layer"), report.by("step")):
-        for field in ("slots", "executed", "skipped", "padding", "not_run", "sram_bits", "dram_bits"):
+        for field in ("macs", "executed", "skipped", "padding", "not_run", "sram_bits", "dram_bits"):
             assert sum(getattr(row, field) for row in grouped.rows) == getattr(report.total, field)
         for part in ("mac", "sram", "dram"):  # to the last digit
             assert sum(row.energy_zj[part] for row in grouped.rows) == report.total.energy_zj[part] > 0
@@ -171,6 +171,31 @@ def test_saved_counts_are_priced_alike(tmp_path: Path) -> None:
     network().save(tmp_path / "counts.json")
     for name in CHIPS:
         assert price(Counts.load(tmp_path / "counts.json"), name) == price(network(), name)
+
+
+OF_VERSION_3 = Path(__file__).parent / "old_files" / "counts_of_version_3.json"
+OLD_PRICES = {
+    "lnpu": {"mac": 130795000000, "sram": 988359900000, "simd": 47104000000, "dram": 31520000000000},
+    "lnpu-fp16": {"mac": 165870000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},
+    "dense-fp16": {"mac": 340400000000, "sram": 1307088000000, "simd": 47104000000, "dram": 49600000000000},
+    "sparse-inference": {"mac": 315628000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},
+}
+"""What the release that wrote the file priced it at, in zJ."""
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_counts_of_older_versions_are_priced_as_they_were(version: int, tmp_path: Path) -> None:
+    data = json.loads(OF_VERSION_3.read_text())
+    assert data["version"] == 3 and "slots" in data["steps"][0] and "in_float" in data
+    if version < 3:
+        del data["in_float"]
+    (tmp_path / "counts.json").write_text(json.dumps({**data, "version": version}))
+    counts = Counts.load(tmp_path / "counts.json")
+    assert {name: price(counts, name).total.energy_zj for name in OLD_PRICES} == OLD_PRICES
+    assert price(counts, "lnpu").float_macs == (1000 if version == 3 else None)
+    counts.save(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["version"] == 4
+    assert Counts.load(tmp_path / "again.json") == counts
 
 
 def test_merged_counts_are_priced_as_their_sum() -> None:
@@ -207,10 +232,10 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], str], str]] = [
     (lambda data: "", "not valid JSON"),
     (lambda data: "[]", "not a counts file"),
     (lambda data: json.dumps({"steps": data["steps"]}), "not a counts file"),
-    (lambda data: json.dumps({**data, "version": 4}), "version 4; this lnpu_torch reads up to 3"),
+    (lambda data: json.dumps({**data, "version": 5}), "version 5; this lnpu_torch reads up to 4"),
     (lambda data: json.dumps({**data, "more": 1}), "unknown key 'more'"),
     (lambda data: json.dumps({**data, "steps": data["steps"] * 2}), "stands twice"),
-    (_step_key("padding", 11), "slots 55 are not pairs"),
+    (_step_key("padding", 11), "macs 55 are not pairs"),
     (_step_key("padding", -1), "padding"),
     (_step_key("calls", 1.5), "calls"),
     (_step_key("by_size", [{**BY_SIZE, "first": [5, 3, 1]}]), "first elements are not the sum"),
@@ -248,16 +273,16 @@ def test_counter_counts_the_block_and_no_more(tmp_path: Path) -> None:
     model, train = _linear()
     train()
     with CostCounter(model) as cost:
-        assert cost.report().total.slots == 0
+        assert cost.report().total.macs == 0
         train()
         live = cost.counts
     train()
     assert cost.counts == live
     forward, grad_input, grad_weight = cost.report().rows[:3]
     assert (forward.layer, forward.kind, forward.step) == ("0", "Linear", "forward")
-    assert (forward.slots, forward.executed, forward.skipped) == (24, 15, 9)  # 5 of 8 inputs are not zero, times 3
-    assert (grad_input.slots, grad_input.not_run) == (24, 24)  # nobody asks for it
-    assert (grad_weight.slots, grad_weight.executed) == (24, 15)
+    assert (forward.macs, forward.executed, forward.skipped) == (24, 15, 9)  # 5 of 8 inputs are not zero, times 3
+    assert (grad_input.macs, grad_input.not_run) == (24, 24)  # nobody asks for it
+    assert (grad_weight.macs, grad_weight.executed) == (24, 15)
     assert forward.zero_share == 3 / 8
     cost.save(tmp_path / "counts.json")
     assert Counts.load(tmp_path / "counts.json") == live
@@ -271,7 +296,7 @@ def test_counters_nest_and_start_anew() -> None:
         with CostCounter(model) as inner:
             train()
         train()
-    assert outer.report().total.slots == 3 * inner.report().total.slots
+    assert outer.report().total.macs == 3 * inner.report().total.macs
     with outer:
         train()
         assert outer.counts == inner.counts

@@ -34,7 +34,7 @@ def calls(counts: lnpu.Counts) -> dict[str, int]:
 
 
 def macs(counts: lnpu.Counts) -> int:
-    return sum(entry.slots for entry in counts.steps)
+    return sum(entry.macs for entry in counts.steps)
 
 
 def simd_pj(counts: lnpu.Counts) -> float:
@@ -59,7 +59,7 @@ def test_what_was_done_before_a_conversion_is_kept_and_added(before: int) -> Non
     assert calls(cost.counts) == {"0": 10, "2": 10}
     step(model)
     assert calls(cost.counts) == {"0": 10, "2": 10}
-    assert lnpu.price(cost.counts, "lnpu").total.slots == macs(cost.counts)
+    assert lnpu.price(cost.counts, "lnpu").total.macs == macs(cost.counts)
 
 
 def test_with_other_operands_in_float_a_layer_is_one_of_its_own() -> None:
@@ -145,7 +145,7 @@ def test_a_part_of_a_model_that_is_counted_apart_is_counted_in_both() -> None:
     with lnpu.CostCounter(model) as whole, lnpu.CostCounter(model[:2]) as part:
         step(model)
     assert calls(whole.counts) == {"0": 1, "2": 1} and calls(part.counts) == {"0": 1}
-    assert whole.counts.elements == part.counts.elements or simd_pj(whole.counts) > simd_pj(part.counts) > 0
+    assert whole.counts.vector_ops == part.counts.vector_ops or simd_pj(whole.counts) > simd_pj(part.counts) > 0
     assert "opened last" not in str(whole.report())
 
 
@@ -176,7 +176,7 @@ def test_processes_that_share_a_model_count_together(method: str) -> None:
         assert [(each.count, each.sizes) for each in ours.by_size] == [
             (each.count, each.sizes) for each in theirs.by_size
         ]
-        assert ours.slots == theirs.slots and ours.not_run == theirs.not_run
+        assert ours.macs == theirs.macs and ours.not_run == theirs.not_run
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.pair_counts import cpu as cpu_counting
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
@@ -47,7 +47,7 @@ def random_groups(generator, *shape):
 
 
 def operands(g):
-    generator = torch.Generator().manual_seed(len(g.kernel) + g.slots)
+    generator = torch.Generator().manual_seed(len(g.kernel) + g.macs)
     big = random_groups(generator, g.batch, g.big_channels, *g.big)
     small = random_groups(generator, g.batch, g.small_channels, *g.small)
     weight = random_groups(generator, g.small_channels, g.big_channels // g.groups, *g.kernel)
@@ -55,7 +55,7 @@ def operands(g):
 
 
 def brute_force(g, big, small, weight):
-    """Walk all slots; tables big by weight, small by weight, big by small, and the number outside the big grid."""
+    """Walk all macs; tables big by weight, small by weight, big by small, and the number outside the big grid."""
     tables, outside = torch.zeros(3, 3, 3, dtype=torch.int64), 0
     index = {0: 0, 8: 1, 16: 2}
     ranges = [range(g.batch), range(g.small_channels), range(g.big_channels // g.groups)]
@@ -101,11 +101,11 @@ def test_pair_tables(geometry):
         counting.grid_step(*grids, geometry, "big"),
     )
     assert torch.equal(torch.stack([step[4:13].reshape(3, 3) for step in steps]), expected)
-    assert all(step[:4].tolist() == [1, geometry.slots, outside, 0] for step in steps)
+    assert all(step[:4].tolist() == [1, geometry.macs, outside, 0] for step in steps)
     turned = counting.grid_step(*grids, geometry, "small")
     assert torch.equal(turned[4:13].reshape(3, 3), expected[2].T)
     assert torch.equal(turned[13:], steps[2][13:].roll(3))
-    assert geometry.slots == expected[0].sum() + outside
+    assert geometry.macs == expected[0].sum() + outside
 
 
 def test_elements(geometry):
@@ -160,7 +160,7 @@ class Compiled:
 
 def _counted(counter, count, *arguments):
     counters = torch.zeros(1, counting.ROWS, counting.WIDTH, dtype=torch.int64)
-    sizes, lanes = torch.zeros(1, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(1, 2, len(MEMBERS)).long()
+    sizes, lanes = torch.zeros(1, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(1, 2, len(LANE_CONFIGS)).long()
     count(cpu_counting.Counters(counters, sizes, lanes, 0), *arguments)
     assert sizes[0, 0].all() and not lanes.any()
     counter += counters[0, 0]
@@ -177,4 +177,4 @@ def test_counts_beyond_int32():
     ones = torch.full((1, 1), 16, dtype=torch.uint8)
     big, weight = ones.expand(g.batch, g.big_channels), ones.expand(g.small_channels, g.big_channels)
     step = counting.weight_step(per_position(big), over_small(weight, 1), g, "big")
-    assert step[12] == g.slots == 2**34
+    assert step[12] == g.macs == 2**34

@@ -42,8 +42,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.detach().clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def slots(counts: lnpu.Counts) -> dict[tuple[str, str], int]:
-    return {(entry.layer, entry.step): entry.slots for entry in counts.steps}
+def macs(counts: lnpu.Counts) -> dict[tuple[str, str], int]:
+    return {(entry.layer, entry.step): entry.macs for entry in counts.steps}
 
 
 def trained(model: nn.Module, images: Tensor) -> tuple[list[Tensor], lnpu.Counts]:
@@ -63,8 +63,8 @@ def test_ddp_counts_and_computes_as_one_process_does() -> None:
     expected, whole = trained(network(), batch())
     for ours, counts in on_ranks(parallel, batch()):
         torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-4)  # sums in another order, rounded to binary16
-        half = {key: value / 2 for key, value in slots(whole).items()}
-        assert slots(counts) == half
+        half = {key: value / 2 for key, value in macs(whole).items()}
+        assert macs(counts) == half
 
 
 def sharded(images: Tensor) -> tuple[list[Tensor], lnpu.Counts, str]:
@@ -87,8 +87,8 @@ def test_fsdp2_counts_and_computes_as_one_process_does_and_refuses_to_be_reverte
     expected, whole = trained(network(), batch())
     for ours, counts, said in on_ranks(sharded, batch()):
         torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-4)
-        half = {key: value / 2 for key, value in slots(whole).items()}
-        assert slots(counts) == half
+        half = {key: value / 2 for key, value in macs(whole).items()}
+        assert macs(counts) == half
         assert "FSDP" in said and "before" in said
 
 
@@ -99,7 +99,7 @@ def test_activation_checkpointing_computes_alike_and_counts_its_second_forward()
         output = checkpoint_sequential(recomputed, 2, batch().requires_grad_(), use_reentrant=False)
         (output.square().sum() / 8).backward()
     assert all(torch.equal(a, b) for a, b in zip(gradients(recomputed), expected, strict=True))
-    ours, theirs = slots(cost.counts), slots(once)
+    ours, theirs = macs(cost.counts), macs(once)
     again = [layer for layer in ("0", "3", "5") if ours[layer, "forward"] == 2 * theirs[layer, "forward"]]
     assert again == ["0"]  # the last segment is not recomputed
     assert ours["3", "grad_weight"] == theirs["3", "grad_weight"]
@@ -114,7 +114,7 @@ def test_gradient_accumulation_adds_gradients_and_counts() -> None:
         for part in batch().split(4):
             (model(part).square().sum() / 8).backward()
     torch.testing.assert_close(gradients(model), expected, rtol=2e-3, atol=1e-4)
-    assert slots(cost.counts) == slots(whole) and {entry.calls for entry in cost.counts.steps} == {2}
+    assert macs(cost.counts) == macs(whole) and {entry.calls for entry in cost.counts.steps} == {2}
 
 
 def test_an_averaged_model_is_emulated_with_counters_of_its_own() -> None:

@@ -27,10 +27,10 @@ def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 
 
 def closes(counts: lnpu.Counts) -> None:
-    """Every slot is somewhere, and every operand's elements are those of its calls."""
+    """Every MAC is somewhere, and every operand's elements are those of its calls."""
     for entry in counts.steps:
-        assert entry.slots == sum(map(sum, entry.pairs)) + entry.padding + entry.not_run
-        if entry.not_run < entry.slots:
+        assert entry.macs == sum(map(sum, entry.pairs)) + entry.padding + entry.not_run
+        if entry.not_run < entry.macs:
             assert sum(entry.first.elements) == sum(each.count * each.sizes[0] for each in entry.by_size)
 
 
@@ -108,21 +108,21 @@ def test_one_element(precision: str) -> None:
             layer.weight.fill_(0.75)
         output, grad, counts = step(layer, torch.full(shape, 3.0), torch.full(shape, 0.5))
         assert (output.item(), grad.item(), layer.weight.grad.item()) == (2.25, 0.375, 1.5)
-        assert [(entry.slots, sum(map(sum, entry.pairs))) for entry in counts.steps] == [(1, 1)] * 3
+        assert [(entry.macs, sum(map(sum, entry.pairs))) for entry in counts.steps] == [(1, 1)] * 3
 
 
-def test_slots_beyond_int32_in_one_call() -> None:
+def test_macs_beyond_int32_in_one_call() -> None:
     layer = lnpu.convert(nn.Linear(1024, 1024, bias=False), "fp16")
     x = torch.ones(2048 + 1, 1024)
     x[:, 0] = 0
     _, _, counts = step(layer, x, torch.ones(2049, 1024))
-    slots = 2049 * 1024 * 1024
-    assert slots > 2**31
+    macs = 2049 * 1024 * 1024
+    assert macs > 2**31
     forward, _, grad_weight = counts.steps
-    assert [entry.slots for entry in counts.steps] == [slots] * 3
+    assert [entry.macs for entry in counts.steps] == [macs] * 3
     assert sum(forward.pairs[0]) == sum(map(sum, grad_weight.pairs[:1])) == 2049 * 1024
-    assert sum(forward.pairs[2]) == sum(grad_weight.pairs[2]) == slots - 2049 * 1024
-    assert lnpu.price(counts, "dense-fp16").total.executed == 3 * slots
+    assert sum(forward.pairs[2]) == sum(grad_weight.pairs[2]) == macs - 2049 * 1024
+    assert lnpu.price(counts, "dense-fp16").total.executed == 3 * macs
 
 
 def test_counters_that_have_grown_beyond_int32() -> None:
@@ -135,7 +135,7 @@ def test_counters_that_have_grown_beyond_int32() -> None:
     _, _, counts = step(layer, x)
     assert counts.steps == expected.steps
     assert counts * 2**40 == lnpu.Counts.merge([counts * 2**39, counts * 2**39])
-    assert (counts * 2**40).steps[0].slots == 2**40 * counts.steps[0].slots
+    assert (counts * 2**40).steps[0].macs == 2**40 * counts.steps[0].macs
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
@@ -154,7 +154,7 @@ def test_groups_of_as_many_channels_as_a_byte_counts_and_of_one_more(
         assert output.max() == 6 * channels
         group = 1 if precision == "fp8" else 2
         for entry in counts.steps:
-            assert entry.pairs[group][group] == entry.slots - entry.padding > 0
+            assert entry.pairs[group][group] == entry.macs - entry.padding > 0
 
 
 @pytest.mark.parametrize("kind", layers())
@@ -169,7 +169,7 @@ def test_a_batch_of_1_and_of_4096(kind: str) -> None:
     assert torch.equal(outputs, output.expand_as(outputs)) and torch.equal(grads, grad.expand_as(grads))
     torch.testing.assert_close(layer.weight.grad, 4096 * weight, rtol=2**-10, atol=1e-3)  # the sum is rounded to FP16
     for entry, times in zip(one.steps, many.steps, strict=True):
-        assert times.slots == 4096 * entry.slots and times.padding == 4096 * entry.padding
+        assert times.macs == 4096 * entry.macs and times.padding == 4096 * entry.padding
         assert times.pairs == tuple(tuple(4096 * count for count in row) for row in entry.pairs)
 
 
@@ -197,7 +197,7 @@ def test_a_layer_called_many_times_a_step_counts_every_call_and_keeps_its_thresh
         assert torch.equal(layer.emulation.thresholds[:, 0], before)  # until the backward has run
         output.sum().backward()
     closes(cost.counts)
-    found = {entry.step: (entry.calls, entry.slots, entry.not_run) for entry in cost.counts.steps}
+    found = {entry.step: (entry.calls, entry.macs, entry.not_run) for entry in cost.counts.steps}
     each = 3 * 8 * 8
     assert found == {
         "forward": (20, 20 * each, 0),
@@ -217,7 +217,7 @@ def test_frozen_weights_and_inputs_without_grad(kind: str) -> None:
             if wants:
                 output.sum().backward()
         closes(cost.counts)
-        ran = {entry.step for entry in cost.counts.steps if entry.not_run < entry.slots}
+        ran = {entry.step for entry in cost.counts.steps if entry.not_run < entry.macs}
         assert ran == ({"forward", "grad_input"} if wants else {"forward"})
         assert output.requires_grad is wants and layer.weight.grad is None
 
@@ -253,7 +253,7 @@ def test_what_is_empty_gives_what_torch_gives(name: str, precision: str | Precis
         results.append([output.detach(), x.grad, *(parameter.grad for parameter in own.parameters())])
     assert cost is not None
     closes(cost.counts)
-    assert all(entry.slots == 0 for entry in cost.counts.steps)
+    assert all(entry.macs == 0 for entry in cost.counts.steps)
     assert str(lnpu.price(cost.counts, "lnpu"))
     expected, found = results
     assert [each.shape for each in found] == [each.shape for each in expected]

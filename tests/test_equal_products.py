@@ -63,10 +63,10 @@ def test_equal_products_have_equal_counts_and_prices(
     found = {}
     for name, (layer, place) in cases(*sizes).items():
         lnpu.convert(layer, precision)
-        with lnpu.backends.backend(implementation), lnpu.CostCounter(layer, elements=False) as cost:
+        with lnpu.backends.backend(implementation), lnpu.CostCounter(layer, vector_ops=False) as cost:
             layer(place(rows).clone().requires_grad_()).backward(place(error))
         parts = lnpu.price(cost.counts, "lnpu").rows
         assert len(parts) == 3
-        counts = [(each.step, each.slots, each.pairs, each.first, each.second) for each in cost.counts.steps]
+        counts = [(each.step, each.macs, each.pairs, each.first, each.second) for each in cost.counts.steps]
         found[name] = counts, [(part.step, part.cycles, part.energy_pj) for part in parts]
     assert all(each == found["rows"] for each in found.values()), found

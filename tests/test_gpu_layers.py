@@ -38,12 +38,12 @@ def layers():
 
 
 def added_up(counts):
-    """Operations on elements by kind and phase; the ops' own names differ with the backend."""
+    """Vector operations by kind and phase; the ops' own names differ with the backend."""
     sums = Counter()
-    for entry in counts.elements.entries:
+    for entry in counts.vector_ops.entries:
         sums[entry.kind, entry.phase, "operations"] += entry.operations
         sums[entry.kind, entry.phase, "special"] += entry.special
-    assert not counts.elements.uncounted
+    assert not counts.vector_ops.uncounted
     return {key: value for key, value in sums.items() if value}
 
 

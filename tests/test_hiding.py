@@ -20,12 +20,12 @@ def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None
     model, once = network(), step(network())
     with lnpu.CostCounter(model) as cost:
         train(model)
-        with lnpu.uncounted(model):
+        with lnpu.no_count(model):
             train(model)
-            with lnpu.uncounted(model):
+            with lnpu.no_count(model):
                 train(model)
             train(model)
-        with FlopCounterMode(display=False), lnpu.uncounted(model):
+        with FlopCounterMode(display=False), lnpu.no_count(model):
             train(model)
     assert counted(cost) == once
 
@@ -34,7 +34,7 @@ def test_other_modes_see_what_they_would_without_a_counter() -> None:
     flops = []
     for watch in (True, False):
         model = network()
-        with lnpu.CostCounter(model, elements=watch), FlopCounterMode(display=False) as mode:
+        with lnpu.CostCounter(model, vector_ops=watch), FlopCounterMode(display=False) as mode:
             train(model)
         flops.append(mode.get_flop_counts())
     assert flops[0] == flops[1]
@@ -45,7 +45,7 @@ def test_below_another_mode_it_counts_as_on_top() -> None:
     with lnpu.CostCounter(model) as cost, FlopCounterMode(display=False):  # this one splits native_batch_norm
         train(model)
     assert operations(counted(cost)) == operations(once)
-    assert cost.counts.elements.uncounted == {}
+    assert cost.counts.vector_ops.uncounted == {}
 
 
 class Names(LayerWatcher):

@@ -39,11 +39,11 @@ def run_example(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     return runpy.run_path(str(EXAMPLES / f"with_{name}.py"))
 
 
-def check_folder(folder: Path, reports: list[lnpu.Report], slots: int) -> None:
+def check_folder(folder: Path, reports: list[lnpu.Report], macs: int) -> None:
     run = read_run(folder)
     assert [epoch.number for epoch in run.epochs] == [1, 2]
     whole = lnpu.Counts.merge(epoch.counts for epoch in run.epochs)
-    assert lnpu.price(whole, "lnpu") == reports[0] and reports[0].total.slots == slots
+    assert lnpu.price(whole, "lnpu") == reports[0] and reports[0].total.macs == macs
     for epoch in run.epochs:
         total = lnpu.price(epoch.counts, "lnpu").total
         assert epoch.metrics["lnpu_energy_pj"] == total.energy_pj
@@ -54,7 +54,7 @@ def check_folder(folder: Path, reports: list[lnpu.Report], slots: int) -> None:
 def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = run_example("lightning", tmp_path, monkeypatch)
     # BoringModel is Linear(32, 2) on 64 single samples; the 64 for validation are not counted
-    check_folder(tmp_path / "lnpu_run", ran["cost"].reports, slots=2 * 64 * 3 * 64)
+    check_folder(tmp_path / "lnpu_run", ran["cost"].reports, macs=2 * 64 * 3 * 64)
     logged = ran["trainer"].callback_metrics
     metrics = ran["cost"].costs.metrics[-1]
     assert {name: pytest.approx(value.item()) for name, value in logged.items() if name in metrics} == {
@@ -91,7 +91,7 @@ def test_lightning_converts_layers_wherever_the_module_makes_them(where: str, pa
     trainer = Trainer(max_epochs=1, callbacks=[cost], default_root_dir=tmp_path, **quiet)
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(4, 8))))
     assert not lnpu.coverage(module).in_float and cost.reports[0].float_share == 0
-    assert {row.layer for row in cost.reports[0].rows if row.slots} == ({"body", "head"} if part else {"head"})
+    assert {row.layer for row in cost.reports[0].rows if row.macs} == ({"body", "head"} if part else {"head"})
 
 
 def test_lightning_resumes_with_its_thresholds(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, reports = ran["trainer"].state, ran["cost"].reports
     tokens, images = 5, 32  # 2 epochs of 16 images, of 4 patches and a class token
     block = 4 * 32 * 32 + 2 * 32 * 64
-    slots = 3 * images * (4 * 32 * 3 * 16 * 16 + 2 * tokens * block + 32 * 2)
-    check_folder(tmp_path / "lnpu_run", reports, slots)
+    macs = 3 * images * (4 * 32 * 3 * 16 * 16 + 2 * tokens * block + 32 * 2)
+    check_folder(tmp_path / "lnpu_run", reports, macs)
     rows = [row for row in state.log_history if "lnpu_energy_pj" in row]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1].items() >= ran["cost"].costs.metrics[1].items()
@@ -181,7 +181,7 @@ def test_ranks_share_thresholds_and_sum_their_counts(tmp_path: Path) -> None:
     assert first == second and all(torch.equal(ours[name], theirs[name]) for name in ours)
     (epoch,) = read_run(tmp_path / "run").epochs
     forward = [entry for entry in epoch.counts.steps if entry.step == "forward"]
-    assert [entry.slots for entry in forward] == [2 * 3 * 8 * 4, 2 * 3 * 4 * 2]
+    assert [entry.macs for entry in forward] == [2 * 3 * 8 * 4, 2 * 3 * 4 * 2]
     assert epoch.metrics["lnpu_energy_pj"] == first["lnpu_energy_pj"]
 
 
@@ -205,7 +205,7 @@ def test_pauses_are_not_counted_and_wrong_settings_are_named(tmp_path: Path) -> 
     costs.go_on()
     net(torch.ones(1, 8))
     costs.end_epoch(1)
-    assert [(row.layer, row.slots) for row in costs.finish()[0].rows if row.slots] == [("0", 2 * 8 * 4)]
+    assert [(row.layer, row.macs) for row in costs.finish()[0].rows if row.macs] == [("0", 2 * 8 * 4)]
     with pytest.raises(ConfigError, match="unknown chip"):
         CostLog(chips=["lpnu"])
     with pytest.raises(ConfigError, match="name at least one"):

@@ -60,7 +60,7 @@ def check_counts_beyond_int32(kernels):
     position[1], weight[1] = 2**12, 2**11
     counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)
     kernels.add_weight_step(counter, position, weight, geometry.pack(), "big")
-    assert counter[12] == geometry.slots == 2**34
+    assert counter[12] == geometry.macs == 2**34
 
 
 def check_large_counts_are_exact(kernels):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_kernels_interpret import LAYOUTS, interpret
 
-from lnpu_torch.counts import lane_configs as lane_family
+from lnpu_torch.counts import lane_configs
 from lnpu_torch.ops.lanes import reference as lanes
 
 pytest.importorskip("triton")
@@ -65,9 +65,9 @@ def check_full(kernels):
 
 def check_constants(kernels):
     for name in ("RUN", "JOIN", "LONGEST", "LANES"):
-        assert getattr(kernels, name) == getattr(lane_family, name)
-    assert len(lane_family.MEMBERS) == kernels.MEMBERS and lane_family.BALANCERS == (1, 4, 16)
-    assert lane_family.LEVELS == (11, 9, 7) and len(lane_family.RUNS) == 3
+        assert getattr(kernels, name) == getattr(lane_configs, name)
+    assert len(lane_configs.LANE_CONFIGS) == kernels.MEMBERS and lane_configs.BALANCE_GROUPS == (1, 4, 16)
+    assert lane_configs.LEVELS == (11, 9, 7) and len(lane_configs.SYNC_INTERVALS) == 3
 
 
 def check_empty(kernels):

@@ -9,7 +9,7 @@ from lane_simulator import Simulator
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.counts.lane_configs import BALANCERS, LANES, MEMBERS, RUNS
+from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, LANES, SYNC_INTERVALS, LaneConfig
 from lnpu_torch.counts.schema import OPERANDS
 from lnpu_torch.nn.layer_state import Emulation
 from lnpu_torch.nn.reads import READS
@@ -18,7 +18,7 @@ from lnpu_torch.recipes.models import ModelConfig, build
 BETWEEN = (3, 6, 12, 20, 24, 40, 48, 96, 192, 768)
 """Lane counts that no profile is measured for."""
 WITHIN = {"resnet18_cifar": (21, 20), "vgg16_cifar": (14, 12), "alexnet_cifar": (8, 0)}
-"""Layers, and how many of them at least are within 3 % between the members. AlexNet's channels differ too much."""
+"""Layers, and how many of them at least are within 3 % between LANE_CONFIGS. AlexNet's channels differ too much."""
 
 
 def masks_and_counts(name, monkeypatch):
@@ -53,7 +53,7 @@ def profiles(counts):
         for name, operand in zip(OPERANDS[entry.step], (entry.first, entry.second), strict=True):
             if name == "weight":
                 assert operand.lanes is None
-            elif entry.not_run < entry.slots:
+            elif entry.not_run < entry.macs:
                 assert found.setdefault((entry.layer, name), operand.lanes) == operand.lanes
     return found
 
@@ -65,24 +65,26 @@ def trained(request):
     return WITHIN[request.param], {key: Simulator(mask) for key, mask in masks.items()}, profiles(counts)
 
 
-def test_members_are_exact_and_the_rest_is_near(trained):
+def test_configs_are_exact_and_the_rest_is_near(trained):
     (layers, near), simulators, measured = trained
     assert measured.keys() == simulators.keys() and len({layer for layer, _ in measured}) == layers
     errors = {layer: [] for layer, _ in measured}
     for key, profile in measured.items():
-        for member, cycles in zip(MEMBERS, profile.lane_cycles, strict=True):
-            if member.lanes < 2 * profile.channels or member.lanes == LANES:
-                assert cycles == profile.held(*member) == simulators[key].held(*member), (key, member)
-        for chip in itertools.product(RUNS, BALANCERS, BETWEEN):
-            if chip[2] % chip[1] == 0:
-                errors[key[0]].append(abs(profile.held(*chip) / simulators[key].held(*chip) - 1))
+        for config, cycles in zip(LANE_CONFIGS, profile.cycles_by_config, strict=True):
+            if config.lanes < 2 * profile.channels or config.lanes == LANES:
+                assert cycles == profile.lane_cycles(config) == simulators[key].lane_cycles(config), (key, config)
+        for config in itertools.starmap(LaneConfig, itertools.product(SYNC_INTERVALS, BALANCE_GROUPS, BETWEEN)):
+            if config.lanes % config.balance_group == 0:
+                exact = simulators[key].lane_cycles(config)
+                errors[key[0]].append(abs(profile.lane_cycles(config) / exact - 1))
     assert sum(max(each) <= 0.03 for each in errors.values()) >= near
     assert statistics.mean(itertools.chain(*errors.values())) < 0.01
 
 
 def test_more_lanes_cost_no_more_time_where_the_chip_grows_with_them(trained):
     for key, profile in trained[2].items():
-        for run, balancer in itertools.product(RUNS, BALANCERS):
-            counts = sorted({balancer, *range(3 * balancer, LANES, 23 * balancer), *BETWEEN, 16, 64, 256, LANES})
-            held = [profile.held(run, balancer, lanes) / lanes for lanes in counts if lanes % balancer == 0]
-            assert all(more <= fewer * (1 + 1e-9) for fewer, more in itertools.pairwise(held)), (key, run, balancer)
+        for interval, group in itertools.product(SYNC_INTERVALS, BALANCE_GROUPS):
+            counts = sorted({group, *range(3 * group, LANES, 23 * group), *BETWEEN, 16, 64, 256, LANES})
+            configs = [LaneConfig(interval, group, lanes) for lanes in counts if lanes % group == 0]
+            shares = [profile.lane_cycles(config) / config.lanes for config in configs]
+            assert all(more <= fewer * (1 + 1e-9) for fewer, more in itertools.pairwise(shares)), (key, interval, group)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lane_simulator import Simulator
 
-from lnpu_torch.counts.lane_configs import BALANCERS, MEMBERS, RUNS, Member
+from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, SYNC_INTERVALS, LaneConfig
 from lnpu_torch.ops.lanes import cpu as cpu_lanes
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.lanes import torch_ops as lane_ops
@@ -40,7 +40,7 @@ def test_the_reference_agrees_with_lanes_walked_one_by_one(shape):
     runs = lanes.runs_of(x)
     assert runs.dtype == torch.uint8 and runs.sum() == x.count_nonzero()
     simulator = Simulator(x != 0)
-    assert lanes.profile(runs).tolist() == [simulator.held(*member) for member in MEMBERS]
+    assert lanes.profile(runs).tolist() == [simulator.lane_cycles(member) for member in LANE_CONFIGS]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -67,7 +67,7 @@ def test_tiles_and_threads_do_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (3, 5, 0, 4), (0, 7)])
 def test_nothing_is_no_work(shape):
-    assert lane_ops.lane_profile(torch.empty(shape)).tolist() == [0] * len(MEMBERS)
+    assert lane_ops.lane_profile(torch.empty(shape)).tolist() == [0] * len(LANE_CONFIGS)
 
 
 def test_any_memory_order_gives_the_same():
@@ -90,11 +90,11 @@ def test_the_reference_backend_is_plain_torch(monkeypatch):
 def test_what_must_never_cost_more(seed):
     """Longer runs and larger groups never hold lanes longer; nor do more lanes, that do more in the same time."""
     x = sparse((3, 64 if seed else 1024, 20, 20), seed)
-    held = dict(zip(MEMBERS, lanes.profile(lanes.runs_of(x)).tolist(), strict=True))
-    for run, balancer, count in MEMBERS:
+    held = dict(zip(LANE_CONFIGS, lanes.profile(lanes.runs_of(x)).tolist(), strict=True))
+    for run, balancer, count in LANE_CONFIGS:
         mine = held[run, balancer, count]
-        assert mine >= held[RUNS[0], 1, 1]
-        assert mine <= held[RUNS[0], balancer, count]
+        assert mine >= held[SYNC_INTERVALS[0], 1, 1]
+        assert mine <= held[SYNC_INTERVALS[0], balancer, count]
         assert mine <= held[run, 1, count]
         if balancer == 4 and count >= 16:
             assert mine >= held[run, 16, count]
@@ -106,17 +106,17 @@ def test_worked_by_hand():
     """Three channels of 20 positions: 16 + 4 non-zeros, 8 + 0 and 3 + 2."""
     x = torch.zeros(1, 3, 20)
     x[0, 0], x[0, 1, :8], x[0, 2, :3], x[0, 2, 17:19] = 1, 1, 1, 1
-    held = dict(zip(MEMBERS, lanes.profile(lanes.runs_of(x)).tolist(), strict=True))
+    held = dict(zip(LANE_CONFIGS, lanes.profile(lanes.runs_of(x)).tolist(), strict=True))
     assert held[16, 1, 1] == held[256, 1, 1] == 33
     assert held[16, 1, 2] == 2 * (16 + 4) + (3 + 2)
     assert held[16, 1, 4] == held[16, 1, 1024] == 3 * (16 + 4)
     assert held[64, 1, 4] == 3 * 20
     assert held[16, 4, 4] == 3 * (9 + 2)  # 27 / 3 and 6 / 3
     assert held[64, 16, 16] == 3 * 11
-    assert Member(16, 4, 2) not in held
-    assert BALANCERS == (1, 4, 16)
+    assert LaneConfig(16, 4, 2) not in held
+    assert BALANCE_GROUPS == (1, 4, 16)
 
 
 @pytest.mark.parametrize("rows", [17, 784])
 def test_a_sample_whose_last_part_is_short_is_counted_whole(rows):
-    assert lane_ops.lane_profile(torch.ones(rows, 576)).tolist() == [rows * 576] * len(MEMBERS)
+    assert lane_ops.lane_profile(torch.ones(rows, 576)).tolist() == [rows * 576] * len(LANE_CONFIGS)

@@ -87,7 +87,7 @@ def run(layer: nn.Module, x: Tensor, error: Tensor) -> list[Tensor]:
 
 
 def walked(layer: nn.Module, x: Tensor, error: Tensor, weight: Tensor) -> tuple[list[Tensor], int]:
-    """The tables of the three steps, zeros against the rest, and the slots outside the image: every slot walked."""
+    """The tables of the three steps, zeros against the rest, and the macs outside the image: every slot walked."""
     if isinstance(layer, nn.Linear):
         big, small = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
         geometry = make(len(big), big.shape[1], small.shape[1], 1, *[()] * 5)

@@ -228,7 +228,7 @@ def test_only_gradients_that_are_asked_for_are_computed_and_counted(what):
     inner.retain_grad()
     with FlopCounterMode(display=False) as flops:
         theirs = ran(plain, inner)
-    assert sum(entry.slots - entry.not_run for entry in cost.counts.steps) == flops.get_total_flops() // 2
+    assert sum(entry.macs - entry.not_run for entry in cost.counts.steps) == flops.get_total_flops() // 2
     assert [grad is None for grad in ours] == [grad is None for grad in theirs]
     assert all_equal([g for g in ours if g is not None], [g for g in theirs if g is not None])
     if leaf.grad is not None:

@@ -74,7 +74,7 @@ def test_counts_beyond_a_float_are_refused(factor: int, command: tuple[str, ...]
     data = times(json.loads(epoch_counts(1).json_text()), factor)
     (tmp_path / "counts.json").write_text(json.dumps(data))
     message = refused(*command, f"{tmp_path}/counts.json")
-    assert "counts.json: steps.0.slots: Input should be less than or equal to 1000" in message
+    assert "counts.json: steps.0.macs: Input should be less than or equal to 1000" in message
 
 
 def largest(data: Any) -> Any:

@@ -5,7 +5,7 @@ import torch
 from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
 from test_formats import all_patterns, identical, random_patterns, scalar
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts import torch_ops as count_ops
@@ -133,11 +133,11 @@ def test_counted_steps(geometry):
         sizes = torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64)
         with ops.backend(name):
             weights = (over_small(weight, geometry.groups), over_big(weight))
-            held = torch.zeros(3, 2, len(MEMBERS), dtype=torch.int64)
+            held = torch.zeros(3, 2, len(LANE_CONFIGS), dtype=torch.int64)
             table, packed, profiles = (
                 (counter, sizes, held),
                 geometry.pack(),
-                torch.arange(2 * len(MEMBERS)).view(2, -1),
+                torch.arange(2 * len(LANE_CONFIGS)).view(2, -1),
             )
             count_ops.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
             count_ops.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")

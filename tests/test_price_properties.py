@@ -11,19 +11,23 @@ from handmade import step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import STEPS, Counts, StepCounts
-from lnpu_torch.counts.vector_ops import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 from lnpu_torch.files import builtin_names
 from lnpu_torch.hardware.chip import chip
 from lnpu_torch.units import COMPONENTS, ON_CHIP
 
 CHIPS = {
     **{name: chip(name) for name in builtin_names("chips")},
-    "bottom-up": chip("lnpu").having({"energy_model": "bottom_up"}),
-    "both, tiny SRAM": chip("lnpu").having({"fp8_pairs": "both", "sram_bytes": 500, "storage.results": "through_dram"}),
-    "mixed, 0.93 V": chip("lnpu", 0.93).having({"skip.forward": "both", "skip.grad_input": "none", "sram_bytes": 64}),
+    "bottom-up": chip("lnpu").with_values({"energy_model": "bottom_up"}),
+    "both, tiny SRAM": chip("lnpu").with_values(
+        {"fp8_pairs": "both", "sram_bytes": 500, "storage.results": "through_dram"}
+    ),
+    "mixed, 0.93 V": chip("lnpu", 0.93).with_values(
+        {"skip.forward": "both", "skip.grad_input": "none", "sram_bytes": 64}
+    ),
 }
 names = st.sampled_from(sorted(CHIPS))
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -55,18 +59,18 @@ def calls(draw: st.DrawFn) -> StepCounts:
     )
 
 
-def beside(entry: StepCounts) -> Elements:
-    """Some operations on elements, as if there were an optimizer with as many as the call has padding."""
+def beside(entry: StepCounts) -> VectorOpCounts:
+    """Some vector operations, as if there were an optimizer with as many as the call has padding."""
     names = ("calls", "read", "written", "operations", "special", "fetched", "stored")
     update = {"kind": "optimizer", "phase": "update", "op": "add_"}
-    return Elements(entries=(ElementOp.model_validate(update | dict.fromkeys(names, entry.padding)),))
+    return VectorOpCounts(entries=(VectorOp.model_validate(update | dict.fromkeys(names, entry.padding)),))
 
 
 def run(entries: list[StepCounts]) -> Counts:
-    return Counts.merge(Counts(steps=(entry,), elements=beside(entry)) for entry in entries)
+    return Counts.merge(Counts(steps=(entry,), vector_ops=beside(entry)) for entry in entries)
 
 
-def exact(total: Row) -> dict[str, int]:
+def exact(total: CostRow) -> dict[str, int]:
     """What must add up to the last digit."""
     bits = {name: getattr(total, name) or 0 for name in ("sram_bits", "dram_bits", "dense_dram_bits")}
     return {**{part: total.energy_zj.get(part, 0) for part in COMPONENTS}, **bits}
@@ -124,7 +128,7 @@ def moved(entry: StepCounts, operand: str, source: int, target: int, share: floa
     return step(entry.step, entry.layer, pairs, entry.padding, entry.not_run, **elements, result=result)
 
 
-def assert_no_dearer(less: Row, more: Row) -> None:
+def assert_no_dearer(less: CostRow, more: CostRow) -> None:
     assert all(less.energy_zj[part] <= more.energy_zj[part] for part in more.energy_zj)
     assert less.cycles <= more.cycles * (1 + 1e-12)
     assert less.dram_bits <= more.dram_bits  # type: ignore[operator]
@@ -146,7 +150,9 @@ def test_more_zeros_and_fewer_fp16_elements_never_cost_more(
 @quick
 @given(st.lists(calls(), min_size=1, max_size=5), names, st.integers(1, 5000), st.integers(0, 20000))
 def test_more_sram_never_costs_more(entries: list[StepCounts], name: str, few: int, more: int) -> None:
-    less, most = (price(run(entries), CHIPS[name].having({"sram_bytes": size})).total for size in (few + more, few))
+    less, most = (
+        price(run(entries), CHIPS[name].with_values({"sram_bytes": size})).total for size in (few + more, few)
+    )
     assert_no_dearer(less, most)
 
 
@@ -157,7 +163,7 @@ def test_more_lanes_take_no_longer_and_cost_nothing(
 ) -> None:
     lanes = getattr(CHIPS[name].macs_per_cycle, kind)
     if lanes is not None:
-        wider = price(run(entries), CHIPS[name].having({f"macs_per_cycle.{kind}": lanes.value * times})).total
+        wider = price(run(entries), CHIPS[name].with_values({f"macs_per_cycle.{kind}": lanes.value * times})).total
         assert wider.cycles <= price(run(entries), CHIPS[name]).total.cycles
         assert wider.energy_zj == price(run(entries), CHIPS[name]).total.energy_zj
 
@@ -168,7 +174,7 @@ def test_a_lower_voltage_takes_longer_and_less_energy(
     entries: list[StepCounts], name: str, one: float, other: float
 ) -> None:
     low, high = (
-        price(run(entries), CHIPS[name].having({"operating_point.voltage_v": v})) for v in sorted((one, other))
+        price(run(entries), CHIPS[name].with_values({"operating_point.voltage_v": v})) for v in sorted((one, other))
     )
     assert low.time_s >= high.time_s
     assert low.total.energy_pj <= high.total.energy_pj

@@ -67,7 +67,7 @@ def test_ranks_hold_equal_thresholds_after_every_step():
         with lnpu.CostCounter(alone) as cost:
             for images in batches(3):
                 alone(images).square().sum().backward()
-        assert [entry.slots for entry in both.steps] == [entry.slots for entry in cost.counts.steps]
+        assert [entry.macs for entry in both.steps] == [entry.macs for entry in cost.counts.steps]
 
 
 def thresholds_of_shrinking_batches(precision):

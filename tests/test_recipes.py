@@ -18,7 +18,7 @@ from rich.console import Console
 from small_run import QUIET, config, image_file, photographs, run
 
 import lnpu_torch as lnpu
-from lnpu_torch import text_tables as tables
+from lnpu_torch import text_tables
 from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes import show
 from lnpu_torch.recipes import train as recipe
@@ -79,7 +79,7 @@ def test_the_run_folder_holds_settings_metrics_counts_and_checkpoints(tmp_path: 
         assert [step.step for step in steps] == ["forward", "grad_input", "grad_weight", "backward", "update"]
         assert [step.energy_pj for step in steps] == [row[f"lnpu_{step.step}_pj"] for step in steps]
         forward = next(entry for entry in counts.steps if entry.layer == "conv1" and entry.step == "forward")
-        assert forward.slots == 2 * 32 * (8 * 8) * 2 * 9  # steps, images, pixels, filters, kernel: training steps only
+        assert forward.macs == 2 * 32 * (8 * 8) * 2 * 9  # steps, images, pixels, filters, kernel: training steps only
 
 
 @pytest.mark.filterwarnings("ignore")  # of tensorboard's own reader
@@ -210,7 +210,7 @@ def test_every_nth_step_can_stand_for_the_others(tmp_path: Path) -> None:
     assert "counted_steps" not in full
     counts = [RunFolder(tmp_path / n).counts()[0][1] for n in ("1", "5")]
     assert [each.extrapolated for each in counts] == [False, True]
-    assert [entry.slots for entry in counts[0].steps] == [entry.slots for entry in counts[1].steps]
+    assert [entry.macs for entry in counts[0].steps] == [entry.macs for entry in counts[1].steps]
     words = show.epoch(some, 1, [lnpu.price(counts[1], "lnpu")]).plain
     assert f"extrapolated from 3 counted step(s), standard error {some['energy_error']:.2%}" in words
 
@@ -224,7 +224,7 @@ def test_like_steps_are_counted_as_often_as_they_were_taken(every: int) -> None:
             with tally.step(number):
                 layer(torch.ones(count, 2)).sum().backward()
     forward, *_ = tally.so_far.counts.steps
-    assert (forward.slots, forward.calls) == (sum(rows) * 2 * 5, len(rows))
+    assert (forward.macs, forward.calls) == (sum(rows) * 2 * 5, len(rows))
     assert len(tally.so_far.energies_pj) == (len(range(0, 6, every)) if every > 1 else 0)
 
 
@@ -253,7 +253,7 @@ def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> No
 
 def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
     epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], [lnpu.chip("lnpu"), lnpu.chip("dense-fp16")]
-    lines = {" ".join(line.split()) for line in tables.plain(show.summary(epochs, chips)).splitlines()}
+    lines = {" ".join(line.split()) for line in text_tables.plain(show.summary(epochs, chips)).splitlines()}
     whole = [lnpu.price(network() * 4, chip) for chip in chips]
     expected = {"total": [report.total for report in whole]}
     expected |= {name: [lnpu.price(counts, chip).total for chip in chips] for name, counts in epochs}

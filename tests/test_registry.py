@@ -105,15 +105,15 @@ def test_one_op_computes_and_counts_as_the_direct_way_does(make, shape, precisio
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_flops_of_a_layer_pass_are_its_slots(make, shape):
+def test_flops_of_a_layer_pass_are_its_macs(make, shape):
     layer, x = lnpu.convert(make()), torch.randn(shape).requires_grad_()
     with lnpu.CostCounter(layer) as cost:
         layer(x).sum().backward()
-    slots = sum(entry.slots for entry in cost.counts.steps)
+    macs = sum(entry.macs for entry in cost.counts.steps)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as flops:
         fake = mode.from_tensor(x.detach()).requires_grad_()
         layer(fake).sum().backward()
-    assert flops.get_total_flops() == 2 * slots
+    assert flops.get_total_flops() == 2 * macs
 
 
 def test_other_modes_see_the_products_inside():

@@ -12,12 +12,12 @@ from handmade import counts, network, step
 from rich.console import Console
 
 from lnpu_torch.cost.comparison import Comparison
-from lnpu_torch.cost.cost_row import FIELDS, MODELLED, LaneCycles, Part, Row
+from lnpu_torch.cost.cost_row import COLUMNS, CostRow, LaneCycles
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report, csv_text, json_text
 from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.counts.schema import Counts, FloatProduct
-from lnpu_torch.counts.vector_ops import ElementOp, Elements
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.text_tables import si
 
@@ -25,7 +25,7 @@ FIELDS_EXPECTED = [
     "layer",
     "kind",
     "step",
-    "slots",
+    "macs",
     "executed",
     "skipped",
     "padding",
@@ -38,36 +38,47 @@ FIELDS_EXPECTED = [
     "unbalanced_utilisation",
     "operations",
     "simd_cycles",
-    "energy_pj",
     "mac_energy_pj",
     "sram_energy_pj",
     "simd_energy_pj",
+    "energy_pj",
+    "dram_energy_pj",
     "sram_bits",
     "dram_bits",
     "dense_dram_bits",
-    "dram_energy_pj",
     "energy_zj",
 ]
 
 
-def test_a_row_has_these_fields() -> None:
-    assert FIELDS_EXPECTED == FIELDS == [field.name for field in dataclasses.fields(Row)]
+def test_a_row_has_these_columns() -> None:
     (row, *_) = price(network(), "lnpu").rows
-    nothing = [name for name in FIELDS if getattr(row, name) is None]
+    assert FIELDS_EXPECTED == [column.field for column in COLUMNS] == list(row.to_dict())
+    nothing = [name for name, value in row.to_dict().items() if value is None]
     absent = ("utilisation", "unbalanced_utilisation", "operations", "simd_cycles")  # no lanes were recorded
-    assert nothing == [*absent, *row.not_modelled]
-    assert set(MODELLED) - set(row.not_modelled) == {
-        *("mac_energy_pj", "sram_energy_pj", "dram_energy_pj"),
+    assert nothing == [*absent, *row.not_modelled] == [*absent, "simd_energy_pj"]
+    nowhere = dataclasses.replace(row, energy_zj={}, bits={})
+    assert nowhere.not_modelled == (
+        *("mac_energy_pj", "sram_energy_pj", "simd_energy_pj", "dram_energy_pj"),
         *("sram_bits", "dram_bits", "dense_dram_bits"),
-    }
+    )
+    assert nowhere.energy_pj is None
 
 
 def test_a_row_that_does_not_add_up_is_refused() -> None:
     row = price(network(), "lnpu").rows[0]
-    with pytest.raises(ValueError, match="conv1 forward: slots are not"):
-        dataclasses.replace(row, slots=row.slots + 1)
-    with pytest.raises(ValueError, match="conv1 forward: pairs do not"):
-        dataclasses.replace(row, pairs={})
+    with pytest.raises(ValueError, match="conv1 forward: macs are not"):
+        dataclasses.replace(row, macs=row.macs + 1)
+    with pytest.raises(ValueError, match="conv1 forward: macs are not"):
+        dataclasses.replace(row, executed_pairs={})
+
+
+def test_every_column_with_a_heading_says_what_it_means_and_is_shown() -> None:
+    report, page = str(price(network(), "lnpu")), [column for column in COLUMNS if column.on_page]
+    assert len({column.field for column in COLUMNS}) == len(COLUMNS)
+    assert all(column.says for column in COLUMNS) and all(column.head for column in page)
+    absent = ("utilisation", "unbalanced_utilisation", "operations", "simd_cycles", "simd_energy_pj")
+    for column in COLUMNS:
+        assert not column.head or column.field in absent or f" {column.head}" in report, column.head
 
 
 def test_groups_and_total_take_shares_from_sums() -> None:
@@ -97,7 +108,7 @@ def test_groups_keep_the_models_order() -> None:
 def test_time_and_efficiency() -> None:
     report = price(network(), "lnpu")
     assert report.time_s == report.total.cycles / 50e6
-    asked = report.total.slots - report.total.not_run
+    asked = report.total.macs - report.total.not_run
     assert report.total.not_run == 55
     assert report.tflops_per_watt == pytest.approx(2 * asked / report.total.energy_pj)
 
@@ -108,13 +119,13 @@ def test_json_and_csv_hold_the_rows_exactly(tmp_path: Path) -> None:
     report.to_csv(tmp_path / "report.csv")
     data = json.loads((tmp_path / "report.json").read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
-    assert [Row(**row) for row in data["rows"]] == list(report.rows)
-    assert Row(**data["total"]) == report.total
+    assert data["rows"] == [row.to_dict() for row in report.rows]
+    assert data["total"] == report.total.to_dict()
     assert (data["chip"], data["time_s"], data["notes"]) == ("lnpu", report.time_s, list(report.notes))
     assert data["energy_range_pj"] == list(report.energy_range_pj)
     with (tmp_path / "report.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert list(lines[0]) == FIELDS
+    assert list(lines[0]) == FIELDS_EXPECTED
     for line, row in zip(lines, report.rows, strict=True):
         assert json.loads(line.pop("pairs")) == row.pairs
         assert json.loads(line.pop("energy_zj")) == row.energy_zj
@@ -154,7 +165,7 @@ def test_the_table() -> None:
     assert any(line[:3] == ["total", "all", "all"] for line in lines)
     assert "utilisation not recorded: their cycles assume" in text
     assert "lanes busy" not in text
-    assert "energy band: " in text
+    assert "energy range: " in text
     assert "2 ... 4 times" in text
     assert "fp8*fp8 " in text
     assert "constants: 0 published, 5 derived" in text
@@ -188,13 +199,13 @@ def test_a_model_that_is_one_layer_has_a_name() -> None:
 
 def test_nothing_counted() -> None:
     report = price(counts(), "lnpu")
-    assert (report.rows, report.total.slots, report.total.energy_pj, report.tflops_per_watt) == ((), 0, 0, None)
+    assert (report.rows, report.total.macs, report.total.energy_pj, report.tflops_per_watt) == ((), 0, 0, None)
     assert str(report).strip() == "nothing was counted that chip lnpu could be priced for"
 
 
 def test_operations_on_elements_alone() -> None:
-    relu = ElementOp(kind="activation", phase="forward", op="relu", calls=1, read=4, written=4, operations=4, special=0)
-    report = price(Counts(steps=(), elements=Elements(entries=(relu,))), "lnpu")
+    relu = VectorOp(kind="activation", phase="forward", op="relu", calls=1, read=4, written=4, operations=4, special=0)
+    report = price(Counts(steps=(), vector_ops=VectorOpCounts(entries=(relu,))), "lnpu")
     assert report.total.energy_pj and report.tflops_per_watt is None
     assert "Multiplications" not in str(report) and "no step of an emulated layer was counted" in str(report)
     assert "MACs" not in str(report)
@@ -221,14 +232,14 @@ def test_what_ran_in_float_stands_beside_every_total() -> None:
     whole = network()
     seen = whole.model_copy(update={"in_float": products})
     total = price(whole, "lnpu").total
-    share = 300 / (300 + total.slots - total.not_run)
+    share = 300 / (300 + total.macs - total.not_run)
     line = f"NOT IN THE TOTAL: {share:.1%} of all multiply-accumulates, 300, which ran in float: aten.mm.default (2 x)"
     reports = [price(seen, chip) for chip in ("lnpu", "dense-fp16")]
-    swept = sweep(seen, ["lnpu"], {"lanes.balancer": [1, 4]})
+    swept = sweep(seen, ["lnpu"], {"lanes.balance_group": [1, 4]})
     for printed in (reports[0], Comparison(reports), swept):
         assert line in " ".join(str(printed).split())
     assert reports[0].float_share == share and price(seen + seen, "lnpu").float_share == pytest.approx(
-        600 / (600 + 2 * (total.slots - total.not_run))
+        600 / (600 + 2 * (total.macs - total.not_run))
     )
     for nothing in (whole, whole.model_copy(update={"in_float": {}}), seen + whole):  # of the last, nobody knows
         assert "NOT IN THE TOTAL" not in str(price(nothing, "lnpu"))
@@ -270,7 +281,13 @@ def test_totals_do_not_depend_on_the_grouping() -> None:
     """To the last digit, though sums of floats in another order would differ there."""
     numbers = (0.1, 0.2, 0.3, 1e16, -1e16, 0.7, 1e-3)
     parts = tuple(
-        Part(layer=f"l{i % 3}", kind="Linear", step=("forward", "grad_input")[i % 2], cycles=number, energy={"mac": zj})
+        CostRow(
+            layer=f"l{i % 3}",
+            kind="Linear",
+            step=("forward", "grad_input")[i % 2],
+            cycles=number,
+            energy_zj={"mac": zj},
+        )
         for i, (number, zj) in enumerate(zip(numbers, (1, 10**30, 3, -(10**30), 5, 6, 7), strict=True))
     )
     totals = [
@@ -281,15 +298,15 @@ def test_totals_do_not_depend_on_the_grouping() -> None:
 
 
 def test_components_add_up_and_a_part_may_lack_some() -> None:
-    conv = Part(
+    conv = CostRow(
         layer="conv",
         kind="Conv2d",
         step="forward",
         cycles=8,
         lanes=LaneCycles(6, 8, 12),
-        energy={"mac": 3 * 10**9, "dram": 7 * 10**9},
+        energy_zj={"mac": 3 * 10**9, "dram": 7 * 10**9},
     )
-    norm = Part(layer="norm", kind="BatchNorm2d", step="forward", energy={"simd": 2 * 10**9}, cycles=8)
+    norm = CostRow(layer="norm", kind="BatchNorm2d", step="forward", energy_zj={"simd": 2 * 10**9}, cycles=8)
     report = Report("c", 1.0, (conv, norm), None, ())
     assert [row.energy_pj for row in report.rows] == [3.0, 2.0]
     assert (report.rows[0].simd_energy_pj, report.rows[1].mac_energy_pj) == (None, None)

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import app as cli
+from lnpu_torch.cli.app import app
 from lnpu_torch.files import ConfigError, find, parse_yaml, validate
 from lnpu_torch.recipes import reproduce as recipe
 from lnpu_torch.recipes import reproduction_text
@@ -215,7 +215,7 @@ def test_the_command_prints_and_writes(
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(recipe, "reproduce", lambda settings, _: made if settings == tiny() else None)
     files = ["--json", f"{tmp_path}/out.json", "--markdown", f"{tmp_path}/out.md"]
-    done = CliRunner().invoke(cli.app, ["reproduce", *arguments(TINY), *files])
+    done = CliRunner().invoke(app, ["reproduce", *arguments(TINY), *files])
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["settings"]["counted"] == 1
@@ -241,7 +241,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_a_mistake_is_one_message(message: str) -> None:
-    done = CliRunner().invoke(cli.app, ["reproduce", *REFUSED[message]])
+    done = CliRunner().invoke(app, ["reproduce", *REFUSED[message]])
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert "Traceback" not in done.stderr

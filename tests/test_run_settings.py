@@ -87,6 +87,18 @@ def test_a_run_goes_on_from_another_folder_and_without_its_files(
     assert [chip if isinstance(chip, str) else chip.name for chip in read_run(begun).chips] == ["lnpu", "mine"]
 
 
+def test_a_run_whose_chip_has_the_names_of_an_older_version_goes_on(begun: Path) -> None:
+    text = (begun / "config.yaml").read_text()
+    older = text.replace("skipped_mac_pj", "skipped_slot_pj").replace("sync_interval:", "run:")
+    older = older.replace("balance_group:", "balancer:")
+    assert older.count("skipped_slot_pj:") == older.count("run:") == older.count("balancer:") == 1
+    (begun / "config.yaml").write_text(older)
+    done = lnpu_command("train", "--resume", "run")
+    assert done.exit_code == 0, done.output
+    (begun / "config.yaml").write_text(older)
+    assert [chip if isinstance(chip, str) else chip.name for chip in read_run(begun).chips] == ["lnpu", "mine"]
+
+
 def test_a_report_shows_the_names_of_files_and_prices_what_they_said(begun: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert lnpu_command("train", "--resume", "run").exit_code == 0

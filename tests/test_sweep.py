@@ -11,11 +11,11 @@ from handmade import network
 from typer.testing import CliRunner, Result
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import app as cli
+from lnpu_torch.cli.app import app
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.sweep import SHOWN, Sweep, parse_setting, sweep
 from lnpu_torch.files import ConfigError
-from lnpu_torch.reporting import sweep_plot as plot
+from lnpu_torch.reporting import sweep_plot
 
 LANES, VOLTAGE = "macs_per_cycle.fp16", "operating_point.voltage_v"
 
@@ -30,7 +30,7 @@ def test_a_sweep_prices_every_combination() -> None:
         (chip, lanes, voltage) for chip in ("lnpu", "lnpu-fp16") for lanes in (384, 768) for voltage in (0.78, 1.1)
     ]
     for point in points:
-        report = price(network(), lnpu.chip(point.chip).having(point.values))
+        report = price(network(), lnpu.chip(point.chip).with_values(point.values))
         assert (point.total, point.time_s, point.tflops_per_watt) == (
             report.total,
             report.time_s,
@@ -106,19 +106,19 @@ def test_a_sweep_of_nothing_is_refused() -> None:
 def test_price_and_sweep_at_another_voltage(counts: str) -> None:
     expected = price(network(), lnpu.chip("dense-fp16", voltage=0.9))
     arguments = (counts, "--chip", "dense-fp16", "--voltage", "0.9")
-    assert CliRunner().invoke(cli.app, ("price", *arguments)).stdout == f"{expected}\n"
+    assert CliRunner().invoke(app, ("price", *arguments)).stdout == f"{expected}\n"
     assert "at 0.9 V, 89.04 MHz" in str(expected)
     lanes = ("--set", f"{LANES}=768", "--no-plot", "--out", counts)
     assert command(*arguments, *lanes).stdout.startswith(
         str(sweep(network(), [lnpu.chip("dense-fp16", 0.9)], {LANES: [768]}))
     )
-    refused = CliRunner().invoke(cli.app, ("price", counts, "--voltage", "1.2"))
+    refused = CliRunner().invoke(app, ("price", counts, "--voltage", "1.2"))
     assert refused.exit_code == 2
     assert "1.2 is outside the chip's range, 0.78 ... 1.1 V" in refused.stderr
 
 
 def command(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, ("sweep", *arguments))
+    return CliRunner().invoke(app, ("sweep", *arguments))
 
 
 @pytest.fixture
@@ -139,22 +139,22 @@ def test_the_command_prints_the_table_and_saves_csv_and_plot(counts: str, tmp_pa
 
 def test_a_plot_shows_every_chip_and_labels_the_front(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plot.save_plot(small(), tmp_path / "plot.svg")
-    drawn = (tmp_path / "plot.svg").read_text()
+    sweep_plot.save_plot(small(), tmp_path / "sweep_plot.svg")
+    drawn = (tmp_path / "sweep_plot.svg").read_text()
     for text in ("energy (chip and DRAM)", "lnpu-fp16", "768, 1.1", "768, 0.78"):
         assert f"<!-- {text} -->" in drawn
     assert "<!-- 384, 1.1 -->" not in drawn  # not on the front
     with pytest.raises(ConfigError, match="cannot be written"):
-        plot.save_plot(small(), tmp_path / "nowhere" / "plot.png")
+        sweep_plot.save_plot(small(), tmp_path / "nowhere" / "sweep_plot.png")
     with pytest.raises(ConfigError, match=r"cannot be written: .*xyz"):
-        plot.save_plot(small(), tmp_path / "plot.xyz")
+        sweep_plot.save_plot(small(), tmp_path / "sweep_plot.xyz")
 
 
 def test_a_name_is_no_formula(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     odd = sweep(network(), [lnpu.chip("lnpu").model_copy(update={"name": "$x^$"})], {"macs_per_cycle.fp16": [384, 768]})
-    plot.save_plot(odd, tmp_path / "plot.svg")
-    assert "<!-- $x^$ -->" in (tmp_path / "plot.svg").read_text()
+    sweep_plot.save_plot(odd, tmp_path / "sweep_plot.svg")
+    assert "<!-- $x^$ -->" in (tmp_path / "sweep_plot.svg").read_text()
 
 
 def test_without_matplotlib_the_table_is_still_saved(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from handmade import counts, step, variant
 
-from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.memory_traffic import fetches
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
@@ -49,7 +49,7 @@ def test_what_is_fetched_again_is_never_less_with_less_sram() -> None:
         assert all(more[0] >= less[0] and more[1] >= less[1] for more, less in pairwise(often))
 
 
-def row_of(rows: tuple[Row, ...], name: str) -> Row:
+def row_of(rows: tuple[CostRow, ...], name: str) -> CostRow:
     return next(row for row in rows if row.step == name)
 
 

@@ -31,7 +31,7 @@ PLAIN: dict[str, Any] = {
     **{"epochs": 2, "limit": 4, "lr": 0.02},
     "batch_size": 16,  # of 32 samples or more sums on small grids are in another order
 }
-MACS = ("layer", "step", "slots", "padding", "not_run", "pairs")
+MACS = ("layer", "step", "macs", "padding", "not_run", "pairs")
 
 
 def launched(rank: int) -> None:
@@ -126,8 +126,8 @@ def test_ranks_stop_together_and_go_on_together(tmp_path: Path) -> None:
         later.unlink()
     recipe.train(config(**settings), QUIET, resume=str(tmp_path / "cut"))  # alone, from where both were stopped
     alone = RunFolder(tmp_path / "cut").counts()
-    slots = [[entry.slots for _, each in found for entry in each.steps] for found in (counts, alone)]
-    assert slots[0] == slots[1]
+    macs = [[entry.macs for _, each in found for entry in each.steps] for found in (counts, alone)]
+    assert macs[0] == macs[1]
 
 
 def refusals(settings: list[dict[str, Any]]) -> list[str]:

@@ -116,7 +116,7 @@ def test_what_nobody_asked_for_is_not_run():
         net(batch()).sum().backward()
     rows = steps(cost)
     for key in (("0", "grad_input"), ("2", "grad_weight")):
-        assert rows[key].not_run == rows[key].slots > 0
+        assert rows[key].not_run == rows[key].macs > 0
     assert net[2].weight.grad is None and net[2].bias.grad is not None
     assert rows["0", "grad_weight"].not_run == 0
 
@@ -174,7 +174,7 @@ def test_counters_nest_and_add_up():
     assert first.counts.steps == ()
     assert {entry.calls for entry in steps(outer).values()} == {2, 3}
     rest = lnpu.Counts.merge([inner.counts, other.counts])
-    assert steps(outer)["0", "forward"].slots == 3 * steps(inner)["0", "forward"].slots
+    assert steps(outer)["0", "forward"].macs == 3 * steps(inner)["0", "forward"].macs
     assert len(rest.steps) == len(outer.counts.steps)
 
 
@@ -186,12 +186,12 @@ def test_uncounted_steps_compute_as_ever_and_count_nothing(compiled):
     with lnpu.CostCounter(sampled) as cost:
         for seed in range(3):
             counted(batch(seed)).sum().backward()
-            with lnpu.uncounted(sampled) if seed != 1 else contextlib.nullcontext():
+            with lnpu.no_count(sampled) if seed != 1 else contextlib.nullcontext():
                 run(batch(seed)).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(counted.parameters(), sampled.parameters(), strict=True))
     states = lnpu.thresholds(sampled)
     assert all(torch.equal(state, states[name]) for name, state in lnpu.thresholds(counted).items())
-    assert {(entry.calls, entry.slots > 0) for entry in steps(cost).values()} == {(1, True)}
+    assert {(entry.calls, entry.macs > 0) for entry in steps(cost).values()} == {(1, True)}
     assert all(layer.emulation.counting for layer in emulated_layers(sampled).values())
 
 
@@ -201,7 +201,7 @@ def test_empty_batch():
         with lnpu.CostCounter(layer) as cost:
             layer(x).sum().backward()
         assert layer.weight.grad.abs().sum() == 0 and x.grad.shape == x.shape
-        assert all(entry.slots == 0 for entry in cost.counts.steps)
+        assert all(entry.macs == 0 for entry in cost.counts.steps)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -54,16 +54,16 @@ class Attention(nn.Module):
 
 
 def test_products_in_float_by_hand() -> None:
-    """2 samples of 3 positions and 4 channels: each of attention's products has 2 * 3 * 3 * 4 slots."""
+    """2 samples of 3 positions and 4 channels: each of attention's products has 2 * 3 * 3 * 4 macs."""
     model = lnpu.convert(nn.Sequential(Attention(), nn.BatchNorm1d(3)))
     states = {name: value.clone() for name, value in model.state_dict().items()}
     x, random = torch.ones(2, 3, 4), torch.get_rng_state()
     coverage = lnpu.coverage(model, x)
-    slots = {(product.layer, product.op): product.slots for product in coverage.products or ()}
-    assert slots == {("0", "aten.bmm"): 2 * 72, ("0", "aten._scaled_dot_product_flash_attention_for_cpu"): 2 * 72}
-    assert coverage.slots == 4 * 72 + 2 * 3 * 4 * 12
-    assert "288 of 576 slots of a forward pass in float (50.0%)" in str(coverage)
-    assert lnpu.coverage(model).products is None and "slots" not in str(lnpu.coverage(model))
+    macs = {(product.layer, product.op): product.macs for product in coverage.products or ()}
+    assert macs == {("0", "aten.bmm"): 2 * 72, ("0", "aten._scaled_dot_product_flash_attention_for_cpu"): 2 * 72}
+    assert coverage.macs == 4 * 72 + 2 * 3 * 4 * 12
+    assert "288 of 576 MACs of a forward pass in float (50.0%)" in str(coverage)
+    assert lnpu.coverage(model).products is None and "macs" not in str(lnpu.coverage(model))
     assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state()) and model[0].qkv.emulation.counters.sum() == 0
 

@@ -69,7 +69,7 @@ ZOO = [*TORCHVISION, *TIMM]
 
 
 class Finding(NamedTuple):
-    """What a model left in float: its coverage, and the share of a forward pass's slots that is not emulated."""
+    """What a model left in float: its coverage, and the share of a forward pass's macs that is not emulated."""
 
     entry: Entry
     coverage: Coverage
@@ -77,24 +77,24 @@ class Finding(NamedTuple):
 
 
 def examine(entry: Entry) -> Finding:
-    """Convert, a training step, revert; an AssertionError where slots do not close or something does not come back."""
+    """Convert, a training step, revert; an AssertionError where macs do not close or something does not come back."""
     model, images = entry.build(), entry.batch()
     twin, types = copy.deepcopy(model), [type(module) for module in model.modules()]
     coverage = lnpu.coverage(lnpu.convert(model, "fgmp"), images)
     counts = _step(model, images)
-    assert coverage.products is not None and coverage.slots is not None
-    outside = sum(product.slots or 0 for product in coverage.products)
-    forward = sum(row.slots for row in counts.steps if row.step == "forward")
-    assert forward == coverage.slots - outside, "slots are not those of torch's FLOP formulas"
+    assert coverage.products is not None and coverage.macs is not None
+    outside = sum(product.macs or 0 for product in coverage.products)
+    forward = sum(row.macs for row in counts.steps if row.step == "forward")
+    assert forward == coverage.macs - outside, "macs are not those of torch's FLOP formulas"
     for chip in ("lnpu", "dense-fp16"):
         for row in lnpu.price(counts, chip).rows:
-            assert row.slots == row.executed + row.skipped + row.padding + row.not_run
+            assert row.macs == row.executed + row.skipped + row.padding + row.not_run
     assert [type(module) for module in lnpu.revert(model).modules()] == types
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
         for ours, theirs in zip(tree_leaves(model.eval()(images)), tree_leaves(twin.eval()(images)), strict=True):
             assert torch.equal(ours, theirs), "reverted, it does not compute as before"
-    return Finding(entry, coverage, outside / coverage.slots)
+    return Finding(entry, coverage, outside / coverage.macs)
 
 
 def _step(model: nn.Module, images: Tensor) -> lnpu.Counts:
@@ -110,18 +110,18 @@ def _step(model: nn.Module, images: Tensor) -> lnpu.Counts:
 
 HEAD = """# Other people's architectures
 
-Each is converted as it is, trained for one step with FGMP on four images, and reverted: gradients are finite, all slots
-are executed, skipped, padding or not run, the forward slots equal those of torch's FLOP formulas, and the reverted
+Each is converted as it is, trained for one step with FGMP on four images, and reverted: gradients are finite, all macs
+are executed, skipped, padding or not run, the forward macs equal those of torch's FLOP formulas, and the reverted
 model computes bit for bit what torch's own does with the same `state_dict`. `python tests/zoo.py` makes this page;
 `make test-slow` tests what is installed of it (timm is not in any of our extras).
 
 "In float" is the share of a forward pass's multiplications that is not emulated, as `lnpu.coverage(model, batch)` lists
 them; the last column is what else with weights stayed in float. Images are small, so that attention's share is smaller
-than at full size. Look at slots, not at layers: torchvision's Swin passes the weights of its Linear layers to
+than at full size. Look at macs, not at layers: torchvision's Swin passes the weights of its Linear layers to
 `F.linear`, so that these are converted and never called; `nf_resnet26` and some classifiers of timm are built
 of subclasses of torch's layers that have a forward of their own, and stay as they are.
 
-| | image | layers emulated | their parameters | slots in float | which | other layers with weights |
+| | image | layers emulated | their parameters | macs in float | which | other layers with weights |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -129,7 +129,7 @@ of subclasses of torch's layers that have a forward of their own, and stay as th
 def line(finding: Finding) -> str:
     entry, coverage, share = finding
     held, total = (sum(row.parameters for row in rows) for rows in (coverage.emulated, coverage.rows))
-    ops = Counter({product.op: product.slots for product in coverage.products})
+    ops = Counter({product.op: product.macs for product in coverage.products})
     which = ", ".join(sorted(op.removeprefix("aten.").removeprefix("_") for op in ops)) or "-"
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(row.kind for row in coverage.in_float).most_common())
     return (

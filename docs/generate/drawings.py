@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.reporting import figure_style as drawing
+from lnpu_torch.reporting import figure_style
 
 IMAGES = Path(__file__).parent.parent / "images"
 FP8, FP16, ZERO, INK = "#0B7A75", "#C2571A", "#9AA3AF", "#22272E"
@@ -161,7 +161,7 @@ def skipping() -> Any:
     input = torch.relu(torch.randn(4, 6)).requires_grad_()
     error = torch.randn(4, 5) * (torch.rand(4, 5) > 0.4)
     layer = lnpu.nn.Linear(6, 5, bias=False)
-    with lnpu.CostCounter(layer, elements=False) as cost:
+    with lnpu.CostCounter(layer, vector_ops=False) as cost:
         layer(input).backward(error)
     rows = {row.step: row for row in cost.report("lnpu").rows}
     panels = (
@@ -174,7 +174,7 @@ def skipping() -> Any:
         groups = lnpu.quantize(streamed.detach(), "fgmp", return_groups=True)[1]
         _squares(axis, groups)
         row = rows[step]
-        told = f"each {name} meets\n{meets}\n{row.executed} of {row.slots} slots executed,\n{row.skipped} skipped"
+        told = f"each {name} meets\n{meets}\n{row.executed} of {row.macs} MACs executed,\n{row.skipped} skipped"
         axis.set_title(f"{step}: {name} {list(groups.shape)}", loc="left")
         axis.text(0, -0.05, told, transform=axis.transAxes, va="top")
     return figure
@@ -205,8 +205,8 @@ def figures() -> dict[str, Callable[[], Any]]:
 
 def main(folder: Path = IMAGES) -> None:
     for name, draw in figures().items():
-        with drawing.look():
-            (folder / f"{name}.svg").write_text(drawing.svg(draw(), name, "path"), encoding="utf-8")
+        with figure_style.look():
+            (folder / f"{name}.svg").write_text(figure_style.svg(draw(), name, "path"), encoding="utf-8")
 
 
 if __name__ == "__main__":

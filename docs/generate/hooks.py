@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from lnpu_torch.hardware.chip import Chip, chip, chips
-from lnpu_torch.hardware.sourced_value import Tagged
+from lnpu_torch.hardware.sourced_value import SourcedValue
 from lnpu_torch.reporting.chip_tables import value_text
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +48,7 @@ def constants(shown: Chip, beside: Chip | None) -> str:
     """Every constant of a chip that another has not, or has otherwise; by its place in the file."""
     known = beside.values() if beside else {}
     differ = {key: entry for key, entry in shown.values().items() if known.get(key) != entry}
-    places: dict[str, dict[str, Tagged[Any]]] = {}
+    places: dict[str, dict[str, SourcedValue[Any]]] = {}
     for key, entry in differ.items():
         places.setdefault(key.split(".")[0], {})[key] = entry
     return "\n\n".join(_table(place, entries) for place, entries in places.items())
@@ -60,7 +60,7 @@ def tags() -> str:
     return _rows(["chip", "what it is", "published", "derived", "assumed"], rows)
 
 
-def _table(place: str, entries: dict[str, Tagged[Any]]) -> str:
+def _table(place: str, entries: dict[str, SourcedValue[Any]]) -> str:
     inner = [key.partition(".")[2] or key for key in entries]
     values = [value_text(entry).replace("\n", "<br>") for entry in entries.values()]
     told = [(f'<span class="tag {entry.tag}">{entry.tag}</span>', entry.source) for entry in entries.values()]

@@ -16,10 +16,7 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import price as cli_cost
-from lnpu_torch.cli import report as cli_report
-from lnpu_torch.cli import reproduce as cli_reproduce
-from lnpu_torch.cli import train as cli_train
+from lnpu_torch.cli import price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.files import ConfigError
@@ -45,8 +42,8 @@ def _root(
         raise typer.Exit
 
 
-PARTS: tuple[Callable[..., None], ...] = (cli_train.train, cli_train.recipes, cli_cost.price, cli_cost.sweep)
-PARTS += (cli_report.report, cli_reproduce.reproduce, cli_cost.chips)
+PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
+PARTS += (report.report, reproduce.reproduce, price.chips)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 

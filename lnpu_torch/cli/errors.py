@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: with one message on stderr, and an exit code. It knows no command."""
+"""How a command ends that cannot go on: with one message on stderr, and an exit code."""
 
 from __future__ import annotations
 

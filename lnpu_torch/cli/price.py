@@ -82,7 +82,7 @@ def sweep(
 def chips(
     name: Annotated[str | None, typer.Argument(parser=expanduser, help="A built-in chip or a YAML file.")] = None,
 ) -> None:
-    """List the built-in chips; or one chip's values, each with what it rests on."""
+    """List the built-in chips; or one chip's values, each with its tag and source."""
     if name is None:
         print(plain(chips_table(all_chips())))
     else:
@@ -92,8 +92,8 @@ def chips(
 def load(path: Path) -> Counts:
     """The counts in a file. Raises ConfigError if it is none, or if nothing was counted in it."""
     counted = Counts.load(path)
-    if not counted.steps and not getattr(counted.elements, "entries", ()):
-        raise ConfigError(f"{path}: nothing was counted: no step of an emulated layer, no operation on elements")
+    if not counted.steps and not getattr(counted.vector_ops, "entries", ()):
+        raise ConfigError(f"{path}: nothing was counted: no step of an emulated layer, no vector operation")
     return counted
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -11,16 +9,14 @@ from typing import Annotated
 
 import typer
 
-from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import csv_text
-from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import user_path, write_text
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.reporting import figure_style as drawing
+from lnpu_torch.reporting import figure_style
 from lnpu_torch.reporting.figures import figures
 from lnpu_torch.reporting.html_page import page
 from lnpu_torch.reporting.run_reader import read_run
-from lnpu_torch.reporting.run_report import study
+from lnpu_torch.reporting.run_report import RunReport
 
 Folder = Annotated[
     Path, typer.Argument(metavar="RUN", parser=user_path, help="A run's folder, as `lnpu train` makes it.")
@@ -54,32 +50,20 @@ def report(
     """Write the page of a run: energy, zeros, FP8, chips side by side, layers; one HTML file that opens offline."""
     found = read_run(run)
     chips = [read_chip(name, voltage) for name in chip or found.chips]
-    data, written = study(found, chips), list[Path]()
-    with drawing.look():
-        drawn = figures(data)
+    priced, written = RunReport.of(found, chips), list[Path]()
+    with figure_style.look():
+        drawn = figures(priced)
         if plots:
-            written += drawing.save(drawn, plots)
-        elements = {name: drawing.inline_svg(figure, name, name.replace("_", " ")) for name, figure in drawn.items()}
+            written += figure_style.save(drawn, plots)
+        elements = {
+            name: figure_style.inline_svg(figure, name, name.replace("_", " ")) for name, figure in drawn.items()
+        }
     written.append(out or run / "report.html")
-    write_text(written[-1], page(data, elements), own=out is None)
+    write_text(written[-1], page(priced, elements), own=out is None)
     if json:
         written.append(json)
-        write_text(json, _json(data))
+        write_text(json, priced.json_text())
     if csv:
         written.append(csv)
-        whole = Counts.merge(epoch.counts for epoch in found.epochs)
-        write_text(csv, csv_text([price(whole, each) for each in chips]))
+        write_text(csv, csv_text([each.report for each in priced.chips]))
     print("saved: " + ", ".join(map(str, written)))
-
-
-def _json(data: object) -> str:
-    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(data: object) -> object:
-    """Plain data in which null stands for what is not finite, which JSON has no number for; settings may hold it."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lnpu_torch.cli.train import keys, with_settings
 from lnpu_torch.files import ConfigError, find, parse_yaml, read_text, user_path, validate, write_text
-from lnpu_torch.reporting import figure_style as drawing
+from lnpu_torch.reporting import figure_style
 from lnpu_torch.versions import versions
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _can_write(json_file: Path | None, page: Path | None) -> None:
         if not file.parent.is_dir():
             raise ConfigError(f"{file}: cannot be written: {file.parent} is no folder")
     if page:
-        with drawing.look():
+        with figure_style.look():
             pass
 
 
@@ -89,10 +89,10 @@ def save_plots(evidence: Evidence, folder: Path) -> dict[str, str]:
 
     folder.mkdir(exist_ok=True)
     paths = {}
-    with drawing.look():
+    with figure_style.look():
         for name, figure in reproduction_plots.figures(evidence, claims.read_claims()).items():
             paths[name] = f"{folder.name}/reproduction_{name}.svg"
-            write_text(folder.parent / paths[name], drawing.svg(figure, name, "path"))
+            write_text(folder.parent / paths[name], figure_style.svg(figure, name, "path"))
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Comparison: priced runs of one and the same work, side by side. It prices nothing."""
+"""Comparison: reports of one run on several chips, side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.cost.cost_row import share
-from lnpu_torch.cost.report import ACCESS, ALL, ENERGY, Column, Report, access, band, lacking, missing, names
+from lnpu_torch.cost.cost_row import CostRow, share
+from lnpu_torch.cost.report import (
+    ALL,
+    ENERGIES,
+    TRAFFIC,
+    Report,
+    access,
+    energy_range,
+    lacking,
+    missing,
+    modelled,
+    names,
+)
 from lnpu_torch.text_tables import add_row, plain, plain_table, si
 
 
@@ -25,6 +36,10 @@ class Comparison:
             raise ValueError("reports of one run, grouped alike, can stand side by side; these differ")
         self.reports = tuple(reports)
 
+    @property
+    def _sums(self) -> list[CostRow]:
+        return [report.total for report in self.reports]
+
     def __rich__(self) -> RenderableType:
         return Group(*self._blocks())
 
@@ -32,7 +47,7 @@ class Comparison:
         return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
-        tables = [self._energies(), self._totals(), *([self._access()] if self._modelled(ACCESS) else [])]
+        tables = [self._energies(), self._totals(), *([self._access()] if modelled(TRAFFIC, self._sums) else [])]
         return [*tables, *map(Text, self._notes())]
 
     def _notes(self) -> Iterator[str]:
@@ -51,16 +66,23 @@ class Comparison:
         return table
 
     def _totals(self) -> Table:
-        columns, first = self._modelled(ENERGY), self.reports[0]
-        heads = [*(head for head, _, _ in columns), "chip: band", "time", "of MACs", "TFLOPS/W", f"chip / {first.chip}"]
+        columns, first = modelled(ENERGIES, self._sums), self.reports[0]
+        heads = [
+            *(column.head for column in columns),
+            "chip: range",
+            "time",
+            "of MACs",
+            "TFLOPS/W",
+            f"chip / {first.chip}",
+        ]
         table = plain_table("Totals", ["chip"], heads)
         for report in self.reports:
             total, efficiency = report.total, report.tflops_per_watt
             add_row(
                 table,
                 report.chip,
-                *(write(getattr(total, field)) for _, field, write in columns),
-                band(report),
+                *(column.shown(total) for column in columns),
+                energy_range(report),
                 si(report.time_s, "s"),
                 si(report.mac_time_s, "s"),
                 "-" if efficiency is None else f"{efficiency:.2f}",
@@ -69,20 +91,15 @@ class Comparison:
         return table
 
     def _access(self) -> Table:
-        columns, first = self._modelled(ACCESS), self.reports[0]
-        heads = [*(head for head, _, _ in columns), "to dense FP16", f"DRAM / {first.chip}", "layers' steps alone"]
+        columns, first = modelled(TRAFFIC, self._sums), self.reports[0]
+        heads = [*(column.head for column in columns), "to dense FP16", f"DRAM / {first.chip}", "layers' steps alone"]
         table = plain_table("Memory access", ["chip"], heads)
         for report in self.reports:
             total = report.total
-            numbers = [write(getattr(total, field)) for _, field, write in columns]
+            numbers = [column.shown(total) for column in columns]
             ratio = _ratio(total.dram_bits, first.total.dram_bits)
             add_row(table, report.chip, *numbers, access(total), ratio, access(report.of_layers().total))
         return table
-
-    def _modelled(self, columns: Sequence[Column]) -> list[Column]:
-        """The columns that are modelled on any of the chips."""
-        totals = [report.total for report in self.reports]
-        return [column for column in columns if any(getattr(total, column[1]) is not None for total in totals)]
 
 
 def _ratio(part: float | None, whole: float | None) -> str:

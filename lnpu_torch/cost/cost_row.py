@@ -1,82 +1,18 @@
-"""Row and Part: one line of a priced run, as shown and as summed. It knows no chip and no rendering."""
+"""CostRow, one line of a priced run, and the columns that tables, CSV, JSON and pages show of it."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from lnpu_torch.text_tables import si
 from lnpu_torch.units import COMPONENTS, ON_CHIP, Component, pj
 
 Key = TypeVar("Key", bound=str)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One step of one layer, priced; or a sum of them, then with "all" where they differ.
-
-    `pairs` splits `executed` by the groups of the two operands, the streamed one first ("fp8*fp16"; "zero" where zeros
-    were multiplied). `zero_share` is zeros over elements of the streamed operand, `fp8_share` FP8 elements over its
-    non-zeros; None where there are none. `energy_pj` is the chip's: MACs, SRAM and SIMD core, as far as these are
-    modelled, and None if none of them is; `dram_energy_pj` is apart. `dense_dram_bits` is what DRAM would move if all
-    were dense FP16. `operations` are those on elements, and `simd_cycles` the SIMD core's, which works beside the
-    multipliers, whose cycles `cycles` are; both None in a row without such operations.
-
-    `utilisation` is the mean work of a lane over that of the fullest, with the chip's load balancer, and
-    `unbalanced_utilisation` without; None where it was not recorded, or nothing was run.
-
-    `energy_zj` has the exact energies by component, of which those in pJ are the nearest floats. None in a number of
-    bits or in an energy, and a component that `energy_zj` lacks, means that no model covers it. Raises ValueError if
-    the slots or the pairs do not add up.
-    """
-
-    layer: str
-    kind: str
-    step: str
-    slots: int
-    executed: int
-    skipped: int
-    padding: int
-    not_run: int
-    pairs: dict[str, int]
-    zero_share: float | None
-    fp8_share: float | None
-    cycles: float
-    utilisation: float | None
-    unbalanced_utilisation: float | None
-    operations: int | None
-    simd_cycles: float | None
-    energy_pj: float | None
-    mac_energy_pj: float | None
-    sram_energy_pj: float | None
-    simd_energy_pj: float | None
-    sram_bits: int | None
-    dram_bits: int | None
-    dense_dram_bits: int | None
-    dram_energy_pj: float | None
-    energy_zj: dict[str, int]
-
-    def __post_init__(self) -> None:
-        name = f"{self.layer} {self.step}"
-        if self.slots != self.executed + self.skipped + self.padding + self.not_run:
-            raise ValueError(f"{name}: slots are not executed + skipped + padding + not_run")
-        if sum(self.pairs.values()) != self.executed:
-            raise ValueError(f"{name}: pairs do not add up to executed")
-
-    @property
-    def not_modelled(self) -> tuple[str, ...]:
-        """Names of the fields that no model filled."""
-        return tuple(name for name in MODELLED if getattr(self, name) is None)
-
-
-FIELDS = [field.name for field in fields(Row)]
-MODELLED = (
-    *("mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
-    *("sram_bits", "dram_bits", "dense_dram_bits", "dram_energy_pj"),
-)
-"""Fields of Row that are None where no model fills them."""
 
 
 class LaneCycles(NamedTuple):
@@ -88,23 +24,38 @@ class LaneCycles(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a row is made of, everything in it a sum: parts add up where shares do not.
+class CostRow:
+    """One step of one layer, priced; or a sum of such rows, then with "all" where they differ.
 
-    `zero`, `fp8` and `wide` are elements of the streamed operand. `lanes` tells how `cycles` came about, None where
-    that was not recorded. `operations` and `simd_cycles` are None where there are none. `energy` is in zJ by component,
-    and `bits` the traffic ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram"): a key that is missing
-    is not modelled, or not in this part. `band` is what either end of the report's band adds to the energy, in zJ.
+    Fields are sums, from which the properties follow, so that rows add up. `COLUMNS` says what each column means. None
+    in a number of bits or in an energy, and a component that `energy_zj` lacks, mean that no model covers it.
+
+    Args:
+        layer, kind, step: names.
+        macs: what a dense chip would multiply: executed + skipped + padding + not_run.
+        skipped, padding, not_run: MACs that were skipped, that lie outside the image, or whose step was not run.
+        executed_pairs: executed MACs by the groups of both operands, the streamed one first ("fp8*fp16").
+        zero, fp8, wide: elements of the streamed operand by group.
+        cycles: of the multipliers.
+        lanes: how `cycles` came about; None where that was not recorded, or nothing was run.
+        operations: vector operations; None in a row without any.
+        simd_cycles: of the SIMD core, which works beside the multipliers; None in a row without vector operations.
+        energy_zj: exact energy by component, in zJ.
+        bits: traffic by kind ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram").
+        range_zj: what either end of the report's energy range adds to the energy on the chip, in zJ.
+
+    Raises:
+        ValueError: the MACs do not add up.
     """
 
     layer: str
     kind: str
     step: str
-    slots: int = 0
+    macs: int = 0
     skipped: int = 0
     padding: int = 0
     not_run: int = 0
-    pairs: dict[str, int] = field(default_factory=dict)
+    executed_pairs: dict[str, int] = field(default_factory=dict)
     zero: int = 0
     fp8: int = 0
     wide: int = 0
@@ -112,84 +63,139 @@ class Part:
     lanes: LaneCycles | None = None
     operations: int | None = None
     simd_cycles: float | None = None
-    energy: dict[Component, int] = field(default_factory=dict)
+    energy_zj: dict[Component, int] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
-    band: tuple[int, int] = (0, 0)
+    range_zj: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.macs != self.executed + self.skipped + self.padding + self.not_run:
+            raise ValueError(f"{self.layer} {self.step}: macs are not executed + skipped + padding + not_run")
+
+    @classmethod
+    def sum(cls, rows: Sequence[CostRow], layer: str, kind: str, step: str) -> CostRow:
+        """One row for several, under these names. Cycles are summed exactly and rounded once, whatever their order."""
+        operations = [row.operations for row in rows if row.operations is not None]
+        simd = [row.simd_cycles for row in rows if row.simd_cycles is not None]
+        lanes = [row.lanes for row in rows if row.lanes]
+        return cls(
+            layer=layer,
+            kind=kind,
+            step=step,
+            **{name: sum(getattr(row, name) for row in rows) for name in SUMS},
+            executed_pairs=_added(row.executed_pairs for row in rows),
+            cycles=math.fsum(row.cycles for row in rows),
+            lanes=LaneCycles(*map(math.fsum, zip(*lanes, strict=True))) if lanes else None,
+            operations=sum(operations) if operations else None,
+            simd_cycles=math.fsum(simd) if simd else None,
+            energy_zj=_in_order(_added(row.energy_zj for row in rows)),
+            bits=_added(row.bits for row in rows),
+            range_zj=(sum(row.range_zj[0] for row in rows), sum(row.range_zj[1] for row in rows)),
+        )
+
+    @property
+    def executed(self) -> int:
+        """MACs that were neither skipped, nor padding, nor left out."""
+        return sum(self.executed_pairs.values())
+
+    @property
+    def pairs(self) -> dict[str, int]:
+        """`executed_pairs` without those that there were none of."""
+        return {pair: macs for pair, macs in self.executed_pairs.items() if macs}
+
+    @property
+    def zero_share(self) -> float | None:
+        """Zeros over elements of the streamed operand; None where there are no elements."""
+        return share(self.zero, self.zero + self.fp8 + self.wide)
+
+    @property
+    def fp8_share(self) -> float | None:
+        """FP8 elements over non-zeros of the streamed operand; None where there are no non-zeros."""
+        return share(self.fp8, self.fp8 + self.wide)
+
+    @property
+    def utilisation(self) -> float | None:
+        """The mean work of a lane over that of the fullest, with the chip's load balancer; None if not recorded."""
+        return share(self.lanes.ideal, self.lanes.balanced) if self.lanes else None
+
+    @property
+    def unbalanced_utilisation(self) -> float | None:
+        """`utilisation` with the load balancer off."""
+        return share(self.lanes.ideal, self.lanes.unbalanced) if self.lanes else None
 
     @property
     def chip_zj(self) -> int:
         """Energy of what is modelled of the chip, in zJ; DRAM is apart."""
-        return sum(self.energy.get(component, 0) for component in ON_CHIP)
+        return sum(self.energy_zj.get(component, 0) for component in ON_CHIP)
 
     @property
-    def range_zj(self) -> tuple[int, int]:
-        """`chip_zj` at either end of the report's band."""
-        return self.chip_zj + self.band[0], self.chip_zj + self.band[1]
+    def energy_range_zj(self) -> tuple[int, int]:
+        """`chip_zj` at either end of the report's energy range."""
+        return self.chip_zj + self.range_zj[0], self.chip_zj + self.range_zj[1]
 
     @property
-    def row(self) -> Row:
-        """The row, with its shares."""
-        energy = {component: pj(zj) for component, zj in self.energy.items()}
-        return Row(
-            layer=self.layer,
-            kind=self.kind,
-            step=self.step,
-            slots=self.slots,
-            executed=sum(self.pairs.values()),
-            skipped=self.skipped,
-            padding=self.padding,
-            not_run=self.not_run,
-            pairs={pair: macs for pair, macs in self.pairs.items() if macs},
-            zero_share=share(self.zero, self.zero + self.fp8 + self.wide),
-            fp8_share=share(self.fp8, self.fp8 + self.wide),
-            cycles=self.cycles,
-            utilisation=share(self.lanes.ideal, self.lanes.balanced) if self.lanes else None,
-            unbalanced_utilisation=share(self.lanes.ideal, self.lanes.unbalanced) if self.lanes else None,
-            operations=self.operations,
-            simd_cycles=self.simd_cycles,
-            energy_pj=None if self._unpriced else pj(self.chip_zj),
-            mac_energy_pj=energy.get("mac"),
-            sram_energy_pj=energy.get("sram"),
-            simd_energy_pj=energy.get("simd"),
-            sram_bits=self._bits("sram_read", "sram_write"),
-            dram_bits=self._bits("dram_read", "dram_write"),
-            dense_dram_bits=self._bits("dense_dram"),
-            dram_energy_pj=energy.get("dram"),
-            energy_zj={component: self.energy[component] for component in COMPONENTS if component in self.energy},
-        )
+    def energy_pj(self) -> float | None:
+        """Energy of MACs, SRAM and SIMD core, as far as these are modelled; None if there was work and none of them is.
+
+        The nearest float to the exact energy in zJ, as all energies in pJ are.
+        """
+        worked = self.macs or self.operations
+        if worked and not any(component in self.energy_zj for component in ON_CHIP):
+            return None
+        return pj(self.chip_zj)
 
     @property
-    def _unpriced(self) -> bool:
-        """Whether there was work, and no model covers any of it."""
-        worked = self.slots or self.operations
-        return bool(worked) and not any(component in self.energy for component in ON_CHIP)
+    def mac_energy_pj(self) -> float | None:
+        """Energy of executed and skipped MACs."""
+        return self._energy_pj("mac")
+
+    @property
+    def sram_energy_pj(self) -> float | None:
+        """Energy of SRAM."""
+        return self._energy_pj("sram")
+
+    @property
+    def simd_energy_pj(self) -> float | None:
+        """Energy of the SIMD core."""
+        return self._energy_pj("simd")
+
+    @property
+    def dram_energy_pj(self) -> float | None:
+        """Energy of DRAM, which is no part of `energy_pj`."""
+        return self._energy_pj("dram")
+
+    @property
+    def sram_bits(self) -> int | None:
+        """Bits read from SRAM and written to it."""
+        return self._bits("sram_read", "sram_write")
+
+    @property
+    def dram_bits(self) -> int | None:
+        """Bits read from DRAM and written to it."""
+        return self._bits("dram_read", "dram_write")
+
+    @property
+    def dense_dram_bits(self) -> int | None:
+        """What `dram_bits` would be if all were dense FP16."""
+        return self._bits("dense_dram")
+
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        """The columns that no model filled."""
+        return tuple(column.field for column in COLUMNS if column.modelled and column.of(self) is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every column's value, exact."""
+        return {column.field: column.of(self) for column in COLUMNS}
+
+    def _energy_pj(self, component: Component) -> float | None:
+        return pj(self.energy_zj[component]) if component in self.energy_zj else None
 
     def _bits(self, *kinds: str) -> int | None:
         known = [self.bits[kind] for kind in kinds if kind in self.bits]
         return sum(known) if known else None
 
 
-SUMS = ("slots", "skipped", "padding", "not_run", "zero", "fp8", "wide")
-
-
-def add(parts: Sequence[Part], layer: str, kind: str, step: str) -> Part:
-    """One part for several, under these names. Cycles are summed exactly and rounded once, whatever their order."""
-    operations = [part.operations for part in parts if part.operations is not None]
-    simd = [part.simd_cycles for part in parts if part.simd_cycles is not None]
-    return Part(
-        layer=layer,
-        kind=kind,
-        step=step,
-        **{name: sum(getattr(part, name) for part in parts) for name in SUMS},
-        pairs=_added(part.pairs for part in parts),
-        cycles=math.fsum(part.cycles for part in parts),
-        lanes=_lanes([part.lanes for part in parts if part.lanes]),
-        operations=sum(operations) if operations else None,
-        simd_cycles=math.fsum(simd) if simd else None,
-        energy=_added(part.energy for part in parts),
-        bits=_added(part.bits for part in parts),
-        band=(sum(part.band[0] for part in parts), sum(part.band[1] for part in parts)),
-    )
+SUMS = ("macs", "skipped", "padding", "not_run", "zero", "fp8", "wide")
 
 
 def _added(tables: Iterable[dict[Key, int]]) -> dict[Key, int]:
@@ -200,8 +206,92 @@ def _added(tables: Iterable[dict[Key, int]]) -> dict[Key, int]:
     return dict(total)
 
 
-def _lanes(parts: Sequence[LaneCycles]) -> LaneCycles | None:
-    return LaneCycles(*map(math.fsum, zip(*parts, strict=True))) if parts else None
+def _in_order(energy: dict[Component, int]) -> dict[Component, int]:
+    return {component: energy[component] for component in COMPONENTS if component in energy}
+
+
+Unit = Literal["", "%", "pJ", "bit"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a priced run, wherever it is shown.
+
+    Args:
+        field: the attribute of CostRow, which is the column's name in JSON and CSV.
+        head: its heading in tables; empty if tables do not show it.
+        says: what it means.
+        unit: of its numbers; "%" is a share, shown in percent. None for names and mappings.
+        table: the text table that it is in: "macs", "vector", or "energy".
+        on_page: whether the page's table of layers shows it.
+        modelled: whether None means that no model covers it.
+    """
+
+    field: str
+    head: str
+    says: str
+    unit: Unit | None = ""
+    table: Literal["macs", "vector", "energy"] | None = None
+    on_page: bool = True
+    modelled: bool = False
+
+    def of(self, row: CostRow) -> Any:
+        """A row's value."""
+        return getattr(row, self.field)
+
+    def text(self, value: Any) -> str:
+        """A value as tables show it; "-" for None."""
+        if value is None:
+            return "-"
+        if self.unit is None:
+            return str(value)
+        return f"{value:.1%}" if self.unit == "%" else si(value, self.unit)
+
+    def shown(self, row: CostRow) -> str:
+        """A row's value as tables show it."""
+        return self.text(self.of(row))
+
+    def cell(self, row: CostRow) -> Any:
+        """A row's value as CSV has it: a mapping is JSON."""
+        value = self.of(row)
+        return json.dumps(value) if isinstance(value, dict) else value
+
+
+COLUMNS = (
+    Column("layer", "layer", "its name in the model", None),
+    Column("kind", "kind", "its class", None),
+    Column("step", "step", "forward, grad_input, grad_weight, backward or update", None, on_page=False),
+    Column("macs", "MACs", "multiplications of a dense chip", table="macs"),
+    Column("executed", "executed", "MACs that are executed", table="macs"),
+    Column("skipped", "skipped", "MACs that are skipped", table="macs", on_page=False),
+    Column("padding", "padding", "MACs outside the image", table="macs", on_page=False),
+    Column("not_run", "not run", "MACs of steps that nobody asked for", table="macs", on_page=False),
+    Column("pairs", "", "executed MACs by the groups of both operands", None, on_page=False),
+    Column("zero_share", "zero", "zeros in the streamed operand", "%", "macs"),
+    Column("fp8_share", "FP8", "FP8 among the streamed operand's non-zeros", "%", "macs"),
+    Column("cycles", "cycles", "of the multipliers", table="macs"),
+    Column("utilisation", "lanes busy", "mean work of a lane over the fullest one's", "%", "macs"),
+    Column(
+        "unbalanced_utilisation", "balancer off", "lanes busy without load balancer", "%", table="macs", on_page=False
+    ),
+    Column("operations", "operations", "vector operations, on the SIMD core", table="vector"),
+    Column("simd_cycles", "SIMD cycles", "of the SIMD core", table="vector", on_page=False),
+    Column("mac_energy_pj", "MAC", "energy of executed and skipped MACs", "pJ", "energy", modelled=True),
+    Column("sram_energy_pj", "SRAM", "energy of SRAM", "pJ", "energy", modelled=True),
+    Column("simd_energy_pj", "SIMD", "energy of the SIMD core", "pJ", "energy", modelled=True),
+    Column("energy_pj", "chip", "energy on the chip: MAC, SRAM and SIMD", "pJ", "energy"),
+    Column("dram_energy_pj", "DRAM", "energy of DRAM, outside the chip", "pJ", "energy", modelled=True),
+    Column("sram_bits", "SRAM access", "bits from and to SRAM", "bit", "energy", on_page=False, modelled=True),
+    Column("dram_bits", "DRAM access", "bits from and to DRAM", "bit", "energy", on_page=False, modelled=True),
+    Column("dense_dram_bits", "", "bits from and to DRAM in dense FP16", "bit", on_page=False, modelled=True),
+    Column("energy_zj", "", "exact energy by component", None, on_page=False),
+)
+"""All columns, in the order in which they are shown and written."""
+
+
+def columns(*fields: str) -> tuple[Column, ...]:
+    """The columns of these fields, in this order."""
+    return tuple(next(column for column in COLUMNS if column.field == name) for name in fields)
 
 
 def share(part: float, whole: float) -> float | None:

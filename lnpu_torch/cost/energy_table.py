@@ -1,9 +1,10 @@
-"""What every event costs on a chip at its operating point, in whole zeptojoules. It knows nothing of what was run."""
+"""EnergyTable: the energy of every event on a chip at its operating point, in whole zeptojoules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.energy_tables import BottomUp
@@ -11,27 +12,66 @@ from lnpu_torch.units import Component, zj
 
 
 @dataclass(frozen=True)
-class Energies:
-    """Energy of one event each, in zJ: a multiplication or a skipped slot, a bit of SRAM or DRAM.
+class EnergyTable:
+    """Energy of one event each, in zJ: a multiplication or a skipped MAC, a bit of SRAM or DRAM.
 
-    `fp16_band` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
+    `fp16_range` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
     """
 
     fp8_mac: int
     fp16_mac: int
-    fp16_band: tuple[int, int] | None
-    skipped_slot: int
+    fp16_range: tuple[int, int] | None
+    skipped_mac: int
     sram_read_bit: int
     sram_write_bit: int
     dram_bit: int
     simd_operation: int | None
 
+    @classmethod
+    def of(cls, chip: Chip) -> Self:
+        """The chip's energies by its energy model and at its voltage, each rounded once, to 1 zJ."""
+        if chip.energy_model == "bottom_up" and chip.bottom_up:
+            return cls._bottom_up(chip, chip.bottom_up)
+        energy, scale = chip.energy, chip.operating_point.energy_scale
+        fp8, ratio = energy.fp8_mac_pj.value * scale, energy.fp16_to_fp8
+        fp16 = zj(fp8 * ratio.value)
+        return cls(
+            fp8_mac=zj(fp8),
+            fp16_mac=fp16,
+            fp16_range=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
+            skipped_mac=zj(energy.skipped_mac_pj.value * scale),
+            sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
+            sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
+            dram_bit=zj(energy.dram_pj_per_bit.value),
+            simd_operation=_simd(chip),
+        )
+
+    @classmethod
+    def _bottom_up(cls, chip: Chip, tables: BottomUp) -> Self:
+        """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped one reads a bit."""
+        voltage, circuits, storage = chip.operating_point.voltage_v.value, tables.arithmetic, chip.storage
+        scale, read = circuits.scale(voltage), tables.sram.read_pj_per_bit(voltage)
+        per_bit = read / tables.macs_per_read.value
+        add = circuits.accumulate_pj.value * scale
+        fp8_read = (storage.fp8_bits.value + storage.fp16_bits.value) * per_bit  # the other operand may be FP16
+        fp16_read = 2 * storage.fp16_bits.value * per_bit
+        return cls(
+            fp8_mac=zj(circuits.fp8_multiply_pj.value * scale + add + fp8_read),
+            fp16_mac=zj(circuits.fp16_multiply_pj.value * scale + add + fp16_read),
+            fp16_range=None,
+            skipped_mac=zj(storage.zero_bits.value * per_bit),
+            sram_read_bit=zj(read),
+            sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
+            dram_bit=zj(chip.energy.dram_pj_per_bit.value),
+            simd_operation=_simd(chip),
+        )
+
     def of_work(self, fp8_macs: int, fp16_macs: int, skipped: int) -> dict[Component, int]:
-        """Energy of these multiplications and skipped slots."""
-        return {"mac": self.fp8_mac * fp8_macs + self.fp16_mac * fp16_macs + self.skipped_slot * skipped}
+        """Energy of these multiplications and skipped MACs."""
+        return {"mac": self.fp8_mac * fp8_macs + self.fp16_mac * fp16_macs + self.skipped_mac * skipped}
 
     def of_bits(self, bits: Mapping[str, int]) -> dict[Component, int]:
-        """Energy of the bits moved, as `traffic.bits_moved` names them; of none if none are known."""
+        """Energy of the bits moved, as `memory_traffic.bits_moved` names them; of none if none are known."""
         energy: dict[Component, int] = {}
         if "sram_read" in bits:
             energy["sram"] = self.sram_read_bit * bits["sram_read"] + self.sram_write_bit * bits["sram_write"]
@@ -40,52 +80,13 @@ class Energies:
         return energy
 
     def of_operations(self, operations: int) -> dict[Component, int]:
-        """Energy of operations on elements; of none if the chip's SIMD core is not modelled."""
+        """Energy of vector operations; of none if the chip's SIMD core is not modelled."""
         return {} if self.simd_operation is None else {"simd": self.simd_operation * operations}
 
-    def band(self, fp16_macs: int) -> tuple[int, int]:
+    def energy_range(self, fp16_macs: int) -> tuple[int, int]:
         """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
-        low, high = self.fp16_band or (0, 0)
+        low, high = self.fp16_range or (0, 0)
         return low * fp16_macs, high * fp16_macs
-
-
-def event_energies(chip: Chip) -> Energies:
-    """The chip's energies by its energy model and at its voltage, each rounded once, to 1 zJ."""
-    if chip.energy_model == "bottom_up" and chip.bottom_up:
-        return _bottom_up(chip, chip.bottom_up)
-    energy, scale = chip.energy, chip.operating_point.energy_scale
-    fp8, ratio = energy.fp8_mac_pj.value * scale, energy.fp16_to_fp8
-    fp16 = zj(fp8 * ratio.value)
-    return Energies(
-        fp8_mac=zj(fp8),
-        fp16_mac=fp16,
-        fp16_band=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
-        skipped_slot=zj(energy.skipped_slot_pj.value * scale),
-        sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
-        sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
-        dram_bit=zj(energy.dram_pj_per_bit.value),
-        simd_operation=_simd(chip),
-    )
-
-
-def _bottom_up(chip: Chip, tables: BottomUp) -> Energies:
-    """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped slot reads one bit."""
-    voltage, circuits, storage = chip.operating_point.voltage_v.value, tables.arithmetic, chip.storage
-    scale, read = circuits.scale(voltage), tables.sram.read_pj_per_bit(voltage)
-    per_bit = read / tables.macs_per_read.value
-    add = circuits.accumulate_pj.value * scale
-    fp8_read = (storage.fp8_bits.value + storage.fp16_bits.value) * per_bit  # the other operand may be FP16
-    fp16_read = 2 * storage.fp16_bits.value * per_bit
-    return Energies(
-        fp8_mac=zj(circuits.fp8_multiply_pj.value * scale + add + fp8_read),
-        fp16_mac=zj(circuits.fp16_multiply_pj.value * scale + add + fp16_read),
-        fp16_band=None,
-        skipped_slot=zj(storage.zero_bits.value * per_bit),
-        sram_read_bit=zj(read),
-        sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
-        dram_bit=zj(chip.energy.dram_pj_per_bit.value),
-        simd_operation=_simd(chip),
-    )
 
 
 def _simd(chip: Chip) -> int | None:

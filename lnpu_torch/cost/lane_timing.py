@@ -1,10 +1,11 @@
-"""How long a chip's lanes take in a step, from the counts' lane profiles. It knows no energies and no rendering."""
+"""How long a chip's lanes take in a step, from the counts' lane profiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lnpu_torch.cost.cost_row import LaneCycles, Part
+from lnpu_torch.cost.cost_row import CostRow, LaneCycles
+from lnpu_torch.counts.lane_configs import LaneConfig
 from lnpu_torch.counts.schema import OPERANDS, StepCounts
 from lnpu_torch.hardware.chip import Chip
 
@@ -13,7 +14,7 @@ def lane_cycles(entry: StepCounts, chip: Chip, ideal: float) -> LaneCycles | Non
     """Cycles of a step that takes `ideal` ones with every lane busy; None if its lane profile was not recorded.
 
     A lane's work is its non-zeros of the streamed operand, FP8 and wider ones alike. Where zeros of both operands are
-    skipped, those of the other one are taken to be spread evenly. Where none are, no lane waits.
+    skipped, those of the other one are assumed to be spread evenly. Where none are, no lane waits.
     """
     policy, lanes = getattr(chip.skip, entry.step).value, chip.lanes
     profile = (entry.second if policy == OPERANDS[entry.step][1] else entry.first).lanes
@@ -23,13 +24,15 @@ def lane_cycles(entry: StepCounts, chip: Chip, ideal: float) -> LaneCycles | Non
         return None
     if not profile.work:
         return LaneCycles(ideal, ideal, ideal)
-    held = [profile.held(lanes.run.value, balancer, lanes.count.value) for balancer in (lanes.balancer.value, 1)]
-    return LaneCycles(ideal, *(ideal * each / profile.work for each in held))
+    configs = [
+        LaneConfig(lanes.sync_interval.value, group, lanes.count.value) for group in (lanes.balance_group.value, 1)
+    ]
+    return LaneCycles(ideal, *(ideal * profile.lane_cycles(config) / profile.work for config in configs))
 
 
-def not_recorded(parts: Sequence[Part]) -> list[str]:
-    """What a report says if the lane profiles of some parts were not recorded."""
-    run = [part for part in parts if part.cycles]
-    unknown = [part for part in run if not part.lanes]
+def not_recorded(rows: Sequence[CostRow]) -> list[str]:
+    """What a report says if the lane profiles of some rows were not recorded."""
+    run = [row for row in rows if row.cycles]
+    unknown = [row for row in run if not row.lanes]
     some = "" if len(unknown) == len(run) else f" for {len(unknown)} of {len(run)} rows"
     return [f"utilisation not recorded{some}: their cycles assume that every lane is busy"] if unknown else []

@@ -1,13 +1,13 @@
-"""Bits that a step moves through SRAM and DRAM. It knows sizes, storage and capacity, and no energies.
+"""Bits that a step moves through SRAM and DRAM.
 
 Of a step's three tensors - two operands and a result - one stays in SRAM while the others pass by:
 
 - If the smaller operand fits, or the result does, it stays, and both operands are fetched once.
-- Else it stays part by part. Either the smaller operand does, and the larger is fetched again for every part; or the
-  result does, and the smaller operand is fetched again. Whichever fetches less.
+- Else it stays in parts. Either the smaller operand stays, and the larger is fetched again for every part; or the
+  result stays, and the smaller operand is fetched again. The one that fetches less is taken.
 
-This is planned as if all were dense FP16, before anyone knows the zeros. So it depends on the sizes of a call alone,
-bits are linear in what was counted, and a sum of runs moves the sum of their bits.
+The plan is made in dense FP16, before the zeros are known. So it depends only on the sizes of a call, bits are linear
+in what was counted, and a sum of runs moves the sum of their bits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FP16_BITS = 16
 
 
 def bits_moved(entry: StepCounts, chip: Chip, *, error_is_new: bool) -> dict[str, int]:
-    """Bits of one step by kind, as `rows.Part` names them; empty if the sizes of its calls were not recorded.
+    """Bits of one step by kind, as `CostRow.bits` names them; empty if the sizes of its calls were not recorded.
 
     DRAM: operands are read as often as they are fetched. An activation or error was written once, by whoever made it,
-    in the format in which it is read; so its write is booked where it is read first: a layer's input on forward, its
-    error on grad_input. grad_weight writes the gradient, in FP16.
+    in the format in which it is read; so its write is added to the step that reads it first: a layer's input on
+    forward, its error on grad_input. grad_weight writes the gradient, in FP16.
 
     SRAM: what comes is written, what goes is written and read. Reading towards the multipliers is part of a MAC.
 

@@ -1,20 +1,20 @@
-"""Prices what a run did on a chip: counts times energies. Pure; it knows no model, no rounding and no rendering."""
+"""Prices what a run did on a chip: counts times energies, as a pure function."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lnpu_torch.cost.cost_row import Part
-from lnpu_torch.cost.energy_table import Energies, event_energies
+from lnpu_torch.cost.cost_row import CostRow
+from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.lane_timing import lane_cycles, not_recorded
 from lnpu_torch.cost.memory_traffic import bits_moved
 from lnpu_torch.cost.report import Report
-from lnpu_torch.cost.vector_op_pricing import element_notes, element_parts
+from lnpu_torch.cost.vector_op_pricing import vector_op_notes, vector_op_rows
 from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 
-EXTRAPOLATED = "extrapolated: only some of the steps were counted, and the others taken to be like them"
+EXTRAPOLATED = "extrapolated: only some of the steps were counted; the others are assumed to be like them"
 
 MODELS = {
     "calibrated": "energy of a MAC: on a line through the chip's two efficiencies",
@@ -33,13 +33,13 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         ConfigError: no such chip, or its file is wrong.
     """
     chip = read_chip(chip)
-    energies, told = event_energies(chip), _who_reads_errors(counts)
+    energies, told = EnergyTable.of(chip), _who_reads_errors(counts)
     steps = tuple(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps)
     return Report(
         chip=chip.name,
         clock_hz=chip.clock_hz,
-        parts=(*steps, *element_parts(counts.elements, chip, energies)),
-        band=_band(chip) if energies.fp16_band else None,
+        parts=(*steps, *vector_op_rows(counts.vector_ops, chip, energies)),
+        energy_range=_range(chip) if energies.fp16_range else None,
         notes=(*_notes(counts, chip), *not_recorded(steps)),
         in_float=counts.in_float,
     )
@@ -47,41 +47,41 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
 
 def _who_reads_errors(counts: Counts) -> set[str]:
     """The layers whose grad_input was run: that is where their error is read first."""
-    return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.slots > entry.not_run}
+    return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.macs > entry.not_run}
 
 
-def _part(entry: StepCounts, chip: Chip, energies: Energies, error_is_new: bool) -> Part:
+def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, error_is_new: bool) -> CostRow:
     """One step of one layer: what of it is executed, what is skipped, what is moved, and what all that costs."""
     policy = getattr(chip.skip, entry.step).value
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
     pairs = _executed(entry, policy)
-    skipped = entry.slots - entry.padding - entry.not_run - sum(pairs.values())
+    skipped = entry.macs - entry.padding - entry.not_run - sum(pairs.values())
     work = _work(entry, chip, policy, pairs, skipped)
     bits = bits_moved(entry, chip, error_is_new=error_is_new)
     zero, fp8, wide = streamed.elements
     ideal = chip.cycles(*work[:2])
     lanes = lane_cycles(entry, chip, ideal)
-    return Part(
+    return CostRow(
         layer=entry.layer,
         kind=entry.kind,
         step=entry.step,
-        slots=entry.slots,
+        macs=entry.macs,
         skipped=skipped,
         padding=entry.padding,
         not_run=entry.not_run,
-        pairs={"*".join(pair): macs for pair, macs in pairs.items()},
+        executed_pairs={"*".join(pair): macs for pair, macs in pairs.items()},
         zero=zero,
         fp8=fp8,
         wide=wide,
         cycles=lanes.balanced if lanes else ideal,
         lanes=lanes,
-        energy=energies.of_work(*work) | energies.of_bits(bits),
+        energy_zj=energies.of_work(*work) | energies.of_bits(bits),
         bits=bits,
-        band=energies.band(work[1]),
+        range_zj=energies.energy_range(work[1]),
     )
 
 
-def _band(chip: Chip) -> str:
+def _range(chip: Chip) -> str:
     low, high = chip.energy.fp16_to_fp8.range or (0.0, 0.0)
     return f"energy of an FP16 MAC {low:g} ... {high:g} times an FP8 MAC's"
 
@@ -101,7 +101,7 @@ def _executed(entry: StepCounts, policy: str) -> dict[tuple[str, str], int]:
 def _work(
     entry: StepCounts, chip: Chip, policy: str, pairs: dict[tuple[str, str], int], skipped: int
 ) -> tuple[int, int, int]:
-    """FP8 multiplications, FP16 multiplications and skipped slots, padding among them as the chip treats it."""
+    """FP8 multiplications, FP16 multiplications and skipped MACs, padding among them as the chip treats it."""
     first, second = OPERANDS[entry.step]
     fp8 = sum(macs for pair, macs in pairs.items() if chip.runs_fp8(*pair))
     fp16 = sum(pairs.values()) - fp8
@@ -128,4 +128,4 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
         notes.append("fp32, an operand left in float, is priced as FP16")
     if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
         notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
-    return [*notes, *element_notes(counts.elements, chip)]
+    return [*notes, *vector_op_notes(counts.vector_ops, chip)]

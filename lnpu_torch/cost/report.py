@@ -1,12 +1,12 @@
-"""Report: a priced run's rows, their sums, how they are shown and written. It knows nothing of how they were priced."""
+"""Report: a priced run's rows and their sums, as text, JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.cost.cost_row import FIELDS, Part, Row, add, share
+from lnpu_torch.cost.cost_row import COLUMNS, Column, CostRow, columns, share
 from lnpu_torch.counts.schema import FloatProduct
 from lnpu_torch.files import write_text
 from lnpu_torch.text_tables import add_row, plain, plain_table, si
@@ -29,16 +29,16 @@ SHORT = {"forward": "forward (FF)", "grad_input": "grad_input (EP)", "grad_weigh
 class Report:
     """A priced run on one chip. `str()` is a table; a rich console prints it too.
 
-    `grouped` says whether a row is a layer's step (None), a "layer" or a "step"; the total is the same whichever.
-    `band` says what the ends of `energy_range_pj` stand for, None if the chip gives no range; `notes` are
-    printed below the table. `in_float` are multiply-accumulates outside of emulated layers, by torch op, which no
-    figure has in it; None where nobody looked.
+    `parts` are priced rows, one or more for each row that is shown. `grouped` says whether such a row is a layer's step
+    (None), a "layer" or a "step"; the total is the same whichever. `energy_range` says what the ends of
+    `energy_range_pj` stand for, None if the chip gives no range; `notes` are printed below the table. `in_float` are
+    multiply-accumulates outside of emulated layers, by torch op, which no figure has in it; None where nobody looked.
     """
 
     chip: str
     clock_hz: float
-    parts: tuple[Part, ...]
-    band: str | None
+    parts: tuple[CostRow, ...]
+    energy_range: str | None
     notes: tuple[str, ...]
     grouped: Literal["layer", "step"] | None = None
     in_float: Mapping[str, FloatProduct] | None = None
@@ -52,23 +52,21 @@ class Report:
     def float_share(self) -> float | None:
         """Their share of all multiply-accumulates that ran, skipped ones too; None where nobody looked, or none ran."""
         total = self.total
-        return (
-            None if self.float_macs is None else share(self.float_macs, self.float_macs + total.slots - total.not_run)
-        )
+        return None if self.float_macs is None else share(self.float_macs, self.float_macs + total.macs - total.not_run)
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[CostRow, ...]:
         """One row per layer and step (or per group), in the model's order."""
-        groups: dict[tuple[str, ...], list[Part]] = {}
+        groups: dict[tuple[str, ...], list[CostRow]] = {}
         for part in self.parts:
             key = (part.layer, part.step) if self.grouped is None else (getattr(part, self.grouped),)
             groups.setdefault(key, []).append(part)
-        return tuple(self._sum(group).row for group in groups.values())
+        return tuple(map(self._sum, groups.values()))
 
     @property
-    def total(self) -> Row:
+    def total(self) -> CostRow:
         """The sum over all rows, as layer "total", step "all"."""
-        return self._total.row
+        return CostRow.sum(self.parts, "total", ALL, ALL)
 
     @property
     def time_s(self) -> float:
@@ -82,15 +80,15 @@ class Report:
 
     @property
     def energy_range_pj(self) -> tuple[float, float]:
-        """The total energy at either end of the band, in pJ."""
-        low, high = self._total.range_zj
+        """The total energy at either end of its range, in pJ."""
+        low, high = self.total.energy_range_zj
         return pj(low), pj(high)
 
     @property
     def tflops_per_watt(self) -> float | None:
-        """2 FLOP per slot that was asked for, skipped or not, over energy; None if there were none of either."""
+        """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either."""
         total = self.total
-        asked = total.slots - total.not_run
+        asked = total.macs - total.not_run
         return 2 * asked / total.energy_pj if asked and total.energy_pj else None
 
     def by(self, key: Literal["layer", "step"]) -> Report:
@@ -112,9 +110,9 @@ class Report:
             "mac_time_s": self.mac_time_s,
             "tflops_per_watt": self.tflops_per_watt,
             "energy_range_pj": list(self.energy_range_pj),
-            "energy_range": self.band,
-            "rows": [asdict(row) for row in self.rows],
-            "total": asdict(self.total),
+            "energy_range": self.energy_range,
+            "rows": [row.to_dict() for row in self.rows],
+            "total": self.total.to_dict(),
             "float_macs": self.float_macs,
             "float_share": self.float_share,
             "in_float": self.in_float and {op: product.model_dump() for op, product in self.in_float.items()},
@@ -140,15 +138,11 @@ class Report:
             return [Text(f"nothing was counted that chip {self.chip} could be priced for")]
         return [*_tables(self), *map(Text, _footer(self))]
 
-    def _sum(self, group: list[Part]) -> Part:
-        """The parts of one row; what differs within it is "all"."""
+    def _sum(self, group: list[CostRow]) -> CostRow:
+        """The parts of one row together; what differs within it is "all"."""
         first, by = group[0], self.grouped
         layer, kind = (ALL, ALL) if by == "step" else (first.layer, first.kind)
-        return add(group, layer, kind, ALL if by == "layer" else first.step)
-
-    @property
-    def _total(self) -> Part:
-        return add(self.parts, "total", ALL, ALL)
+        return CostRow.sum(group, layer, kind, ALL if by == "layer" else first.step)
 
 
 def json_text(report: Report | Sequence[Report]) -> str:
@@ -159,44 +153,18 @@ def json_text(report: Report | Sequence[Report]) -> str:
 
 def csv_text(report: Report | Sequence[Report]) -> str:
     """One report's rows as CSV; several reports' with a first column `chip`."""
-    several = [] if isinstance(report, Report) else ["chip"]
+    several = not isinstance(report, Report)
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*several, *FIELDS], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*(["chip"] if several else []), *(column.field for column in COLUMNS)])
     for each in [report] if isinstance(report, Report) else report:
         for row in each.rows:
-            cells = {name: json.dumps(cell) if isinstance(cell, dict) else cell for name, cell in asdict(row).items()}
-            writer.writerow({"chip": each.chip, **cells})
+            writer.writerow([*([each.chip] if several else []), *(column.cell(row) for column in COLUMNS)])
     return text.getvalue()
 
 
-Column = tuple[str, str, Callable[[Any], str]]
-
-WORK: tuple[Column, ...] = (
-    ("slots", "slots", si),
-    ("executed", "executed", si),
-    ("skipped", "skipped", si),
-    ("padding", "padding", si),
-    ("not run", "not_run", si),
-    ("zero", "zero_share", lambda value: _optional(value, "{:.1%}")),
-    ("FP8", "fp8_share", lambda value: _optional(value, "{:.1%}")),
-    ("cycles", "cycles", si),
-    ("lanes busy", "utilisation", lambda value: _optional(value, "{:.1%}")),
-    ("balancer off", "unbalanced_utilisation", lambda value: _optional(value, "{:.1%}")),
-)
-ELEMENTS: tuple[Column, ...] = (("operations", "operations", si), ("SIMD cycles", "simd_cycles", si))
-ENERGY: tuple[Column, ...] = (
-    ("MAC", "mac_energy_pj", lambda value: si(value, "pJ")),
-    ("SRAM", "sram_energy_pj", lambda value: si(value, "pJ")),
-    ("SIMD", "simd_energy_pj", lambda value: si(value, "pJ")),
-    ("chip", "energy_pj", lambda value: si(value, "pJ")),
-    ("DRAM", "dram_energy_pj", lambda value: si(value, "pJ")),
-)
-ACCESS: tuple[Column, ...] = (
-    ("SRAM access", "sram_bits", lambda value: si(value, "bit")),
-    ("DRAM access", "dram_bits", lambda value: si(value, "bit")),
-)
-"""The tables' columns of numbers: heading, field of Row, how it is written."""
+ENERGIES = columns("mac_energy_pj", "sram_energy_pj", "simd_energy_pj", "energy_pj", "dram_energy_pj")
+TRAFFIC = columns("sram_bits", "dram_bits")
 
 IN_WORDS = {
     "mac_energy_pj": "MACs",
@@ -204,7 +172,7 @@ IN_WORDS = {
     "simd_energy_pj": "what is no MAC (normalisation, activation, pooling, loss, the optimizer's update)",
     "dram_energy_pj": "DRAM",
 }
-"""What a reader calls the fields that may be not modelled; the numbers of bits go with their energy."""
+"""What a reader calls the columns that may be not modelled; the numbers of bits go with their energy."""
 
 
 def lacking(report: Report) -> list[str]:
@@ -225,57 +193,63 @@ def missing(report: Report) -> list[str]:
     return [f"NOT IN THE TOTAL: {share_}, {si(report.float_macs)}, which ran in float: {ops}"]
 
 
-def names(row: Row) -> tuple[str, str, str]:
+def names(row: CostRow) -> tuple[str, str, str]:
     """Layer, kind and step as tables show them."""
     return row.layer or "(model)", row.kind, SHORT.get(row.step, row.step)
 
 
-def band(report: Report) -> str:
+def energy_range(report: Report) -> str:
     """Both ends of the energy, or "-"."""
-    return " ... ".join(si(energy, "pJ") for energy in report.energy_range_pj) if report.band else "-"
+    return " ... ".join(si(energy, "pJ") for energy in report.energy_range_pj) if report.energy_range else "-"
 
 
-def access(row: Row) -> str:
+def access(row: CostRow) -> str:
     """The traffic with DRAM against dense FP16's, "-38.9 %", or "-"."""
     ratio = share(row.dram_bits or 0, row.dense_dram_bits or 0)
     return "-" if ratio is None else f"{ratio - 1:+.1%}"
 
 
+def modelled(shown: Sequence[Column], totals: Sequence[CostRow]) -> list[Column]:
+    """The columns that say something in any of the totals."""
+    return [column for column in shown if any(column.of(total) is not None for total in totals)]
+
+
 def _tables(report: Report) -> list[Table]:
-    """Multiplications, operations on elements if there are any, and the energy of both."""
-    macs = [row for row in report.rows if row.slots or row.operations is None]
-    elements = [row for row in report.rows if row.operations is not None]
-    tables = [_table("Multiplications", report, macs, WORK)] if macs else []
-    tables += [_table("Operations on elements", report, elements, ELEMENTS)] if elements else []
-    compared = access if report.total.dram_bits is not None else None
-    return [*tables, _table("Energy", report, report.rows, (*ENERGY, *ACCESS), compared)]
-
-
-def _table(
-    title: str, report: Report, rows: Sequence[Row], columns: Sequence[Column], last: Callable[[Row], str] | None = None
-) -> Table:
-    """One line per row and the total. A column that is not modelled is left out, and `lacking` names it."""
+    """MACs, vector operations if there are any, and the energy of both. `lacking` names what is not modelled."""
     total = report.total
-    shown = [column for column in columns if getattr(total, column[1]) is not None]
-    heads = [head for head, _, _ in shown] + (["to dense"] if last else [])
-    table = plain_table(f"{title} on chip {report.chip}", ["layer", "kind", "step"], heads)
-    for row in (*rows, total):
-        if row is total:
-            table.add_section()
-        numbers = [write(getattr(row, field)) for _, field, write in shown]
-        add_row(table, *names(row), *numbers, *([last(row)] if last else []))
-    return table
+    macs = [row for row in report.rows if row.macs or row.operations is None]
+    vector = [row for row in report.rows if row.operations is not None]
+    tables = []
+    for title, kind, rows in (
+        ("Multiplications", "macs", macs),
+        ("Vector operations", "vector", vector),
+        ("Energy", "energy", report.rows),
+    ):
+        if not rows:
+            continue
+        shown = modelled([column for column in COLUMNS if column.table == kind], [total])
+        compared = kind == "energy" and total.dram_bits is not None
+        heads = [column.head for column in shown] + (["to dense"] if compared else [])
+        table = plain_table(f"{title} on chip {report.chip}", ["layer", "kind", "step"], heads)
+        for row in (*rows, total):
+            if row is total:
+                table.add_section()
+            last = [access(row)] if compared else []
+            add_row(table, *names(row), *(column.shown(row) for column in shown), *last)
+        tables.append(table)
+    return tables
 
 
 def _footer(report: Report) -> list[str]:
     total = report.total
+    efficiency = "-" if report.tflops_per_watt is None else f"{report.tflops_per_watt:.2f}"
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
         f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
-        f"{_optional(report.tflops_per_watt, '{:.2f}')} TFLOPS/W (2 FLOP per slot, skipped ones too; DRAM apart)",
+        f"{efficiency} TFLOPS/W (2 FLOP per MAC, skipped ones too; DRAM apart)",
         *missing(report),
         *_layers_access(report),
-        *([f"energy band: {band(report)}, {report.band}"] if report.band else []),
+        *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
         f"executed, streamed operand first: {pairs}",
         *lacking(report),
         *report.notes,
@@ -294,7 +268,3 @@ def _layers_access(report: Report) -> list[str]:
     if layers.dram_bits is None or layers.dram_bits == total.dram_bits:
         return []
     return [f"DRAM access of the layers' steps alone: {si(layers.dram_bits, 'bit')}, {access(layers)} to dense FP16"]
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

@@ -1,4 +1,4 @@
-"""Sweep: one run priced on every chip that a few settings span, and which of them no other beats. It draws nothing."""
+"""Sweep: one run priced on every chip that a few settings span, and which of them no other beats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lnpu_torch.cost.cost_row import Row
+from lnpu_torch.cost.cost_row import CostRow, columns
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import missing
 from lnpu_torch.counts.schema import Counts
@@ -27,11 +27,11 @@ from lnpu_torch.units import pj
 SHOWN = 40
 """A table of more points than these shows the Pareto front alone."""
 
-NUMBERS = (
+NUMBERS = columns(
     *("cycles", "utilisation", "simd_cycles", "energy_pj", "mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
     *("dram_energy_pj", "sram_bits", "dram_bits", "dense_dram_bits"),
 )
-"""Fields of a total that a sweep's CSV has."""
+"""The columns of a total that a sweep's CSV has."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Point:
 
     chip: str
     values: dict[str, Any]
-    total: Row
+    total: CostRow
     time_s: float
     tflops_per_watt: float | None
     energy_pj: float
@@ -74,12 +74,12 @@ class Sweep:
     def csv_text(self) -> str:
         """One line per point: chip, settings, energies in pJ, time, bits; None is an empty cell."""
         text = io.StringIO()
-        heads = ["chip", *self.keys, "compared_energy_pj", "time_s", "tflops_per_watt", *NUMBERS, "pareto"]
+        measured = ["compared_energy_pj", "time_s", "tflops_per_watt", *(column.field for column in NUMBERS)]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(heads)
+        writer.writerow(["chip", *self.keys, *measured, "pareto"])
         for point in self.points:
             measures = [point.energy_pj, point.time_s, point.tflops_per_watt]
-            numbers = [getattr(point.total, name) for name in NUMBERS]
+            numbers = [column.cell(point.total) for column in NUMBERS]
             writer.writerow([point.chip, *point.values.values(), *measures, *numbers, int(point.pareto)])
         return text.getvalue()
 
@@ -131,7 +131,7 @@ def sweep(
     points, left_out = [], dict[str, None]()
     for start, values in itertools.product(starts, itertools.product(*settings.values())):
         chosen = dict(zip(settings, values, strict=True))
-        report = price(counts, start.having(chosen))
+        report = price(counts, start.with_values(chosen))
         total = report.total
         left_out |= dict.fromkeys(missing(report))
         if total.energy_pj is None:
@@ -148,7 +148,7 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
-def _sum(total: Row) -> int:
+def _sum(total: CostRow) -> int:
     """Energy of the chip and, where it is modelled, of DRAM, in zJ."""
     return sum(total.energy_zj.values())
 

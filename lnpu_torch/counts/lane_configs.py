@@ -1,7 +1,7 @@
-"""The family of lane counts, run lengths and balancer groups that a lane profile is measured for. Integers only.
+"""LANE_CONFIGS: the lane counts, synchronisation intervals and balance groups that a lane profile is measured for.
 
-A lane takes one channel. Lanes side by side wait for each other after every run of so many positions; before that, a
-load balancer shares the work of so many neighbouring lanes among them.
+A lane takes one channel. All lanes wait for the fullest after every `sync_interval` positions; before that, a load
+balancer shares the work of each `balance_group` neighbouring lanes among them.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from math import prod
 from typing import NamedTuple
 
 RUN = 16
-"""Positions of the shortest run."""
+"""Positions of the shortest interval; non-zeros are counted in runs of so many."""
 JOIN = 4
-"""Runs that make one of the next length."""
+"""Intervals that make one of the next length."""
 LONGEST = JOIN**2
-"""Shortest runs that make a longest one."""
-RUNS = (RUN, RUN * JOIN, RUN * LONGEST)
-BALANCERS = (1, 4, 16)
+"""Shortest intervals that make a longest one."""
+SYNC_INTERVALS = (RUN, RUN * JOIN, RUN * LONGEST)
+BALANCE_GROUPS = (1, 4, 16)
 """Lanes that share their work; 1 is a chip without balancer, or with its balancer off."""
 LANES = 1024
-"""The most lanes; the others are halves of it, down to one balancer group."""
+"""The most lanes; the other counts are halves of it, down to one balance group."""
 
 
-class Member(NamedTuple):
-    """One chip of the family."""
+class LaneConfig(NamedTuple):
+    """How many lanes there are, after how many positions they wait for each other, and how many share their work."""
 
-    run: int
-    balancer: int
+    sync_interval: int
+    balance_group: int
     lanes: int
 
 
@@ -41,7 +41,12 @@ def _powers(first: int) -> list[int]:
     return [first << i for i in range((LANES // first).bit_length())]
 
 
-LEVELS = tuple(len(_powers(balancer)) for balancer in BALANCERS)
-"""How many lane counts there are with each balancer."""
-MEMBERS = tuple(Member(run, balancer, lanes) for run in RUNS for balancer in BALANCERS for lanes in _powers(balancer))
-"""A profile's entries: by run, then by balancer, then by lanes."""
+LEVELS = tuple(len(_powers(group)) for group in BALANCE_GROUPS)
+"""How many lane counts there are with each balance group."""
+LANE_CONFIGS = tuple(
+    LaneConfig(interval, group, lanes)
+    for interval in SYNC_INTERVALS
+    for group in BALANCE_GROUPS
+    for lanes in _powers(group)
+)
+"""A profile's entries: by interval, then by balance group, then by lanes."""

@@ -1,4 +1,4 @@
-"""Counts: what a run did, exactly, and independent of any chip. It knows no energies and no tensors."""
+"""Counts: what a run did, exactly, and independent of any chip."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from lnpu_torch.counts.lane_profile import LaneProfile
-from lnpu_torch.counts.vector_ops import Elements, NotCounted
-from lnpu_torch.counts.vector_ops import merge as merge_elements
+from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts
+from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
 
-VERSION: Literal[3] = 3
-"""Version of the file format. Files of version 1, without lane profiles, and of 2, without `in_float`, are read."""
+VERSION: Literal[4] = 4
+"""Version of the file format. Older files are read: 1 has no lane profiles, 2 no `in_float`, 3 has other names."""
 
 Step = Literal["forward", "grad_input", "grad_weight"]
 STEPS: tuple[Step, ...] = ("forward", "grad_input", "grad_weight")
@@ -36,7 +36,7 @@ class Operand(Frozen):
     """How the elements of one operand fell into groups, summed over all calls.
 
     `wide` says what the elements above FP8 are: "fp16", or "fp32" for an operand left in float. `lanes` is how long
-    lanes were held if the operand is one that steps stream, None where that was not recorded.
+    lanes work and wait if steps stream the operand, None where that was not recorded.
     """
 
     wide: Literal["fp16", "fp32"]
@@ -89,6 +89,8 @@ class Origin:
 class StepCounts(Frozen):
     """One step of one layer, summed over all its calls.
 
+    `macs` is what a dense chip would multiply: the sum of `pairs`, plus `padding`, which lies outside the image, plus
+    `not_run`, whose step nobody asked for.
     `pairs[i][j]` is the number of multiplications, inside the image, of a first operand of group i with a
     second operand of group j; groups are (zero, fp8, wide). Every skip policy is a sum over this table.
     `by_size` has the calls that were run by their size, which is what fits into a chip's SRAM or does not; it is empty
@@ -99,7 +101,7 @@ class StepCounts(Frozen):
     kind: str
     step: Step
     calls: Count
-    slots: Count
+    macs: Count
     padding: Count
     not_run: Count
     pairs: tuple[Triple, Triple, Triple]
@@ -119,8 +121,8 @@ class StepCounts(Frozen):
     @model_validator(mode="after")
     def _closes(self) -> Self:
         inside = sum(map(sum, self.pairs))
-        if self.slots != inside + self.padding + self.not_run:
-            raise ValueError(f"{self.layer} {self.step}: slots {self.slots} are not pairs + padding + not_run")
+        if self.macs != inside + self.padding + self.not_run:
+            raise ValueError(f"{self.layer} {self.step}: macs {self.macs} are not pairs + padding + not_run")
         return self
 
     def fits(self, other: StepCounts) -> bool:
@@ -134,7 +136,7 @@ class StepCounts(Frozen):
         """The sum of two that fit."""
         return self.model_copy(
             update={
-                **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "slots", "padding", "not_run")},
+                **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "macs", "padding", "not_run")},
                 "pairs": tuple(map(_add, self.pairs, other.pairs)),
                 "first": self.first + other.first,
                 "second": self.second + other.second,
@@ -157,15 +159,15 @@ class Counts(Frozen):
     """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
 
     Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
-    `elements` is what ran besides multiply-accumulates, or why that was not counted.
+    `vector_ops` is what ran besides multiply-accumulates, or why that was not counted.
     `in_float` are multiply-accumulates outside of emulated layers, by torch op; None where nobody looked.
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
 
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
     extrapolated: bool = False
     steps: tuple[StepCounts, ...]
-    elements: Elements | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
+    vector_ops: VectorOpCounts | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
     in_float: dict[str, FloatProduct] | None = None
 
     @model_validator(mode="after")
@@ -200,7 +202,7 @@ class Counts(Frozen):
         seen = [part.in_float for part in parts]
         return cls(
             steps=tuple(entry for entries in merged.values() for entry in entries.values()),
-            elements=merge_elements([part.elements for part in parts]),
+            vector_ops=merge_vector_ops([part.vector_ops for part in parts]),
             in_float=None if None in seen else _sum_products([each for each in seen if each]),
             extrapolated=any(part.extrapolated for part in parts),
         )
@@ -238,7 +240,22 @@ class Counts(Frozen):
             raise ConfigError(f"{path}: not a counts file (no 'version' and 'steps')")
         if type(data["version"]) is not int or not 1 <= data["version"] <= VERSION:
             raise ConfigError(f"{path}: counts of version {data['version']!r}; this lnpu_torch reads up to {VERSION}")
-        return validate(cls, {**data, "version": VERSION}, str(path))
+        return validate(cls, _current(data), str(path))
+
+
+def _current(data: dict[str, Any]) -> dict[str, Any]:
+    """A file's data under the names of this version."""
+    if data["version"] < 4:
+        data = {"vector_ops" if key == "elements" else key: value for key, value in data.items()}
+        data["steps"] = _renamed(data["steps"], {"slots": "macs", "lane_cycles": "cycles_by_config"})
+    return {**data, "version": VERSION}
+
+
+def _renamed(data: Any, names: dict[str, str]) -> Any:
+    """Plain data in which keys have other names, however deep."""
+    if isinstance(data, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in data.items()}
+    return [_renamed(each, names) for each in data] if isinstance(data, list) else data
 
 
 def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:

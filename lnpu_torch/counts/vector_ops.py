@@ -1,4 +1,4 @@
-"""What a run did besides multiply-accumulate: operations on elements, by kind and phase. It knows no chip."""
+"""What a run did besides multiply-accumulate: vector operations, by kind and phase."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 SUMS = ("calls", "read", "written", "operations", "special", "fetched", "stored")
 
 
-class ElementOp(Frozen):
+class VectorOp(Frozen):
     """All calls of one torch op in one phase.
 
     `read` and `written` are elements, of each call's operands and results. `operations` are additions, multiplications,
@@ -43,18 +43,18 @@ class ElementOp(Frozen):
     def key(self) -> tuple[Kind, Phase, str]:
         return self.kind, self.phase, self.op
 
-    def __add__(self, other: ElementOp) -> ElementOp:
+    def __add__(self, other: VectorOp) -> VectorOp:
         return self.model_copy(update={name: getattr(self, name) + getattr(other, name) for name in SUMS})
 
 
-class Elements(Frozen):
+class VectorOpCounts(Frozen):
     """What was counted, in the order of KINDS and PHASES.
 
     `uncounted` names the ops that ran and were not counted, as no formula is known for them, with their calls (in files
     of versions before 3 products outside emulated layers, too). `notes` say what else is to be known.
     """
 
-    entries: tuple[ElementOp, ...] = ()
+    entries: tuple[VectorOp, ...] = ()
     uncounted: dict[str, Annotated[int, Field(ge=1, le=MOST)]] = {}
     notes: tuple[str, ...] = ()
 
@@ -66,38 +66,38 @@ class Elements(Frozen):
 
 
 ELSEWHERE = (
-    "operations on elements that ran while a counter of another model was open, too, are in the counts of the one that "
+    "vector operations that ran while a counter of another model was open, too, are in the counts of the one that "
     "was opened last"
 )
 """A note."""
 
 
 class NotCounted(Frozen):
-    """Element operations were not counted, and why: as a clause that follows "not counted: "."""
+    """Vector operations were not counted, and why: as a clause that follows "not counted: "."""
 
     reason: Annotated[str, Field(min_length=1)]
 
 
-def merge(parts: Sequence[Elements | NotCounted]) -> Elements | NotCounted:
+def merge(parts: Sequence[VectorOpCounts | NotCounted]) -> VectorOpCounts | NotCounted:
     """The sum of several runs; not counted if one of them is not."""
     reasons = dict.fromkeys(part.reason for part in parts if isinstance(part, NotCounted))
     if reasons:
         return NotCounted(reason="; ".join(reasons))
-    merged: dict[tuple[Kind, Phase, str], ElementOp] = {}
+    merged: dict[tuple[Kind, Phase, str], VectorOp] = {}
     uncounted: Counter[str] = Counter()
     for part in parts:
-        assert isinstance(part, Elements)
+        assert isinstance(part, VectorOpCounts)
         uncounted.update(part.uncounted)
         for entry in part.entries:
             merged[entry.key] = merged[entry.key] + entry if entry.key in merged else entry
-    notes = dict.fromkeys(note for part in parts if isinstance(part, Elements) for note in part.notes)
-    return Elements(
+    notes = dict.fromkeys(note for part in parts if isinstance(part, VectorOpCounts) for note in part.notes)
+    return VectorOpCounts(
         entries=tuple(sorted(merged.values(), key=place)),
         uncounted=dict(sorted(uncounted.items())),
         notes=tuple(notes),
     )
 
 
-def place(entry: ElementOp) -> tuple[int, int, str]:
+def place(entry: VectorOp) -> tuple[int, int, str]:
     """An entry's place in the order of KINDS and PHASES."""
     return KINDS.index(entry.kind), PHASES.index(entry.phase), entry.op

@@ -1,4 +1,4 @@
-"""Chip: rates, energies, memories and skip policy of one accelerator, all tagged. It knows nothing of what was run."""
+"""Chip: rates, energies, memories and skip policy of one accelerator, each with its source."""
 
 from __future__ import annotations
 
@@ -26,51 +26,50 @@ from lnpu_torch.files import (
 )
 from lnpu_torch.hardware.energy_tables import BottomUp
 from lnpu_torch.hardware.operating_point import OperatingPoint
-from lnpu_torch.hardware.simd_core import SimdCore
-from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, Ranged, Tagged, tagged_values
+from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, SourcedRange, SourcedValue, sourced_values
 from lnpu_torch.named_files import NamedFile, file_to_read
 
 
 class MacsPerCycle(Frozen):
     """Multiply-accumulates that the whole chip starts in one cycle; `fp8` is None on a chip without FP8."""
 
-    fp8: Tagged[Natural] | None
-    fp16: Tagged[Natural]
+    fp8: SourcedValue[Natural] | None
+    fp16: SourcedValue[Natural]
 
 
 class Lanes(Frozen):
     """How the multipliers fall into lanes, each of which streams one channel, and which of these wait for each other.
 
-    All lanes wait for the fullest after every `run` positions; neighbours share their work in groups of `balancer`.
+    All lanes wait for the fullest after every `sync_interval` positions; `balance_group` neighbours share their work.
     """
 
-    count: Tagged[Annotated[int, Field(gt=0, le=LANES)]]
-    run: Tagged[Literal[16, 64, 256]]
-    balancer: Tagged[Literal[1, 4, 16]]
+    count: SourcedValue[Annotated[int, Field(gt=0, le=LANES)]]
+    sync_interval: SourcedValue[Literal[16, 64, 256]]
+    balance_group: SourcedValue[Literal[1, 4, 16]]
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
-        if self.count.value % self.balancer.value:
-            raise ValueError(f"count {self.count.value} is not a multiple of balancer {self.balancer.value}")
+        if self.count.value % self.balance_group.value:
+            raise ValueError(f"count {self.count.value} is not a multiple of balance_group {self.balance_group.value}")
         return self
 
 
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
-    A slot: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
+    A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
     moved from or to DRAM.
     """
 
-    fp8_mac_pj: Tagged[NotNegative]
-    skipped_slot_pj: Tagged[NotNegative]
-    fp16_to_fp8: Ranged
-    sram_read_pj_per_bit: Tagged[NotNegative]
-    sram_write_pj_per_bit: Tagged[NotNegative]
-    dram_pj_per_bit: Ranged
+    fp8_mac_pj: SourcedValue[NotNegative]
+    skipped_mac_pj: SourcedValue[NotNegative]
+    fp16_to_fp8: SourcedRange
+    sram_read_pj_per_bit: SourcedValue[NotNegative]
+    sram_write_pj_per_bit: SourcedValue[NotNegative]
+    dram_pj_per_bit: SourcedRange
 
 
-CALIBRATED = ("energy.fp8_mac", "energy.skipped_slot", "energy.fp16_to_fp8", "energy.sram")
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram")
 """How the keys begin that only the calibrated model uses."""
 
 
@@ -82,19 +81,33 @@ class Storage(Frozen):
     it is summed up.
     """
 
-    zero_bits: Tagged[Bits]
-    fp8_bits: Tagged[Bits]
-    fp16_bits: Tagged[Bits]
-    partial_sum_bits: Tagged[Natural]
-    results: Tagged[Literal["as_read", "through_dram"]]
+    zero_bits: SourcedValue[Bits]
+    fp8_bits: SourcedValue[Bits]
+    fp16_bits: SourcedValue[Bits]
+    partial_sum_bits: SourcedValue[Natural]
+    results: SourcedValue[Literal["as_read", "through_dram"]]
 
 
 class Skip(Frozen):
     """The operand whose zeros each step skips; a named operand is the streamed one."""
 
-    forward: Tagged[Literal["input", "weight", "both", "none"]]
-    grad_input: Tagged[Literal["grad_output", "weight", "both", "none"]]
-    grad_weight: Tagged[Literal["input", "grad_output", "both", "none"]]
+    forward: SourcedValue[Literal["input", "weight", "both", "none"]]
+    grad_input: SourcedValue[Literal["grad_output", "weight", "both", "none"]]
+    grad_weight: SourcedValue[Literal["input", "grad_output", "both", "none"]]
+
+
+class SimdCore(Frozen):
+    """A core for vector operations, beside the multipliers: the slower of the two tells the time.
+
+    `operation_pj` holds at the low end of the operating range, without operands: each operation reads them from SRAM,
+    and writes its result there. A special function (division, a root, exp ...) takes as long and as much energy as
+    `special_operations` operations.
+    """
+
+    operations_per_cycle: SourcedValue[Natural]
+    special_operations: SourcedValue[Natural]
+    operation_pj: SourcedValue[NotNegative]
+    element_bits: SourcedValue[Natural]
 
 
 class Chip(Frozen):
@@ -102,7 +115,7 @@ class Chip(Frozen):
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
-    ("streamed"), those whose operands "both" are, or "never". `padding` says what a slot outside the image is: a zero
+    ("streamed"), those whose operands "both" are, or "never". `padding` says what a MAC outside the image is: a zero
     of the step's first operand ("as_zero"), or not scheduled ("free").
     """
 
@@ -111,13 +124,13 @@ class Chip(Frozen):
     energy_model: Literal["calibrated", "bottom_up"] = "calibrated"
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
-    sram_bytes: Tagged[Natural]
+    sram_bytes: SourcedValue[Natural]
     lanes: Lanes
-    fp8_pairs: Tagged[Literal["streamed", "both", "never"]]
+    fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
     energy: Energy
     storage: Storage
     skip: Skip
-    padding: Tagged[Literal["as_zero", "free"]]
+    padding: SourcedValue[Literal["as_zero", "free"]]
     simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
 
@@ -151,9 +164,9 @@ class Chip(Frozen):
         fp8, fp16 = self.macs_per_cycle.fp8, self.macs_per_cycle.fp16
         return (fp8_macs / fp8.value if fp8 else 0.0) + fp16_macs / fp16.value
 
-    def values(self) -> dict[str, Tagged[Any]]:
-        """Every tagged value under its dotted key, as in the YAML."""
-        return tagged_values(self)
+    def values(self) -> dict[str, SourcedValue[Any]]:
+        """Every sourced value under its dotted key, as in the YAML."""
+        return sourced_values(self)
 
     def tags(self) -> dict[str, int]:
         """How many of the values that its energy model uses are published, derived and assumed."""
@@ -161,7 +174,7 @@ class Chip(Frozen):
         count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(unused))
         return {tag: count[tag] for tag in ("published", "derived", "assumed")}
 
-    def having(self, values: Mapping[str, Any]) -> Chip:
+    def with_values(self, values: Mapping[str, Any]) -> Chip:
         """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
 
         Raises:
@@ -177,7 +190,7 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
     """A Chip from a built-in name ("lnpu", "dense-fp16", ...), a YAML file's path, or itself.
 
     A file may start from another with `like: NAME_OR_PATH` (a path as seen from the file) and give only what differs;
-    a tagged value is replaced whole. The chip's name is the file's, unless it gives another.
+    a sourced value is replaced whole. The chip's name is the file's, unless it gives another.
 
     Args:
         voltage: run it at this voltage, in V, in place of its own.
@@ -186,7 +199,7 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
         ConfigError: no such chip; a key is missing or unknown; a value, tag, source or unit is wrong. Names the key.
     """
     if voltage is not None:
-        return chip(name_or_path).having({"operating_point.voltage_v": voltage})
+        return chip(name_or_path).with_values({"operating_point.voltage_v": voltage})
     if isinstance(name_or_path, Chip):
         return name_or_path
     path = find("chips", name_or_path, "chip")
@@ -218,10 +231,28 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     data = parse_yaml(read_text(path, "chip"), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a chip: a mapping of keys is expected")
-    start = {"name": path.stem}
+    data, start = _current(data), {"name": path.stem}
     if "like" in data:
         start = {**_base(data.pop("like"), path, (*above, path.resolve())), **start}
     return _merge(start, data)
+
+
+RENAMED = {
+    ("energy", "skipped_slot_pj"): "skipped_mac_pj",
+    ("lanes", "run"): "sync_interval",
+    ("lanes", "balancer"): "balance_group",
+}
+"""Keys of older files, and what they are called today."""
+
+
+def _current(data: dict[str, Any]) -> dict[str, Any]:
+    """A chip's plain data, from older files and run folders too, under today's names."""
+    return {
+        place: {RENAMED.get((place, key), key): value for key, value in inside.items()}
+        if isinstance(inside, dict)
+        else inside
+        for place, inside in data.items()
+    }
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -236,7 +267,7 @@ def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """`over` laid on `base`, mapping by mapping; a tagged value is one piece."""
+    """`over` laid on `base`, mapping by mapping; a sourced value is one piece."""
     if not (isinstance(base, dict) and isinstance(over, dict)) or "value" in base or "value" in over:
         return over
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
@@ -250,7 +281,14 @@ class ChipFile(NamedFile):
     @field_validator("content", mode="before")
     @classmethod
     def _of_plain_data(cls, value: Any) -> Any:
-        return validate(Chip, value, "content") if isinstance(value, dict) else value
+        return validate(Chip, _current(value), "content") if isinstance(value, dict) else value
+
+
+def chip_setting(value: Any) -> Any:
+    """A chip in a run's settings, plain data, under today's names; a chip's name as it is."""
+    if isinstance(value, dict) and isinstance(value.get("content"), dict):
+        return {**value, "content": _current(value["content"])}
+    return value
 
 
 def hold_chip(value: str | ChipFile, again: bool = False) -> str | ChipFile:

@@ -1,4 +1,4 @@
-"""Energies from tables of single circuits, for a model that no figure of the chip itself went into."""
+"""Energies of single circuits from published tables, for a model that uses no figure of the chip itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import model_validator
 
 from lnpu_torch.files import Frozen
-from lnpu_torch.hardware.sourced_value import Natural, NotNegative, Positive, Tagged
+from lnpu_torch.hardware.sourced_value import Natural, NotNegative, Positive, SourcedValue
 
 Polynomial = tuple[float, float, float]
 """Coefficients of V^2, V and 1."""
@@ -17,7 +17,7 @@ Polynomial = tuple[float, float, float]
 class Process(Frozen):
     """Energy of a process against voltage, as a polynomial whose unit cancels in a ratio of two (Stillmaker & Baas)."""
 
-    polynomial: Tagged[Polynomial]
+    polynomial: SourcedValue[Polynomial]
 
     def energy(self, voltage: float) -> float:
         a, b, c = self.polynomial.value
@@ -30,10 +30,10 @@ class Arithmetic(Frozen):
     `fp8_multiply_pj` is the multiplication that runs at FP8's rate, `accumulate_pj` the addition after either.
     """
 
-    fp8_multiply_pj: Tagged[NotNegative]
-    fp16_multiply_pj: Tagged[NotNegative]
-    accumulate_pj: Tagged[NotNegative]
-    measured_at_v: Tagged[Positive]
+    fp8_multiply_pj: SourcedValue[NotNegative]
+    fp16_multiply_pj: SourcedValue[NotNegative]
+    accumulate_pj: SourcedValue[NotNegative]
+    measured_at_v: SourcedValue[Positive]
     measured_in: Process
     chip_in: Process
 
@@ -67,9 +67,9 @@ class Sram(Frozen):
     Energy goes with the square of the voltage, and between two blocks as a power of their size.
     """
 
-    macros: Tagged[tuple[Macro, ...]]
-    macros_at_v: Tagged[Positive]
-    bank_bytes: Tagged[Natural]
+    macros: SourcedValue[tuple[Macro, ...]]
+    macros_at_v: SourcedValue[Positive]
+    bank_bytes: SourcedValue[Natural]
 
     @model_validator(mode="after")
     def _in_table(self) -> Self:
@@ -101,10 +101,10 @@ class Sram(Frozen):
 class BottomUp(Frozen):
     """Multipliers, adders and SRAM from tables.
 
-    `macs_per_read` is how many multiplications one value read from SRAM serves; a skipped slot costs its share of
+    `macs_per_read` is how many multiplications one value read from SRAM serves; a skipped MAC costs its share of
     reading the bit that says so.
     """
 
     arithmetic: Arithmetic
     sram: Sram
-    macs_per_read: Tagged[Positive]
+    macs_per_read: SourcedValue[Positive]

@@ -1,4 +1,4 @@
-"""A chip's voltage, and what follows from it: its clock, and how its energies scale. It knows no other constant."""
+"""A chip's voltage, and what follows from it: its clock, and how its energies scale."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Self
 from pydantic import model_validator
 
 from lnpu_torch.files import Frozen
-from lnpu_torch.hardware.sourced_value import Positive, Tagged
+from lnpu_torch.hardware.sourced_value import Positive, SourcedValue
 
 
 class Point(Frozen):
     """A voltage at which clock and power of the whole chip are known."""
 
-    voltage_v: Tagged[Positive]
-    clock_hz: Tagged[Positive]
-    power_w: Tagged[Positive]
+    voltage_v: SourcedValue[Positive]
+    clock_hz: SourcedValue[Positive]
+    power_w: SourcedValue[Positive]
 
     @property
     def energy_per_cycle_j(self) -> float:
@@ -30,7 +30,7 @@ class OperatingPoint(Frozen):
     energies in the chip's file hold at the low end. Without a high end (null) there is one voltage, the low end's.
     """
 
-    voltage_v: Tagged[Positive]
+    voltage_v: SourcedValue[Positive]
     low: Point
     high: Point | None
 

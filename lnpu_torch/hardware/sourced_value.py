@@ -1,4 +1,4 @@
-"""Values that say what they rest on, and the kinds of number that a chip's file may hold. It knows no chip."""
+"""Values with their provenance: published, derived or assumed, and the source."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Bits = Annotated[int, Field(ge=0, le=MOST)]
 Natural = Annotated[int, Field(gt=0, le=MOST)]
 
 
-class Tagged(Frozen, Generic[Value]):
-    """A value, and what it rests on: stated in `source`, derived from it by a formula, or assumed by us."""
+class SourcedValue(Frozen, Generic[Value]):
+    """A value and its provenance: published in `source`, derived from it by a formula, or assumed by us."""
 
     value: Value
     tag: Tag
     source: Annotated[str, Field(min_length=1)]
 
 
-class Ranged(Tagged[Positive]):
+class SourcedRange(SourcedValue[Positive]):
     """A number that is known only to lie in `range`."""
 
     range: tuple[Positive, Positive] | None = None
@@ -44,12 +44,12 @@ class Ranged(Tagged[Positive]):
         return self
 
 
-def tagged_values(model: Frozen, prefix: str = "") -> dict[str, Tagged[Any]]:
-    """Every tagged value in a model under its dotted key, as in the YAML."""
-    found: dict[str, Tagged[Any]] = {}
+def sourced_values(model: Frozen, prefix: str = "") -> dict[str, SourcedValue[Any]]:
+    """Every sourced value in a model under its dotted key, as in the YAML."""
+    found: dict[str, SourcedValue[Any]] = {}
     for key, value in model:
-        if isinstance(value, Tagged):
+        if isinstance(value, SourcedValue):
             found[prefix + key] = value
         elif isinstance(value, Frozen):
-            found |= tagged_values(value, f"{prefix}{key}.")
+            found |= sourced_values(value, f"{prefix}{key}.")
     return found

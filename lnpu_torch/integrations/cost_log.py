@@ -1,4 +1,4 @@
-"""A training run's accounts, epoch by epoch, as someone else's loop calls for them. It knows no such loop.
+"""CostLog counts and prices a training run epoch by epoch, called from someone else's loop.
 
 It writes what `lnpu report FOLDER` and `lnpu price` read:
 
@@ -25,14 +25,14 @@ from torch import distributed, nn
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError, create_text, inside, parse_yaml, read_text, write_text
 from lnpu_torch.hardware.chip import ChipFile, hold_chip
-from lnpu_torch.named_files import differences, held
+from lnpu_torch.named_files import content_of, differences
 from lnpu_torch.quant.precision import hold_precision
 
 Overrides = Mapping[str, str | Path | lnpu.Rule | lnpu.Precision | None]
 
 
 class CostLog:
-    """Converts a model, counts its epochs, prices and writes them. On several ranks T's are shared and counts summed.
+    """Converts a model, counts its epochs, prices and writes them. Ranks share thresholds, and their counts are summed.
 
     Call `convert` and `start`, then for each epoch `begin_epoch` and `end_epoch`, then `finish`; `close` at any
     time, if training was cut short. What runs between `pause` and `go_on`, such as validation, is not counted.
@@ -57,7 +57,7 @@ class CostLog:
             ChipFile(file=each.name, content=each) if isinstance(each, lnpu.Chip) else hold_chip(str(each))
             for each in chips
         ]
-        self.chips = [lnpu.chip(held(each)) for each in named]
+        self.chips = [lnpu.chip(content_of(each)) for each in named]
         self.folder = Path(folder)
         self.metrics: list[dict[str, float]] = []
         self._precision = _hold(precision)
@@ -85,12 +85,12 @@ class CostLog:
         self._model = model
         if not self._converts:
             return
-        overrides = {name: held(value) for name, value in self._overrides.items()}
+        overrides = {name: content_of(value) for name, value in self._overrides.items()}
         with ExitStack() as tolerant:
             if not complete:
                 tolerant.enter_context(suppress(ConfigError))
                 tolerant.enter_context(warnings.catch_warnings(action="ignore"))
-            lnpu.convert(model, held(self._precision), overrides=overrides, only_new=True)
+            lnpu.convert(model, content_of(self._precision), overrides=overrides, only_new=True)
 
     def start(self, *, resumed: bool = False) -> None:
         """Open the folder.
@@ -114,14 +114,14 @@ class CostLog:
     def pause(self) -> None:
         """Compute as ever, but count nothing until `go_on`."""
         self.go_on()
-        self._pauses.enter_context(lnpu.uncounted(self._model))
+        self._pauses.enter_context(lnpu.no_count(self._model))
 
     def go_on(self) -> None:
         """Count again; without a pause before it, nothing changes."""
         self._pauses.close()
 
     def step_done(self) -> None:
-        """To be called after each optimizer step: ranks choose their T's together."""
+        """To be called after each optimizer step: ranks choose their thresholds together."""
         if self._shared:
             self._shared.merge()
 

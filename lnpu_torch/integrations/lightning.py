@@ -1,4 +1,4 @@
-"""LNPU as a callback of Lightning's Trainer. It knows Lightning's hooks; the accounts are `CostLog`'s."""
+"""LNPU as a callback of Lightning's Trainer. `CostLog` does the work."""
 
 from __future__ import annotations
 

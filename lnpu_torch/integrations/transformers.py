@@ -1,4 +1,4 @@
-"""LNPU as a callback of Hugging Face's Trainer. It knows that Trainer's hooks; the accounts are `CostLog`'s."""
+"""LNPU as a callback of Hugging Face's Trainer. `CostLog` does the work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(needs, name=error.name) from error
 
 THRESHOLDS = "lnpu_thresholds.pt"
-"""The file of each layer's T's, in the Trainer's checkpoints."""
+"""The file of each layer's thresholds, in the Trainer's checkpoints."""
 
 
 class LnpuCallback(TrainerCallback):
@@ -79,4 +79,4 @@ def _restore(model: nn.Module, file: Path) -> None:
     if file.exists():
         lnpu.load_thresholds(model, torch.load(file, weights_only=True))
     else:
-        warnings.warn(f"{file} is not there: every T is chosen anew, from the first batches", stacklevel=2)
+        warnings.warn(f"{file} is not there: every threshold is chosen anew, from the first batches", stacklevel=2)

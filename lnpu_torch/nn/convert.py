@@ -150,28 +150,28 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class FloatProduct:
-    """Multiplications outside emulated layers: the module that does them, torch's op, slots in one forward pass.
+    """Multiplications outside emulated layers: the module that does them, torch's op, macs in one forward pass.
 
-    `slots` is None for an op that reads weights, and of which nobody knows how it multiplies.
+    `macs` is None for an op that reads weights, and of which nobody knows how it multiplies.
     """
 
     layer: str
     op: str
-    slots: int | None
+    macs: int | None
 
 
 @dataclass(frozen=True)
 class Coverage:
     """Which layers of a model are emulated, and notes on what passes them by. `str()` gives a table of the rest.
 
-    If a batch was given, `products` are the multiplications of its forward pass that are not emulated, and `slots`
+    If a batch was given, `products` are the multiplications of its forward pass that are not emulated, and `macs`
     are those of all of it; else both are None.
     """
 
     rows: tuple[CoverageRow, ...]
     notes: tuple[str, ...] = (UNSEEN,)
     products: tuple[FloatProduct, ...] | None = None
-    slots: int | None = None
+    macs: int | None = None
 
     @property
     def emulated(self) -> tuple[CoverageRow, ...]:
@@ -192,18 +192,18 @@ class Coverage:
         return "\n".join([*lines, *self._product_lines(), *self.notes])
 
     def _product_lines(self) -> list[str]:
-        if not self.products and not self.slots:
+        if not self.products and not self.macs:
             return []
         assert self.products is not None
-        outside = sum(product.slots or 0 for product in self.products)
-        unknown = any(product.slots is None for product in self.products)
-        share = f"{outside / self.slots:.1%}" if self.slots else "unknown"
+        outside = sum(product.macs or 0 for product in self.products)
+        unknown = any(product.macs is None for product in self.products)
+        share = f"{outside / self.macs:.1%}" if self.macs else "unknown"
         least = "at least " if unknown else ""
-        lines = [f"{least}{outside:,} of {self.slots:,} slots of a forward pass in float ({least}{share}):"]
+        lines = [f"{least}{outside:,} of {self.macs:,} MACs of a forward pass in float ({least}{share}):"]
         width = max((len(product.layer) for product in self.products), default=0)
         rows = [
             f"  {each.layer or '(model)':<{width}}  {each.op}  "
-            + ("an unknown number" if each.slots is None else f"{each.slots:,}")
+            + ("an unknown number" if each.macs is None else f"{each.macs:,}")
             for each in self.products
         ]
         return lines + (rows or ["  none"])
@@ -222,10 +222,10 @@ def coverage(model: nn.Module, *inputs: Any, **named: Any) -> Coverage:
     rows, notes = tuple(_rows(model)), ((UNSEEN, BYPASSED) if bypassed else (UNSEEN,))
     if not inputs and not named:
         return Coverage(rows, notes)
-    slots = forward_macs(revert(_copied(model)), inputs, named)
+    counted = forward_macs(revert(_copied(model)), inputs, named)
     emulated = emulated_layers(model)
-    products = [FloatProduct(*place, count) for place, count in slots.items() if place[0] not in emulated]
-    return Coverage(rows, notes, tuple(products), sum(count or 0 for count in slots.values()))
+    products = [FloatProduct(*place, count) for place, count in counted.items() if place[0] not in emulated]
+    return Coverage(rows, notes, tuple(products), sum(count or 0 for count in counted.values()))
 
 
 def _copied(model: Model) -> Model:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lnpu_torch.counts.lane_configs import MEMBERS, RUNS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
 from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
 from lnpu_torch.nn.layer_state import Emulation, Operand, counting_lock
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
@@ -62,10 +62,10 @@ class LayerPlan:
     ) -> None:
         self.product, self.precision = product, precision
         self.geometry = geometry = product.geometry(x, weight)
-        self.sizes, self.slots = tuple(geometry.pack()), geometry.slots
+        self.sizes, self.macs = tuple(geometry.pack()), geometry.macs
         self.counting = counting
         # the runs of lanes go on from sample to sample; where samples are whole runs they end there in either case
-        joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.big) % RUNS[-1] != 0
+        joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.big) % SYNC_INTERVALS[-1] != 0
         grid = partial(
             precision.operands,
             layout=(geometry.batch, geometry.groups),
@@ -166,7 +166,7 @@ def backward(
         grads[0] = state.result("grad_input", values, input.dtype)
         del ws, operands, values
     elif plan.counting:
-        state.not_run("grad_input", plan.slots)
+        state.not_run("grad_input", plan.macs)
     if now[1]:
         error = errors["grad_weight"]
         x = error.values.new_empty(1).expand(input.shape) if saved.values is None else saved.values
@@ -178,7 +178,7 @@ def backward(
             if result is not None:
                 grads[place] = state.result("grad_weight", result, dtype or result.dtype)
     if plan.counting and not wants[1]:
-        state.not_run("grad_weight", plan.slots)
+        state.not_run("grad_weight", plan.macs)
     if state.training:
         ops.commit_thresholds(state.thresholds)
     return grads
@@ -278,7 +278,7 @@ def _(
             saved[0] = torch.empty_like(input, dtype=kept, memory_format=backends.memory_format(input))
         if counting:
             saved[1:3] = ops.empty_counts(of.grid(input), of.groups)
-            saved[3] = input.new_empty(len(MEMBERS), dtype=torch.int64)
+            saved[3] = input.new_empty(len(LANE_CONFIGS), dtype=torch.int64)
     if wants[0] and chosen.reads["grad_input", "weight"].rule is not None:
         saved[4] = input.new_empty((), dtype=torch.int32)
     return output, saved[0], saved[1], saved[2], saved[3], saved[4]
@@ -359,11 +359,11 @@ def _(
 def _(input: torch.Size, weight: torch.Size, *args: Any, **_: Any) -> int:
     """What torch's FlopCounterMode counts: two for each multiply-accumulate."""
     product: Sequence[int] = args[7]
-    return 2 * product_of(product).geometry(input, weight).slots
+    return 2 * product_of(product).geometry(input, weight).macs
 
 
 @register_flop_formula(OPS.layer_backward)
 def _(grad_output: torch.Size, weight: torch.Size, *args: Any, **_: Any) -> int:
     product, wants, shape = args[7], args[9], args[12]
     steps: int = wants[0] + wants[1]
-    return 2 * steps * product_of(product).geometry(shape, weight).slots
+    return 2 * steps * product_of(product).geometry(shape, weight).macs

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.reads import READS, STEPS, OperandPlan, precision_plan
 from lnpu_torch.ops.gemm import half_precision as product_ops
@@ -36,8 +36,8 @@ def new_counters(device: torch.device | str = "cpu") -> Tensor:
 
 
 def new_lanes(device: torch.device | str = "cpu") -> Tensor:
-    """Lane profiles of a layer that has done nothing, by step and operand: int64 [len(STEPS), 2, len(MEMBERS)]."""
-    return torch.zeros(len(STEPS), 2, len(MEMBERS), dtype=torch.int64, device=device)
+    """Lane profiles of a layer that has done nothing, by step and operand: int64 [len(STEPS), 2, len(LANE_CONFIGS)]."""
+    return torch.zeros(len(STEPS), 2, len(LANE_CONFIGS), dtype=torch.int64, device=device)
 
 
 def new_call_sizes() -> Tensor:
@@ -151,10 +151,10 @@ class Emulation:
         """Where a step is counted: counters, the sizes of call that their rows stand for, lane profiles; its place."""
         return self.counters, self.call_sizes, self.lanes, STEPS.index(step)
 
-    def not_run(self, step: str, slots: int) -> None:
+    def not_run(self, step: str, macs: int) -> None:
         """Count a step that nobody asked for."""
         with counting_lock(self):
-            count_ops.count_not_run(self.counters, STEPS.index(step), slots)
+            count_ops.count_not_run(self.counters, STEPS.index(step), macs)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What calls change, in the order that `of` takes them in."""

@@ -57,7 +57,7 @@ class LayerWatcher(TorchDispatchMode):
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
+def pause_op_tracing() -> Iterator[None]:
     """Within the block this thread's LayerWatchers see nothing."""
     modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LayerWatcher) and not mode.paused]
     try:

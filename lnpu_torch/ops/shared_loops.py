@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray, float32, float64, int32, int64, types, uint8, uint16, uint32, uint64
 from numba.extending import intrinsic
 
-from lnpu_torch.counts.lane_configs import LONGEST, MEMBERS, RUN
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS, LONGEST, RUN
 from lnpu_torch.ops.lanes import cpu_loops as lane_loops
 from lnpu_torch.ops.numba_jit import compiled, inlined
 from lnpu_torch.ops.pair_counts import cpu_loops as count_loops
@@ -19,7 +19,7 @@ from lnpu_torch.ops.quantize import cpu_loops as loops
 from lnpu_torch.ops.quantize import cpu_threshold_loops as threshold_loops
 from lnpu_torch.ops.regions import bounds, in_parallel
 
-ENTRIES = len(MEMBERS)
+ENTRIES = len(LANE_CONFIGS)
 CHOICE = 10
 """Numbers that say how a rule chooses its threshold."""
 
@@ -286,7 +286,7 @@ def add_grid_step(team, counting, big, small, meets, sizes, small_first):
         big, small: address of counts by position int32 [2, *shape], shape, address of counts by sample
             [2, samples, *grid], their number, whether they are uint8 instead of int32, address of a lane profile.
         meets: see `count_loops.meetings`.
-        sizes: slots, inside, other channels of big and of small, elements of the first operand and of the second.
+        sizes: macs, inside, other channels of big and of small, elements of the first operand and of the second.
     """
     counters, known, lanes, call = counting
     shape = big[1]

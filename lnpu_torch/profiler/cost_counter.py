@@ -1,4 +1,4 @@
-"""Counts what a model does inside a block, and has it priced. It knows no energies, rounding or rendering."""
+"""Counts what a model does inside a block, and has it priced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lnpu_torch.counts.schema import Counts, FloatProduct
 from lnpu_torch.counts.vector_ops import NotCounted
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.profiler.layer_counters import LayerLedger
-from lnpu_torch.profiler.op_tracer import Watch
+from lnpu_torch.profiler.op_tracer import OpTracer
 
 
 class CostCounter:
@@ -22,25 +22,25 @@ class CostCounter:
 
     Multiply-accumulates are the difference of the layers' own counters before and after: no hooks on their calls, no
     synchronisation on the way. Layers that come, go, are converted again or reverted in the block are counted; one that
-    differs from an earlier one of its name is "fc (2)". Operations on elements (normalisation, activations, the
+    differs from an earlier one of its name is "fc (2)". Vector operations (normalisation, activations, the
     optimizer ...) are seen as torch's ops run in this thread, and in its backward; under torch.compile they are not,
     and counts say so. Of counters of different models that are open together, the one opened last counts them. A
     counter can be entered again, and then starts anew.
     """
 
-    def __init__(self, model: nn.Module, *, elements: bool = True) -> None:
-        """Count what `model` does; `elements=False` leaves out operations on elements, which takes no time at all."""
-        self._model, self._elements = model, elements
+    def __init__(self, model: nn.Module, *, vector_ops: bool = True) -> None:
+        """Count what `model` does; `vector_ops=False` leaves out vector operations, which takes no time at all."""
+        self._model, self._vector_ops = model, vector_ops
         self._ledger: LayerLedger | None = None
-        self._watch: Watch | None = None
+        self._tracer: OpTracer | None = None
 
     def __enter__(self) -> Self:
         """Start. Raises ConfigError if the model has no emulated layer."""
         self._stop()
         self._ledger = LayerLedger(self._model)
-        self._watch = Watch(self._ledger.owns, self._ledger.layers) if self._elements else None
-        if self._watch:
-            self._watch.start()
+        self._tracer = OpTracer(self._ledger.owns, self._ledger.layers) if self._vector_ops else None
+        if self._tracer:
+            self._tracer.start()
         return self
 
     def __exit__(
@@ -49,8 +49,8 @@ class CostCounter:
         self._stop()
 
     def _stop(self) -> None:
-        if self._watch:
-            self._watch.stop()
+        if self._tracer:
+            self._tracer.stop()
         if self._ledger:
             self._ledger.close()
 
@@ -60,12 +60,12 @@ class CostCounter:
         if self._ledger is None:
             raise RuntimeError("nothing was counted: run the model inside `with CostCounter(model) as cost:`")
         counts = self._ledger.counts()
-        if not self._watch:
-            return counts.model_copy(update={"elements": NotCounted(reason="CostCounter(elements=False)")})
+        if not self._tracer:
+            return counts.model_copy(update={"vector_ops": NotCounted(reason="CostCounter(vector_ops=False)")})
         calls = sum(entry.calls for entry in counts.steps)
-        products = sorted(self._watch.products.items()) if self._watch.sees_products(calls) else None
+        products = sorted(self._tracer.products.items()) if self._tracer.sees_products(calls) else None
         in_float = products and {op: FloatProduct(calls=times, macs=macs) for op, (times, macs) in products}
-        seen = {"elements": self._watch.result(calls), "in_float": {} if products == [] else in_float}
+        seen = {"vector_ops": self._tracer.result(calls), "in_float": {} if products == [] else in_float}
         return counts.model_copy(update=seen)
 
     def report(self, chip: str | Path | Chip = "lnpu") -> Report:

@@ -20,7 +20,7 @@ from lnpu_torch.counts.schema import OPERANDS, STEPS, Calls, Counts, Operand, St
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import why_nothing_is_emulated
 from lnpu_torch.nn.modules import LISTENERS, Emulated, emulated_layers, unwrapped
-from lnpu_torch.profiler.op_tracer import unwatched
+from lnpu_torch.nn.observers import pause_op_tracing
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's
 _SERIALS = itertools.count()
@@ -120,10 +120,10 @@ class LayerLedger:
 
 
 @contextmanager
-def uncounted(model: nn.Module) -> Iterator[None]:
+def no_count(model: nn.Module) -> Iterator[None]:
     """Within the block a model's emulated layers compute as ever, but count nothing, which is faster.
 
-    Nor does a `CostCounter` around it count this thread's operations on elements.
+    Nor does a `CostCounter` around it count this thread's vector operations.
 
     A step's forward and backward belong into the same block. Under torch.compile each way is compiled once.
     """
@@ -132,7 +132,7 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     try:
         for each in emulations:
             each.counting = False
-        with unwatched():
+        with pause_op_tracing():
             yield
     finally:
         for each, was in zip(emulations, before, strict=True):
@@ -162,7 +162,7 @@ def _values(counters: Tensor) -> Tensor:
 
 def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:
     values = rows.sum(0).tolist()
-    calls, slots, padding, not_run = values[:4]
+    calls, macs, padding, not_run = values[:4]
     table, elements = values[4:13], (values[13:16], values[16:19])
     first, second = (
         _operand(life, step, name, *each) for name, *each in zip(OPERANDS[step], elements, lanes, strict=True)
@@ -173,7 +173,7 @@ def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list
             "kind": life.kind,
             "step": step,
             "calls": calls,
-            "slots": slots,
+            "macs": macs,
             "padding": padding,
             "not_run": not_run,
             "pairs": tuple(tuple(table[i : i + 3]) for i in (0, 3, 6)),
@@ -187,7 +187,7 @@ def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list
 def _operand(life: Life, step: Step, name: str, elements: list[int], lanes: list[int]) -> Operand:
     profile = None
     if name in life.channels:
-        profile = LaneProfile(channels=life.channels[name], lane_cycles=tuple(lanes))
+        profile = LaneProfile(channels=life.channels[name], cycles_by_config=tuple(lanes))
     return Operand(wide=life.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Which torch ops are operations on elements, of which kind, by which formula. It knows names, and counts nothing."""
+"""Which torch ops are vector operations, of which kind, by which formula."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from lnpu_torch.counts.vector_ops import Kind
-from lnpu_torch.profiler import layer_formulas as layer
-from lnpu_torch.profiler import op_formulas as by
+from lnpu_torch.profiler import op_formulas
 from lnpu_torch.profiler.op_formulas import Call, Formula, each, each_read, scatter_add
 
 
@@ -29,16 +28,16 @@ def _all(names: str, formula: Formula) -> dict[str, Formula]:
 
 
 ELEMENTWISE: dict[str, Formula] = {
-    **_all("sub rsub add", Formula("other", by.add)),
+    **_all("sub rsub add", Formula("other", op_formulas.add)),
     **_all("mul neg abs sign sgn maximum minimum fmax fmin clamp_min clamp_max square", each("other", 1)),
     **_all("where masked_fill eq ne lt le gt ge isnan isinf isfinite heaviside", each("other", 1)),
     **_all("round floor ceil trunc fmod remainder nan_to_num", each("other", 1)),
-    **_all("div true_divide", Formula("other", by.divide)),
+    **_all("div true_divide", Formula("other", op_formulas.divide)),
     **_all("exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal erf erfc sin cos tan atan2", each("other", 0, 1)),
-    "pow": Formula("other", by.power),
-    "addcmul": Formula("other", by.add_product),
-    "addcdiv": Formula("other", by.add_quotient),
-    "clamp": Formula("other", by.clamp),
+    "pow": Formula("other", op_formulas.power),
+    "addcmul": Formula("other", op_formulas.add_product),
+    "addcdiv": Formula("other", op_formulas.add_quotient),
+    "clamp": Formula("other", op_formulas.clamp),
     "lerp": each("other", 3),  # x + w (y - x)
     "xlogy": each("other", 1, 1),
     "native_dropout": each("other", 2),  # mask and scale; random bits are not arithmetic
@@ -64,8 +63,8 @@ ACTIVATIONS: dict[str, Formula] = {
     **_all("tanh_backward sigmoid_backward", each("activation", 3)),  # dy (1 - y^2), dy y (1 - y)
     "silu": each("activation", 1, 1),
     "silu_backward": each("activation", 5, 1),  # dy s (1 + x (1 - s))
-    "gelu": Formula("activation", by.gelu),
-    "gelu_backward": Formula("activation", by.gelu_backward),
+    "gelu": Formula("activation", op_formulas.gelu),
+    "gelu_backward": Formula("activation", op_formulas.gelu_backward),
     **_all("elu celu selu", each("activation", 3, 1)),
     "elu_backward": each("activation", 3, 1),
     "hardswish": each("activation", 5),  # x min(max(x + 3, 0), 6) / 6
@@ -76,47 +75,57 @@ ACTIVATIONS: dict[str, Formula] = {
     "softplus_backward": each("activation", 3, 1),
     "mish": each("activation", 2, 3),  # x tanh(log(1 + exp(x)))
     "mish_backward": each("activation", 8, 4),
-    "_softmax": Formula("activation", layer.softmax),
+    "_softmax": Formula("activation", op_formulas.softmax),
     "_softmax_backward_data": each("activation", 4),  # y (dy - sum(dy y))
 }
 NORMALISATIONS: dict[str, Formula] = {
     **_all(
         "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
-        Formula("normalisation", layer.batch_norm, layer.batch_norm_reads),
+        Formula("normalisation", op_formulas.batch_norm, op_formulas.batch_norm_reads),
     ),
-    "native_batch_norm_backward": Formula("normalisation", layer.batch_norm_backward, layer.batch_norm_backward_reads),
+    "native_batch_norm_backward": Formula(
+        "normalisation", op_formulas.batch_norm_backward, op_formulas.batch_norm_backward_reads
+    ),
     **_all(
         "cudnn_batch_norm_backward miopen_batch_norm_backward",
-        Formula("normalisation", layer.gpu_batch_norm_backward, layer.gpu_batch_norm_backward_reads),
+        Formula("normalisation", op_formulas.gpu_batch_norm_backward, op_formulas.gpu_batch_norm_backward_reads),
     ),
-    **_all("native_layer_norm native_group_norm", Formula("normalisation", layer.row_norm, layer.twice(0))),
-    "_fused_rms_norm": Formula("normalisation", layer.rms_norm, layer.twice(0)),
-    "_fused_rms_norm_backward": Formula("normalisation", layer.rms_norm_backward, layer.twice(0, 1)),
+    **_all("native_layer_norm native_group_norm", Formula("normalisation", op_formulas.row_norm, op_formulas.twice(0))),
+    "_fused_rms_norm": Formula("normalisation", op_formulas.rms_norm, op_formulas.twice(0)),
+    "_fused_rms_norm_backward": Formula("normalisation", op_formulas.rms_norm_backward, op_formulas.twice(0, 1)),
     "batch_norm_stats": each_read("normalisation", 3),  # of batches spread over GPUs
     "batch_norm_elemt": each_read("normalisation", 2),
     **_all("batch_norm_backward_reduce batch_norm_backward_elemt", each_read("normalisation", 4)),
     "batch_norm_gather_stats_with_counts": each_read("normalisation", 4),
-    "native_layer_norm_backward": Formula("normalisation", layer.row_norm_backward(3, 5), layer.twice(0, 1)),
-    "native_group_norm_backward": Formula("normalisation", layer.row_norm_backward(2, 4), layer.twice(0, 1)),
+    "native_layer_norm_backward": Formula(
+        "normalisation", op_formulas.row_norm_backward(3, 5), op_formulas.twice(0, 1)
+    ),
+    "native_group_norm_backward": Formula(
+        "normalisation", op_formulas.row_norm_backward(2, 4), op_formulas.twice(0, 1)
+    ),
 }
 POOLINGS: dict[str, Formula] = {
-    **{f"max_pool{d}d_with_indices": layer.max_pool(d) for d in (2, 3)},
+    **{f"max_pool{d}d_with_indices": op_formulas.max_pool(d) for d in (2, 3)},
     **{f"max_pool{d}d_with_indices_backward": scatter_add("pooling") for d in (2, 3)},
-    **{f"avg_pool{d}d": layer.average_pool(d) for d in (1, 2, 3)},
-    **{f"avg_pool{d}d_backward": layer.average_pool_backward(d) for d in (2, 3)},
-    **{f"_adaptive_avg_pool{d}d": layer.adaptive_pool(d) for d in (2, 3)},
-    **{f"_adaptive_avg_pool{d}d_backward": layer.adaptive_pool_backward(d) for d in (2, 3)},
-    **{f"adaptive_max_pool{d}d": layer.adaptive_pool(d) for d in (2, 3)},
+    **{f"avg_pool{d}d": op_formulas.average_pool(d) for d in (1, 2, 3)},
+    **{f"avg_pool{d}d_backward": op_formulas.average_pool_backward(d) for d in (2, 3)},
+    **{f"_adaptive_avg_pool{d}d": op_formulas.adaptive_pool(d) for d in (2, 3)},
+    **{f"_adaptive_avg_pool{d}d_backward": op_formulas.adaptive_pool_backward(d) for d in (2, 3)},
+    **{f"adaptive_max_pool{d}d": op_formulas.adaptive_pool(d) for d in (2, 3)},
     **{f"adaptive_max_pool{d}d_backward": scatter_add("pooling") for d in (2, 3)},
     "upsample_bilinear2d": each("other", 7),  # four products, three sums
-    "upsample_bilinear2d_backward": Formula("other", lambda call: (8 * by.elements(call.args[0]), 0)),
+    "upsample_bilinear2d_backward": Formula("other", lambda call: (8 * op_formulas.elements(call.args[0]), 0)),
     "upsample_nearest2d_backward": scatter_add("other"),
 }
 LOSSES: dict[str, Formula] = {
-    "_log_softmax": Formula("loss", layer.softmax),
+    "_log_softmax": Formula("loss", op_formulas.softmax),
     "_log_softmax_backward_data": each("loss", 3, 1),  # dy - exp(y) sum(dy)
-    **_all("nll_loss_forward nll_loss2d_forward", Formula("loss", lambda call: (2 * by.elements(call.args[1]), 0))),
-    **_all("nll_loss_backward nll_loss2d_backward", Formula("loss", lambda call: (by.elements(call.args[2]), 0))),
+    **_all(
+        "nll_loss_forward nll_loss2d_forward", Formula("loss", lambda call: (2 * op_formulas.elements(call.args[1]), 0))
+    ),
+    **_all(
+        "nll_loss_backward nll_loss2d_backward", Formula("loss", lambda call: (op_formulas.elements(call.args[2]), 0))
+    ),
     "mse_loss": each_read("loss", 3),  # difference, square, sum
     "mse_loss_backward": each("loss", 2),
     "smooth_l1_loss": each_read("loss", 6),
@@ -128,18 +137,18 @@ LOSSES: dict[str, Formula] = {
     "binary_cross_entropy_with_logits": each_read("loss", 5, 2),  # (1 - t) x + log(1 + exp(-x)), stably
 }
 OPTIMIZERS: dict[str, Formula] = {
-    "_fused_sgd": Formula("optimizer", by.sgd, written=by.states),
-    "_fused_adam": Formula("optimizer", by.adam(decay=2), written=by.states),
-    "_fused_adamw": Formula("optimizer", by.adam(decay=1), written=by.states),
-    "_fused_adagrad": Formula("optimizer", by.adagrad, written=by.states),
+    "_fused_sgd": Formula("optimizer", op_formulas.sgd, written=op_formulas.states),
+    "_fused_adam": Formula("optimizer", op_formulas.adam(decay=2), written=op_formulas.states),
+    "_fused_adamw": Formula("optimizer", op_formulas.adam(decay=1), written=op_formulas.states),
+    "_fused_adagrad": Formula("optimizer", op_formulas.adagrad, written=op_formulas.states),
     "_amp_foreach_non_finite_check_and_unscale": each("optimizer", 2),
 }
 PRODUCTS: dict[str, Formula] = {
-    **_all("mm bmm mv dot vdot", by.product()),
-    **_all("addmm addmv addbmm baddbmm", by.product(bias=0)),
-    "convolution": by.product(bias=2),
+    **_all("mm bmm mv dot vdot", op_formulas.product()),
+    **_all("addmm addmv addbmm baddbmm", op_formulas.product(bias=0)),
+    "convolution": op_formulas.product(bias=2),
     "convolution_backward": Formula(
-        "other", by.bias_gradient, lambda call: call.args[0], lambda call: call.out[2], True
+        "other", op_formulas.bias_gradient, lambda call: call.args[0], lambda call: call.out[2], True
     ),
 }
 FORMULAS: dict[str, Formula] = {

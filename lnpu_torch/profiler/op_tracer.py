@@ -1,4 +1,4 @@
-"""Sees every torch op that runs in a thread and its backward; adds up operations on elements and float products."""
+"""Sees every torch op that runs in a thread and its backward; adds up vector operations and float products."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, ElementOp, Elements, Kind, NotCounted, Phase, place
+from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, Kind, NotCounted, Phase, VectorOp, VectorOpCounts, place
 from lnpu_torch.nn.coverage import is_product, macs
 from lnpu_torch.nn.observers import LayerSteps, LayerWatcher
-from lnpu_torch.nn.observers import unwatched as unwatched
 from lnpu_torch.profiler.op_formulas import Call, Formula, tensors
 from lnpu_torch.profiler.op_table import Other, find, general_kind
 
@@ -90,20 +89,20 @@ class _Ranges(threading.local):
         return fetched, stored
 
 
-class Watch:
+class OpTracer:
     """Adds up what a thread runs from `start` to `stop`. It changes nothing, and waits for no device.
 
     Torch takes it along to the threads of backward, but not to threads that a program starts itself. Into code that
     torch.compile made it sees only where that calls torch's own products. Of emulated layers it is told.
 
-    Operations on elements belong to no model. Of watches that overlap, the one that was started last counts them, and
+    Vector operations belong to no model. Of tracers that overlap, the one that was started last counts them, and
     those of which a layer is its, too.
     """
 
     def __init__(
         self, owns: Callable[[Any], bool] = lambda emulation: True, layers: Callable[[], set[int]] = set
     ) -> None:
-        """Watch the layers of one model.
+        """Trace beside the layers of one model.
 
         Args:
             owns: whether an emulation is one of the model's layers.
@@ -120,7 +119,7 @@ class Watch:
         self._sums: dict[tuple[Kind, Phase, str], list[int]] = {}
         self._uncounted: Counter[str] = Counter()
         self._lock = threading.Lock()  # backward has a thread for each device
-        self._tracer: _Tracer | None = None
+        self._mode: _OpMode | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -131,19 +130,19 @@ class Watch:
 
     def start(self) -> None:
         """Begin to see what this thread runs."""
-        self._tracer = _thread.tracer
-        self._tracer.add(self)
+        self._mode = _thread.mode
+        self._mode.add(self)
 
     def stop(self) -> None:
-        """See no more; what was seen remains. Watches may be stopped in any order."""
+        """See no more; what was seen remains. Tracers may be stopped in any order."""
         self._look_for_compiled_code()
-        if self._tracer:
-            self._tracer.remove(self)
-            self._tracer = None  # what it has seen stays as it is
+        if self._mode:
+            self._mode.remove(self)
+            self._mode = None  # what it has seen stays as it is
 
     def is_compiled(self, layer_calls: int) -> bool:
         """Whether code that torch.compile made has run, as far as can be told."""
-        if self._tracer:
+        if self._mode:
             self._look_for_compiled_code()
         return self._compiled or (self._layer_calls < layer_calls and self._alive)
 
@@ -151,7 +150,7 @@ class Watch:
         """Whether products were in sight: all that ran in this thread and its backward, compiled or not."""
         return self._layer_calls >= layer_calls or self.is_compiled(layer_calls)
 
-    def result(self, layer_calls: int) -> Elements | NotCounted:
+    def result(self, layer_calls: int) -> VectorOpCounts | NotCounted:
         """What was seen, if that is all.
 
         Args:
@@ -161,22 +160,22 @@ class Watch:
             return NotCounted(reason=COMPILED)
         if self._layer_calls < layer_calls:
             return NotCounted(reason=f"only {self._layer_calls} of {layer_calls} steps of layers ran in sight")
-        return NotCounted(reason=self._reason) if self._reason else self.elements
+        return NotCounted(reason=self._reason) if self._reason else self.vector_ops
 
     @property
-    def elements(self) -> Elements:
+    def vector_ops(self) -> VectorOpCounts:
         """What was seen so far."""
         with self._lock:
             sums, uncounted = dict(self._sums), dict(sorted(self._uncounted.items()))
             entries = [
-                ElementOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
+                VectorOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
                 for (kind, phase, op), values in sums.items()
             ]
         note = (ELSEWHERE,) if self._elsewhere else ()
-        return Elements(entries=tuple(sorted(entries, key=place)), uncounted=uncounted, notes=note)
+        return VectorOpCounts(entries=tuple(sorted(entries, key=place)), uncounted=uncounted, notes=note)
 
     def add_up(self, kind: Kind, phase: Phase, op: str, values: tuple[int, ...]) -> None:
-        """Add a call of an op, as `elements.SUMS` has it."""
+        """Add a call of an op, as `vector_ops.SUMS` has it."""
         with self._lock:
             sums = self._sums.setdefault((kind, phase, op), [0] * len(SUMS))
             for index, value in enumerate(values):
@@ -198,7 +197,7 @@ class Watch:
         self._compiled = True
 
     def leave_to_others(self) -> None:
-        """Note that another watch has counted what this one might have."""
+        """Note that another tracer has counted what this one might have."""
         self._elsewhere = True
 
     def layer_ran(self, steps: LayerSteps) -> None:
@@ -219,14 +218,14 @@ class Watch:
             self._reason = COMPILED_FUNCTION
 
 
-class _Tracer(LayerWatcher):
-    """The one mode of a thread, which passes what it sees to the watches that were started there."""
+class _OpMode(LayerWatcher):
+    """The one mode of a thread, which passes what it sees to the tracers that were started there."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.watches: list[Watch] = []
+        self.tracers: list[OpTracer] = []
         self._found: dict[Any, Formula | Other] = {}
         self._ranges = _Ranges()
 
@@ -235,16 +234,16 @@ class _Tracer(LayerWatcher):
         """Code is compiled, and compiled code runs, as if nobody watched."""
         return True
 
-    def add(self, watch: Watch) -> None:
-        """Tell a watch of what runs from now on."""
-        self.watches.append(watch)
+    def add(self, tracer: OpTracer) -> None:
+        """Tell a tracer of what runs from now on."""
+        self.tracers.append(tracer)
         if self not in _get_current_dispatch_mode_stack():
             self.__enter__()  # type: ignore[no-untyped-call]
 
-    def remove(self, watch: Watch) -> None:
+    def remove(self, tracer: OpTracer) -> None:
         """Tell it no more. With the last one the mode leaves the stack, from wherever it is in it."""
-        self.watches = [each for each in self.watches if each is not watch]
-        if self.watches or self not in _get_current_dispatch_mode_stack():  # perhaps it is another thread's
+        self.tracers = [each for each in self.tracers if each is not tracer]
+        if self.tracers or self not in _get_current_dispatch_mode_stack():  # perhaps it is another thread's
             return
         above = []
         while _get_current_dispatch_mode_stack()[-1] is not self:
@@ -257,7 +256,7 @@ class _Tracer(LayerWatcher):
         found = self._found.get(func) or self._found.setdefault(func, find(func))
         if found is Other.NOTHING:  # four in five, so they come first
             if not self.blind and func._schema.name.endswith(INSIDE_LAYERS):
-                self._tell(Watch.saw_compiled)
+                self._tell(OpTracer.saw_compiled)
             return func(*args, **kwargs) if kwargs else func(*args)
         if self.blind:
             return func(*args, **kwargs or {})
@@ -274,28 +273,28 @@ class _Tracer(LayerWatcher):
         return call.out
 
     def _tell(self, what: Callable[..., None], *args: Any) -> None:
-        """Tell the watch that was started last, and those that share a layer with it; the others, that they are not."""
-        if not self.watches:  # this is another thread's mode by now
+        """Tell the tracer started last, and those that share a layer with it; the others, that they are not told."""
+        if not self.tracers:  # this is another thread's mode by now
             return
-        *others, last = self.watches
+        *others, last = self.tracers
         what(last, *args)
-        for watch in others:
-            what(watch, *args) if watch.layers() & last.layers() else watch.leave_to_others()
+        for tracer in others:
+            what(tracer, *args) if tracer.layers() & last.layers() else tracer.leave_to_others()
 
     def layer_ran(self, steps: LayerSteps) -> None:
         """Tell those whose layer it was."""
-        for watch in self.watches:
-            if watch.owns(steps.emulation):
-                watch.layer_ran(steps)
+        for tracer in self.tracers:
+            if tracer.owns(steps.emulation):
+                tracer.layer_ran(steps)
 
     def _add_product(self, func: Any, call: Call) -> None:
         try:
-            self._tell(Watch.add_product, func, macs(func, call.args, call.kwargs, call.out))
+            self._tell(OpTracer.add_product, func, macs(func, call.args, call.kwargs, call.out))
         except UNREADABLE:
-            self._tell(Watch.miss, func)
+            self._tell(OpTracer.miss, func)
         node = torch._C._current_autograd_node()
         if node is not None and node.name() == "CompiledFunctionBackward":
-            self._tell(Watch.saw_compiled)
+            self._tell(OpTracer.saw_compiled)
 
     def _add(self, func: Any, formula: Formula, call: Call) -> None:
         try:
@@ -309,7 +308,7 @@ class _Tracer(LayerWatcher):
             return
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         values = (1, work.read, work.written, work.operations, work.special, *moved)
-        self._tell(Watch.add_up, kind, phase, name, values)
+        self._tell(OpTracer.add_up, kind, phase, name, values)
 
     def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
         """An op's kind and phase."""
@@ -342,12 +341,12 @@ class _Tracer(LayerWatcher):
         elif found is Other.ENDS and self._ranges.open:
             self._ranges.open.pop()
         elif found is Other.UNKNOWN and call.read and not is_product(func):
-            self._tell(Watch.miss, func)
+            self._tell(OpTracer.miss, func)
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.tracer = _Tracer()
+        self.mode = _OpMode()
 
 
 _thread = _Thread()

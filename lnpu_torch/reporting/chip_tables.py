@@ -1,4 +1,4 @@
-"""How chips are shown: one line each, or every value of one with its tag and source. It prices nothing."""
+"""How chips are shown: one line each, or every value of one with its tag and source."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lnpu_torch.cost.energy_table import event_energies
+from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.hardware.chip import Chip
-from lnpu_torch.hardware.sourced_value import Ranged, Tagged
+from lnpu_torch.hardware.sourced_value import SourcedRange, SourcedValue
 from lnpu_torch.text_tables import add_row, plain_table
 from lnpu_torch.units import pj
 
@@ -20,7 +20,7 @@ def chips_table(chips: Sequence[Chip]) -> Table:
     """One line per chip: its rates, energies and what it skips."""
     table = plain_table("Chips", ["chip", "what it is", "skips FF", "EP", "WG"], RATES)
     for each in chips:
-        fp8, energies, skip = each.macs_per_cycle.fp8, event_energies(each), each.skip
+        fp8, energies, skip = each.macs_per_cycle.fp8, EnergyTable.of(each), each.skip
         add_row(
             table,
             *(each.name, each.description),
@@ -28,7 +28,7 @@ def chips_table(chips: Sequence[Chip]) -> Table:
             *(f"{each.operating_point.voltage_v.value:g}", f"{each.clock_hz / 1e6:.4g}"),
             *(f"{fp8.value}" if fp8 else "-", f"{each.macs_per_cycle.fp16.value}"),
             *(f"{pj(energies.fp8_mac):.4g}" if fp8 else "-", f"{pj(energies.fp16_mac):.4g}"),
-            *(f"{pj(energies.skipped_slot):.4g}", f"{each.sram_bytes.value / 1024:.4g}"),
+            *(f"{pj(energies.skipped_mac):.4g}", f"{each.sram_bytes.value / 1024:.4g}"),
         )
     return table
 
@@ -41,9 +41,9 @@ def chip_table(chip: Chip) -> Table:
     return table
 
 
-def value_text(entry: Tagged[Any]) -> str:
+def value_text(entry: SourcedValue[Any]) -> str:
     """A value as it is shown, with its range if it has one."""
-    if isinstance(entry, Ranged) and entry.range:
+    if isinstance(entry, SourcedRange) and entry.range:
         return f"{entry.value:.10g} ({entry.range[0]:g} ... {entry.range[1]:g})"
     if isinstance(entry.value, tuple):
         return "\n".join(map(str, entry.value))

@@ -1,4 +1,4 @@
-"""How figures become files and parts of a page: one look for all, and the same bytes every time. It knows no study."""
+"""How figures become files and parts of a page: one look for all, and the same bytes every time."""
 
 from __future__ import annotations
 

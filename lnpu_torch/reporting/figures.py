@@ -1,4 +1,4 @@
-"""Draws a study: one figure for each question that a reader has. It needs matplotlib, and computes nothing new."""
+"""Draws a run: one figure for each question that a reader has. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lnpu_torch.reporting.run_report import OPERANDS, Study
+from lnpu_torch.cost.cost_row import CostRow
+from lnpu_torch.reporting.run_report import OPERANDS, ChipReport, RunReport
 from lnpu_torch.text_tables import si
 
 if TYPE_CHECKING:
@@ -40,22 +41,22 @@ WIDTH = 11.6
 """Width of a figure in inches."""
 
 
-def figures(study: Study) -> dict[str, Figure]:
-    """The figures of a study, by name; one that would show nothing is left out."""
-    drawn = {name: draw(study) for name, draw in FIGURES.items()}
+def figures(report: RunReport) -> dict[str, Figure]:
+    """The figures of a run, by name; one that would show nothing is left out."""
+    drawn = {name: draw(report) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def energy_by_epoch(study: Study) -> Figure:
+def energy_by_epoch(report: RunReport) -> Figure:
     """Energy of each epoch on the first chip: by step, by what it is spent on; and DRAM's, which is apart, by step."""
-    epochs = study["chips"][0]["epochs"]
-    numbers = [epoch["epoch"] for epoch in epochs]
+    epochs = report.chips[0].epochs
+    numbers = [epoch.epoch for epoch in epochs]
     figure, panels = _panels(1, 3, height=3.3)
     panels[1].sharey(panels[0])
     by_step, by_part, in_dram = (
-        {step: [_spent(epoch["steps"].get(step), ON_CHIP) for epoch in epochs] for step in STEPS},
-        {part: [_spent(epoch["total"], [part]) for epoch in epochs] for part in ON_CHIP},
-        {step: [_spent(epoch["steps"].get(step), ["dram"]) for epoch in epochs] for step in STEPS},
+        {step: [_spent(epoch.steps.get(step), ON_CHIP) for epoch in epochs] for step in STEPS},
+        {part: [_spent(epoch.total, [part]) for epoch in epochs] for part in ON_CHIP},
+        {step: [_spent(epoch.steps.get(step), ["dram"]) for epoch in epochs] for step in STEPS},
     )
     _stack(panels[0], numbers, by_step, STEPS)
     _stack(panels[1], numbers, by_part, PARTS)
@@ -69,18 +70,21 @@ def energy_by_epoch(study: Study) -> Figure:
     return figure
 
 
-def shares_by_layer(study: Study) -> Figure:
+def shares_by_layer(report: RunReport) -> Figure:
     """Zeros, and FP8 among the non-zeros, of each layer's activations and errors over the epochs."""
     from matplotlib.ticker import PercentFormatter
 
-    shares, layers = study["shares"], study["shares"]["layers"]
+    shares, layers = report.shares, report.shares.layers
     figure, panels = _panels(1, 4, height=1.5 + 0.155 * len(layers), sharey=True)
     places = [(share, operand) for share in ("zero", "fp8") for operand in OPERANDS]
     for axes, (share, operand) in zip(panels, places, strict=True):
-        values = [[float("nan") if value is None else value for value in row] for row in shares[operand][share]]
+        values = [
+            [float("nan") if value is None else value for value in row]
+            for row in getattr(shares.operands[operand], share)
+        ]
         image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap={"zero": "Blues", "fp8": "Oranges"}[share])
         axes.set_title({"zero": "zeros in ", "fp8": "FP8 in "}[share] + OPERANDS[operand], loc="left")
-        _epochs(axes, shares["epochs"], start=0)
+        _epochs(axes, shares.epochs, start=0)
         axes.tick_params(length=0)
         if operand == "grad_output":
             pair = list(panels[places.index((share, "input")) : places.index((share, "grad_output")) + 1])
@@ -91,26 +95,28 @@ def shares_by_layer(study: Study) -> Figure:
     return figure
 
 
-def chips_side_by_side(study: Study) -> Figure:
+def chips_side_by_side(report: RunReport) -> Figure:
     """Energy, time and DRAM traffic of the whole run on each chip."""
     from matplotlib.ticker import MaxNLocator
 
-    chips, places = study["chips"], list(range(len(study["chips"])))
+    chips, places = report.chips, list(range(len(report.chips)))
     lacks = _lacking(chips)
     figure, (energy, time, dram) = _panels(1, 3, height=1.0 + 0.46 * len(chips), sharey=True)
     figure.set_layout_engine("constrained", wspace=0.09)  # room for the numbers at the ends of the axes
     ends = [0.0] * len(chips)
     for part in ON_CHIP:
-        values = [_spent(chip["total"], [part]) for chip in chips]
+        values = [_spent(chip.total, [part]) for chip in chips]
         if any(values):
             energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
     _label_bars(energy, places, ends, "J", lacks)
     for (label, field), colour, shift in zip(CORES.items(), ("#4B5563", PARTS["simd"][1]), (-0.17, 0.17), strict=True):
-        cycles = [chip["total"][field] for chip in chips]
-        times = [None if each is None else each / chip["clock_hz"] for each, chip in zip(cycles, chips, strict=True)]
+        cycles = [getattr(chip.total, field) for chip in chips]
+        times = [
+            None if each is None else each / chip.report.clock_hz for each, chip in zip(cycles, chips, strict=True)
+        ]
         _bars(time, [place + shift for place in places], times, "s", color=colour, label=label, height=0.27)
-    traffic = [chip["total"]["dram_bits"] for chip in chips]
+    traffic = [chip.total.dram_bits for chip in chips]
     _bars(dram, places, traffic, "bit", lacks, color=PARTS["dram"][1], height=0.6)
     for axes, title, unit in ((energy, "energy on the chip", "J"), (time, "time", "s"), (dram, "DRAM traffic", "bit")):
         axes.set_title(title, loc="left")
@@ -119,26 +125,26 @@ def chips_side_by_side(study: Study) -> Figure:
         _engineering(axes.xaxis, unit)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-    energy.set_yticks(places, [chip["chip"] for chip in chips])
+    energy.set_yticks(places, [chip.chip for chip in chips])
     energy.invert_yaxis()
     _legend_below(figure, [energy, time])
     return figure
 
 
-def lanes_busy(study: Study) -> Figure | None:
+def lanes_busy(report: RunReport) -> Figure | None:
     """The share of lanes that work, layer by layer on the first chip, with the load balancer and without."""
     from matplotlib.ticker import PercentFormatter
 
-    rows = [row for row in study["chips"][0]["layers"] if row["utilisation"] is not None]
+    rows = [row for row in report.chips[0].layers if row.utilisation is not None]
     if not rows:
         return None
     figure, (axes,) = _panels(1, 1, height=2.9)
     places = range(len(rows))
-    on, off = ([row[name] for row in rows] for name in ("utilisation", "unbalanced_utilisation"))
+    on, off = ([getattr(row, name) for row in rows] for name in ("utilisation", "unbalanced_utilisation"))
     axes.vlines(places, off, on, color=PALE, linewidth=5, zorder=1)
     axes.scatter(places, on, color=ON, s=34, zorder=3, label="load balancer on")
     axes.scatter(places, off, facecolors="white", edgecolors=OFF, linewidths=1.6, s=34, zorder=2, label="off")
-    axes.set_xticks(places, [row["layer"] or "(model)" for row in rows], rotation=40, ha="right", fontsize=7)
+    axes.set_xticks(places, [row.layer or "(model)" for row in rows], rotation=40, ha="right", fontsize=7)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("lanes busy")
@@ -147,20 +153,20 @@ def lanes_busy(study: Study) -> Figure | None:
     return figure
 
 
-def accuracy_by_energy(study: Study) -> Figure | None:
+def accuracy_by_energy(report: RunReport) -> Figure | None:
     """Test accuracy after each epoch, against the energy that was spent by then on each chip."""
     from matplotlib.ticker import PercentFormatter
 
-    accuracy = [row.get("test_accuracy") for row in study["metrics"]]
-    if len(accuracy) < 2 or None in accuracy:
+    accuracy = [row["test_accuracy"] for row in report.metrics if "test_accuracy" in row]
+    if len(accuracy) < 2 or len(accuracy) < len(report.metrics):
         return None
     figure, (axes,) = _panels(1, 1, height=3.0)
-    for chip, lacks, colour in zip(study["chips"], _lacking(study["chips"]), itertools.cycle(CHIPS), strict=False):
+    for chip, lacks, colour in zip(report.chips, _lacking(report.chips), itertools.cycle(CHIPS), strict=False):
         spent, so_far = [], 0.0
-        for epoch in chip["epochs"]:
-            so_far += _spent(epoch["total"], PARTS)
+        for epoch in chip.epochs:
+            so_far += _spent(epoch.total, PARTS)
             spent.append(so_far)
-        axes.plot(spent, accuracy, marker="o", markersize=4, color=colour, label=chip["chip"] + lacks, linewidth=1.6)
+        axes.plot(spent, accuracy, marker="o", markersize=4, color=colour, label=chip.chip + lacks, linewidth=1.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("test accuracy")
     axes.set_xlabel("energy so far, chip and DRAM")
@@ -171,7 +177,7 @@ def accuracy_by_energy(study: Study) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[Study], Figure | None]] = {
+FIGURES: dict[str, Callable[[RunReport], Figure | None]] = {
     "energy_by_epoch": energy_by_epoch,
     "shares_by_layer": shares_by_layer,
     "chips_side_by_side": chips_side_by_side,
@@ -220,9 +226,9 @@ def _epochs(axes: Axes, numbers: Sequence[int], start: int | None = None) -> Non
     axes.set_xlabel("epoch")
 
 
-def _lacking(chips: Sequence[dict[str, Any]]) -> list[str]:
+def _lacking(chips: Sequence[ChipReport]) -> list[str]:
     """Of each chip the parts that no model covers but another chip's: ", without SIMD". It looks cheaper than it is."""
-    known = [{part for part in ON_CHIP if chip["total"][f"{part}_energy_pj"] is not None} for chip in chips]
+    known = [{part for part in ON_CHIP if getattr(chip.total, f"{part}_energy_pj") is not None} for chip in chips]
     lacks = ([PARTS[part][0] for part in ON_CHIP if part in set().union(*known) - mine] for mine in known)
     return [f", without {' and '.join(parts)}" if parts else "" for parts in lacks]
 
@@ -274,6 +280,6 @@ def _engineering(axis: Any, unit: str) -> None:
     axis.set_major_formatter(EngFormatter(unit))
 
 
-def _spent(row: dict[str, Any] | None, parts: Iterable[str]) -> float:
+def _spent(row: CostRow | None, parts: Iterable[str]) -> float:
     """Energy of a row that is spent on these parts, in J; nothing, if there is no such row."""
-    return sum(float(row[f"{part}_energy_pj"] or 0.0) for part in parts) * 1e-12 if row else 0.0
+    return sum(float(getattr(row, f"{part}_energy_pj") or 0.0) for part in parts) * 1e-12 if row else 0.0

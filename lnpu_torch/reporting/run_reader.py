@@ -1,4 +1,4 @@
-"""A training run as its folder has it: settings, metrics and counts of each epoch. It knows files, and prices nothing.
+"""A training run as its folder has it: settings, metrics and counts of each epoch.
 
 config.yaml           settings; of them only `chip` has a meaning here: names, or files with what they said
 metrics.csv           a row per epoch, first column `epoch`

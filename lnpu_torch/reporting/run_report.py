@@ -1,16 +1,18 @@
-"""Study: a run priced on several chips, as plain data, for the page, its figures and its JSON. It draws nothing.
+"""RunReport: a run priced on several chips, as the page, its figures and its JSON show it.
 
 Energies are in pJ, times in s, shares in 0 ... 1; None is what no model covers, or what there was nothing of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from lnpu_torch.cost.cost_row import share
+from lnpu_torch.cost.cost_row import CostRow, share
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report
 from lnpu_torch.counts.schema import Counts, StepCounts, Triple
@@ -24,63 +26,168 @@ from lnpu_torch.versions import versions
 OPERANDS = {"input": "activations", "grad_output": "errors"}
 """The operands whose zeros chips skip, and what they are called."""
 
-Study = dict[str, Any]
+
+@dataclass(frozen=True)
+class Constant:
+    """One value of a chip's file, as it is shown, with its tag and source."""
+
+    key: str
+    value: str
+    tag: str
+    source: str
 
 
-def study(run: Run, chips: Sequence[str | Path | Chip]) -> Study:
-    """All that is known of a run on these chips; the first one is the one that is looked at closely.
+@dataclass(frozen=True)
+class EpochCost:
+    """One epoch on one chip: its sum, and its sum by step."""
 
-    Raises:
-        ConfigError: no such chip, or two of one name.
-    """
-    read = [read_chip(each) for each in chips]
-    return {
-        "run": run.name,
-        "settings": names(run.settings),
-        "versions": {"run": run.versions, "report": versions()},
-        "metrics": [{**epoch.metrics, "epoch": epoch.number} for epoch in run.epochs],
-        "extrapolated": any(epoch.counts.extrapolated for epoch in run.epochs),
-        "shares": _shares(run),
-        "chips": [_on_chip(run, chip) for chip in read],
-    }
+    epoch: int
+    time_s: float
+    total: CostRow
+    steps: Mapping[str, CostRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        steps = {step: row.to_dict() for step, row in self.steps.items()}
+        return {"epoch": self.epoch, "time_s": self.time_s, "total": self.total.to_dict(), "steps": steps}
 
 
-def _on_chip(run: Run, chip: Chip) -> dict[str, Any]:
-    whole = price(Counts.merge(epoch.counts for epoch in run.epochs), chip)
-    return {
-        "chip": chip.name,
-        "description": chip.description,
-        **whole.to_dict(),
-        "layers": [asdict(row) for row in whole.by("layer").rows],
-        "steps": [asdict(row) for row in whole.by("step").rows],
-        "epochs": [_epoch(epoch.number, price(epoch.counts, chip)) for epoch in run.epochs],
-        "constants": [
-            {"key": key, "value": value_text(entry), "tag": entry.tag, "source": entry.source}
-            for key, entry in chip.values().items()
-        ],
-    }
+@dataclass(frozen=True)
+class ChipReport:
+    """A run on one chip: the report of the whole run, its sums by layer and by step, and its epochs."""
 
+    description: str
+    report: Report
+    total: CostRow
+    layers: tuple[CostRow, ...]
+    steps: tuple[CostRow, ...]
+    epochs: tuple[EpochCost, ...]
+    constants: tuple[Constant, ...]
 
-def _epoch(number: int, report: Report) -> dict[str, Any]:
-    return {
-        "epoch": number,
-        "time_s": report.time_s,
-        "total": asdict(report.total),
-        "steps": {row.step: asdict(row) for row in report.by("step").rows},
-    }
+    @property
+    def chip(self) -> str:
+        """The chip's name."""
+        return self.report.chip
 
+    @classmethod
+    def of(cls, run: Run, chip: Chip) -> Self:
+        """Price a run, and each of its epochs."""
+        report = price(Counts.merge(epoch.counts for epoch in run.epochs), chip)
+        return cls(
+            description=chip.description,
+            report=report,
+            total=report.total,
+            layers=report.by("layer").rows,
+            steps=report.by("step").rows,
+            epochs=tuple(_epoch(epoch.number, price(epoch.counts, chip)) for epoch in run.epochs),
+            constants=tuple(
+                Constant(key, value_text(entry), entry.tag, entry.source) for key, entry in chip.values().items()
+            ),
+        )
 
-def _shares(run: Run) -> dict[str, Any]:
-    """Zeros, and FP8 elements among the non-zeros, of each layer's operands, as they were rounded: [layer][epoch]."""
-    layers = list(dict.fromkeys(entry.layer for epoch in run.epochs for entry in epoch.counts.steps))
-    shares: dict[str, Any] = {"layers": layers, "epochs": [epoch.number for epoch in run.epochs]}
-    for operand in OPERANDS:
-        groups = [[_groups(epoch.counts, layer, operand) for epoch in run.epochs] for layer in layers]
-        shares[operand] = {
-            "zero": [[_zeros(each) for each in row] for row in groups],
-            "fp8": [[_fp8(each) for each in row] for row in groups],
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: those of the report, and more."""
+        return {
+            **self.report.to_dict(),
+            "description": self.description,
+            "layers": [row.to_dict() for row in self.layers],
+            "steps": [row.to_dict() for row in self.steps],
+            "epochs": [epoch.to_dict() for epoch in self.epochs],
+            "constants": [asdict(constant) for constant in self.constants],
         }
-    return shares
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Zeros, and FP8 elements among the non-zeros, of one operand: [layer][epoch]."""
+
+    zero: list[list[float | None]]
+    fp8: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class LayerShares:
+    """Shares of each layer's operands, as they were rounded."""
+
+    layers: list[str]
+    epochs: list[int]
+    operands: dict[str, Shares]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """The shares of a run, which do not depend on a chip."""
+        layers = list(dict.fromkeys(entry.layer for epoch in run.epochs for entry in epoch.counts.steps))
+        operands = {}
+        for operand in OPERANDS:
+            groups = [[_groups(epoch.counts, layer, operand) for epoch in run.epochs] for layer in layers]
+            operands[operand] = Shares(
+                zero=[[share(zero, zero + fp8 + wide) for zero, fp8, wide in row] for row in groups],
+                fp8=[[share(fp8, fp8 + wide) for _, fp8, wide in row] for row in groups],
+            )
+        return cls(layers, [epoch.number for epoch in run.epochs], operands)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        operands = {operand: asdict(shares) for operand, shares in self.operands.items()}
+        return {"layers": self.layers, "epochs": self.epochs, **operands}
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """All that is known of a run on some chips; the first one is the one that is looked at closely.
+
+    `metrics` has a row per epoch, `versions` what the "run" and this "report" were made with.
+    """
+
+    run: str
+    settings: dict[str, Any]
+    versions: dict[str, dict[str, str]]
+    metrics: tuple[dict[str, float], ...]
+    extrapolated: bool
+    shares: LayerShares
+    chips: tuple[ChipReport, ...]
+
+    @classmethod
+    def of(cls, run: Run, chips: Sequence[str | Path | Chip]) -> Self:
+        """Price a run.
+
+        Raises:
+            ConfigError: no such chip.
+        """
+        return cls(
+            run=run.name,
+            settings=names(run.settings),
+            versions={"run": run.versions, "report": versions()},
+            metrics=tuple({**epoch.metrics, "epoch": epoch.number} for epoch in run.epochs),
+            extrapolated=any(epoch.counts.extrapolated for epoch in run.epochs),
+            shares=LayerShares.of(run),
+            chips=tuple(ChipReport.of(run, read_chip(each)) for each in chips),
+        )
+
+    def json_text(self) -> str:
+        """All numbers as JSON, which has null for what is not finite; settings may hold that."""
+        data = {
+            "run": self.run,
+            "settings": self.settings,
+            "versions": self.versions,
+            "metrics": self.metrics,
+            "extrapolated": self.extrapolated,
+            "shares": self.shares.to_dict(),
+            "chips": [chip.to_dict() for chip in self.chips],
+        }
+        return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _epoch(number: int, report: Report) -> EpochCost:
+    return EpochCost(number, report.time_s, report.total, {row.step: row for row in report.by("step").rows})
 
 
 def _groups(counts: Counts, layer: str, operand: str) -> Triple:
@@ -96,11 +203,3 @@ def _operand(entry: StepCounts, operand: str) -> Triple | None:
     if operand == "input":
         return entry.first.elements if entry.step == "forward" else None
     return {"grad_input": entry.first.elements, "grad_weight": entry.second.elements}.get(entry.step)
-
-
-def _zeros(groups: Triple) -> float | None:
-    return share(groups[0], sum(groups))
-
-
-def _fp8(groups: Triple) -> float | None:
-    return share(groups[1], groups[1] + groups[2])

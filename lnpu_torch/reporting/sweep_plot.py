@@ -1,4 +1,4 @@
-"""Draws a sweep: energy against time, and the chips that no other beats. It needs matplotlib, and prices nothing."""
+"""Draws a sweep: energy against time, and the chips that no other beats. It needs matplotlib."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.threads import team
 
@@ -19,7 +19,7 @@ def profile_of(values: Tensor, joined: bool) -> Tensor:
         x = (x != 0).float()
     rows, channels, positions = x.shape[0], x.shape[1], prod(x.shape[2:])
     last = x.dim() == 2 or not x.is_contiguous()
-    entries = torch.zeros(len(MEMBERS), dtype=torch.int64, device="cpu")
+    entries = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu")
     sizes, joined = (rows, channels, positions, last), joined or x.dim() == 2
     shared_loops.add_profile_of(team(x.numel()), x.data_ptr(), x.element_size(), sizes, joined, entries.data_ptr())
     return entries

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, uint8, uint16, uint64
 
-from lnpu_torch.counts.lane_configs import BALANCERS, JOIN, LANES, LEVELS, LONGEST, RUN, RUNS
+from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, JOIN, LANES, LEVELS, LONGEST, RUN, SYNC_INTERVALS
 from lnpu_torch.ops.numba_jit import compiled
 
 TILE = 2**15
@@ -71,7 +71,7 @@ def profile(runs, entries):
     if runs.shape[1] % LANES == 0:
         runs = np.ascontiguousarray(runs).reshape(-1, LANES, runs.shape[2])
     samples, channels, times = runs.shape
-    share = len(entries) // len(RUNS)
+    share = len(entries) // len(SYNC_INTERVALS)
     for first in range(0, channels, LANES):
         block = runs[:, first : first + LANES]
         columns = TILE // block.shape[1]
@@ -93,7 +93,7 @@ def _add_tile(runs, entries, share):
             place = c * columns + n * times
             for t in range(times):
                 work[uint64(place + t)] = runs[n, c, t]
-    for i in range(len(RUNS)):
+    for i in range(len(SYNC_INTERVALS)):
         if i == 0 or times > 1:
             if i > 0:
                 work, times = _joined(work, times), (times + JOIN - 1) // JOIN
@@ -126,12 +126,12 @@ def _joined(work, times):
 def _add_run(work, channels, entries):
     """The entries of one run length, from the non-zeros of each run."""
     columns, first = len(work) // channels, LEVELS[0]
-    _add_lanes(work, channels, channels, BALANCERS[0], entries[:first])  # of one lane, which shares with none
+    _add_lanes(work, channels, channels, BALANCE_GROUPS[0], entries[:first])  # of one lane, which shares with none
     sums, rows = work, channels
-    for i in range(1, len(BALANCERS)):
-        sums, rows = _sums(sums, rows, columns, BALANCERS[i] // BALANCERS[i - 1])
-        groups = _shared(sums, channels, columns, BALANCERS[i])
-        _add_lanes(groups, rows, channels, BALANCERS[i], entries[first : first + LEVELS[i]])
+    for i in range(1, len(BALANCE_GROUPS)):
+        sums, rows = _sums(sums, rows, columns, BALANCE_GROUPS[i] // BALANCE_GROUPS[i - 1])
+        groups = _shared(sums, channels, columns, BALANCE_GROUPS[i])
+        _add_lanes(groups, rows, channels, BALANCE_GROUPS[i], entries[first : first + LEVELS[i]])
         first += LEVELS[i]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.counts.lane_configs import BALANCERS, LANES, MEMBERS, RUN, RUNS
+from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, LANES, RUN, SYNC_INTERVALS
 
 
 def runs_of(values: Tensor) -> Tensor:
@@ -26,13 +26,13 @@ def runs_of(values: Tensor) -> Tensor:
 
 
 def profile(runs: Tensor) -> Tensor:
-    """Lane-cycles of every member of the family, int64 [len(MEMBERS)], from `runs_of` an operand."""
+    """Lane-cycles of every member of the family, int64 [len(LANE_CONFIGS)], from `runs_of` an operand."""
     if not runs.numel():
-        return runs.new_zeros(len(MEMBERS), dtype=torch.int64)
+        return runs.new_zeros(len(LANE_CONFIGS), dtype=torch.int64)
     entries = []
-    for run in RUNS:
+    for run in SYNC_INTERVALS:
         work = _joined(runs, run // RUN, torch.int16)
-        for balancer in BALANCERS:
+        for balancer in BALANCE_GROUPS:
             entries += _over_lanes(_shared(work, balancer), work.shape[1], balancer)
     return torch.stack(entries)
 

@@ -11,7 +11,7 @@ from lnpu_torch.ops.lanes import reference
 
 
 def lane_profile(values: Tensor, joined: bool = False) -> Tensor:
-    """Lane-cycles of every member of the family for an operand [N, C, *grid] or [rows, C]: int64 [len(MEMBERS)].
+    """Lane-cycles of every member of the family for an operand [N, C, *grid] or [rows, C]: int64 [len(LANE_CONFIGS)].
 
     Args:
         joined: whether runs go on from sample to sample, as in [rows, C].

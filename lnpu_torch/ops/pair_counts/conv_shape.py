@@ -53,7 +53,7 @@ class Geometry:
         return self.batch * self.small_channels * (self.big_channels // self.groups)
 
     @property
-    def slots(self) -> int:
+    def macs(self) -> int:
         """Multiplications of a dense convolution, padding included.
 
         Torch's own flop count / 2, but for the backward of grouped convolutions, which torch takes for dense ones.

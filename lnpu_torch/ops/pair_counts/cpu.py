@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry
 from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH
@@ -34,7 +34,7 @@ class Counters(NamedTuple):
         return (
             counters.data_ptr() + 8 * step * ROWS * WIDTH,
             sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
-            lanes.data_ptr() + 8 * step * 2 * len(MEMBERS),
+            lanes.data_ptr() + 8 * step * 2 * len(LANE_CONFIGS),
         )
 
 
@@ -84,7 +84,7 @@ def _weight_step(packed: tuple[int, ...], side: Side) -> tuple[Any, ...]:
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
     elements = (geometry.elements(side), geometry.elements("weight"))
     met = np.asarray(geometry.meetings(), np.int64).reshape(missing + geometry.kernel)
-    numbers = (geometry.slots, geometry.inside, others, geometry.batch, *elements)
+    numbers = (geometry.macs, geometry.inside, others, geometry.batch, *elements)
     call = geometry.call_sizes(side, "weight")
     return call, _solid(geometry, side), (_meets(geometry, side), strides, met, numbers)
 
@@ -95,7 +95,7 @@ def _grid_step(packed: tuple[int, ...], first: Side) -> tuple[Any, ...]:
     geometry = Geometry.unpack(packed)
     sides: tuple[Side, Side] = ("big", "small") if first == "big" else ("small", "big")
     others = (geometry.small_channels // geometry.groups, geometry.big_channels // geometry.groups)
-    numbers = (geometry.slots, geometry.inside, *others, *(geometry.elements(side) for side in sides))
+    numbers = (geometry.macs, geometry.inside, *others, *(geometry.elements(side) for side in sides))
     strides = np.asarray((1,) * (3 - len(geometry.kernel)) + geometry.stride, np.int64)
     meets = (_meets(geometry, "big"), _meets(geometry, "small"), strides)
     shapes = (_solid(geometry, "big"), _solid(geometry, "small"))

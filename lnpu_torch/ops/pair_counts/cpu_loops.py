@@ -16,7 +16,7 @@ from lnpu_torch.ops.numba_jit import compiled, inlined
 def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
     """Sums of `counting.weight_step` over a range of channels, of position [2, C, D, H, W] and weight [2, C, R, S, T].
 
-    `met` [R, S, T] tells how many positions each offset meets; `sizes`: slots, inside, other channels, batch, elements.
+    `met` [R, S, T] tells how many positions each offset meets; `sizes`: macs, inside, other channels, batch, elements.
     `sums` [6, 2] is added to: pairs of non-zeros [2, 2], pairs in which the first is one, and the second, and elements
     of the grid and of the weight.
     """
@@ -44,14 +44,14 @@ def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
 
 @compiled
 def record(counter, both, first, second, firsts, seconds, sizes):
-    """Add a step: calls, slots, padding, not_run, the table of pairs, and elements of both operands.
+    """Add a step: calls, macs, padding, not_run, the table of pairs, and elements of both operands.
 
-    `sizes`: slots, inside, two more, elements of the first operand and of the second.
+    `sizes`: macs, inside, two more, elements of the first operand and of the second.
     """
-    slots, inside = sizes[0], sizes[1]
+    macs, inside = sizes[0], sizes[1]
     counter[0] += 1
-    counter[1] += slots
-    counter[2] += slots - inside
+    counter[1] += macs
+    counter[2] += macs - inside
     zeros = inside
     for i in range(2):
         lone = first[i] - both[i, 0] - both[i, 1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
 
 WIDTH = 19
-"""Integers that describe one step: calls, slots, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
+"""Integers that describe one step: calls, macs, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
 
 SIZES = 8
 """Sizes of calls (batches, as a rule) that each step counts apart; calls of further sizes are counted together."""
@@ -118,8 +118,8 @@ def add_grid_step(
 
 
 def head(geometry: Geometry, like: Tensor) -> Tensor:
-    """What every run step adds whatever its values: calls, slots, padding, not_run."""
-    return like.new_tensor((1, geometry.slots, geometry.slots - geometry.inside, 0))
+    """What every run step adds whatever its values: calls, macs, padding, not_run."""
+    return like.new_tensor((1, geometry.macs, geometry.macs - geometry.inside, 0))
 
 
 def pair_table(both: Tensor, first: Tensor, second: Tensor, inside: int) -> Tensor:

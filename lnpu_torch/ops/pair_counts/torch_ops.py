@@ -29,7 +29,7 @@ def count_weight_step(
     Args:
         counters: int64 [steps, ROWS, WIDTH], to the row of which that `counting.row_of` tells.
         sizes: int64 [steps, SIZES + 1, 3], on the host.
-        lanes: int64 [steps, operands, MEMBERS].
+        lanes: int64 [steps, operands, LANE_CONFIGS].
     """
     loops = backends.counting_loops(position)
     if loops:
@@ -81,8 +81,8 @@ def _counting(sums: Tensor) -> ModuleType:
     return backends.gpu_module(sums) or counting
 
 
-def count_not_run(counters: Tensor, step: int, slots: int) -> None:
+def count_not_run(counters: Tensor, step: int, macs: int) -> None:
     """Count a step that nobody asked for, such as the first layer's grad_input."""
     row = counters[step, counting.NOT_RUN]
     row[:1] += 1  # by numbers, for which a GPU need not be waited for
-    row[1:4:2] += slots
+    row[1:4:2] += macs

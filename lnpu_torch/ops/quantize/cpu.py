@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import MEMBERS
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.dispatch import is_dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
@@ -86,7 +86,7 @@ def quantize_operand(
     position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32, device="cpu")
     kind = sample_dtype(channels, groups)
     sample = torch.empty((2, batch, groups, *grid), dtype=kind, device="cpu") if wanted[2] else _NOTHING[kind]
-    lanes = torch.zeros(len(MEMBERS), dtype=torch.int64, device="cpu") if wanted[3] else _NOTHING[torch.int64]
+    lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else _NOTHING[torch.int64]
     address = sample.data_ptr()
     chosen = shared_loops.quantize_operand(
         team(x.numel()),

@@ -1,4 +1,4 @@
-"""Operations on elements, against small cases worked by hand."""
+"""Vector operations, against small cases worked by hand."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.profiler.op_tracer import Watch
+from lnpu_torch.profiler.op_tracer import OpTracer
 
 Key = tuple[str, str, str]
 
 
 def seen(run: Callable[[], object]) -> dict[Key, tuple[int, int, int, int]]:
     """What a function does: elements read and written, operations and special functions, by kind, phase and op."""
-    with Watch() as watch:
+    with OpTracer() as tracer:
         run()
-    assert not watch.elements.uncounted
+    assert not tracer.vector_ops.uncounted
     return {
         (entry.kind, entry.phase, entry.op): (entry.read, entry.written, entry.operations, entry.special)
-        for entry in watch.elements.entries
+        for entry in tracer.vector_ops.entries
     }
 
 
@@ -137,10 +137,10 @@ def test_optimizers_count_alike_however_they_are_implemented(
     for each in parameters:
         each.grad = torch.ones_like(each)
     update.step()
-    with Watch() as watch:
+    with OpTracer() as tracer:
         update.step()
         update.step()
-    counted = watch.elements.entries
+    counted = tracer.vector_ops.entries
     assert {(entry.kind, entry.phase) for entry in counted} == {("optimizer", "update")}
     steps = 2 * (optimizer is not torch.optim.SGD)  # each parameter's own step number
     assert sum(entry.operations for entry in counted) == 2 * (operations[0] * 27 + steps)
@@ -159,9 +159,9 @@ def test_a_first_step_fetches_the_same_wherever_its_states_come_to_lie() -> None
             each.grad = torch.ones_like(each)
         kept = [torch.ones(64) for _ in range(1000 if keep else 0)]
         del kept[::2]
-        with Watch() as watch:
+        with OpTracer() as tracer:
             update.step()
-        fetched.add(sum(entry.fetched for entry in watch.elements.entries))
+        fetched.add(sum(entry.fetched for entry in tracer.vector_ops.entries))
     assert fetched == {20 * 64 * 2}
 
 

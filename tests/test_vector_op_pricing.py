@@ -1,4 +1,4 @@
-"""Operations on elements priced by hand: energy, cycles and traffic of the SIMD core, and how reports show them."""
+"""Vector operations priced by hand: energy, cycles and traffic of the SIMD core, and how reports show them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report
 from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.counts.vector_ops import ElementOp, Elements, NotCounted
+from lnpu_torch.counts.vector_ops import NotCounted, VectorOp, VectorOpCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.hardware.chip import chips
 
 OPERATION, SRAM_READ, SRAM_WRITE, DRAM = 0.736, 0.3195, 0.2469, 20.0  # pJ an operation, pJ a bit, as in lnpu.yaml
 
 
-def op(kind: str, phase: str, name: str = "op", **sums: int) -> ElementOp:
+def op(kind: str, phase: str, name: str = "op", **sums: int) -> VectorOp:
     none = dict.fromkeys(("calls", "read", "written", "operations", "special"), 0)
-    return ElementOp.model_validate({"kind": kind, "phase": phase, "op": name, **none, **sums})
+    return VectorOp.model_validate({"kind": kind, "phase": phase, "op": name, **none, **sums})
 
 
 RELU = op("activation", "forward", calls=1, read=100, written=100, operations=100)
@@ -27,24 +27,24 @@ RELU_BACKWARD = op("activation", "backward", calls=1, read=100, written=100, ope
 ADAM = op("optimizer", "update", calls=1, read=90, written=60, operations=240, special=40, fetched=80, stored=60)
 
 
-def counted(*entries: ElementOp, **uncounted: int) -> Counts:
-    return network().model_copy(update={"elements": Elements(entries=entries, uncounted=uncounted)})
+def counted(*entries: VectorOp, **uncounted: int) -> Counts:
+    return network().model_copy(update={"vector_ops": VectorOpCounts(entries=entries, uncounted=uncounted)})
 
 
 def test_an_activation_by_hand() -> None:
-    (row,) = price(counts().model_copy(update={"elements": Elements(entries=(RELU,))}), "lnpu").rows
+    (row,) = price(counts().model_copy(update={"vector_ops": VectorOpCounts(entries=(RELU,))}), "lnpu").rows
     assert (row.layer, row.kind, row.step) == ("(activation)", "SIMD", "forward")
     assert (row.operations, row.simd_cycles) == (100, 100 / 16)
     assert row.simd_energy_pj == pytest.approx(100 * OPERATION)
     assert row.sram_energy_pj == pytest.approx(100 * 16 * (SRAM_READ + SRAM_WRITE))
     assert row.energy_pj == pytest.approx(row.simd_energy_pj + row.sram_energy_pj)
     assert row.sram_bits == 2 * 100 * 16
-    assert (row.slots, row.executed, row.cycles, row.mac_energy_pj) == (0, 0, 0.0, None)
+    assert (row.macs, row.executed, row.cycles, row.mac_energy_pj) == (0, 0, 0.0, None)
     assert (row.dram_bits, row.dram_energy_pj) == (None, None)  # it is the layers' that it comes from and goes to
 
 
 def test_an_update_by_hand() -> None:
-    (row,) = price(counts().model_copy(update={"elements": Elements(entries=(ADAM,))}), "lnpu").rows
+    (row,) = price(counts().model_copy(update={"vector_ops": VectorOpCounts(entries=(ADAM,))}), "lnpu").rows
     assert (row.operations, row.simd_cycles) == (280, (240 + 4 * 40) / 16)  # a special function takes four
     assert row.simd_energy_pj == pytest.approx((240 + 4 * 40) * OPERATION)
     assert row.dram_bits == row.dense_dram_bits == 16 * (80 + 60)
@@ -66,7 +66,7 @@ def test_one_line_for_each_kind_and_phase() -> None:
     by_step = {row.step: row for row in report.by("step").rows}
     assert list(by_step) == ["forward", "grad_input", "grad_weight", "backward", "update"]
     assert by_step["forward"].operations == 100
-    assert by_step["forward"].slots == network().steps[0].slots + network().steps[3].slots
+    assert by_step["forward"].macs == network().steps[0].macs + network().steps[3].macs
 
 
 def test_ops_of_one_kind_are_one_line() -> None:
@@ -79,7 +79,7 @@ def test_totals_close_and_know_the_rest_by_what_it_was_without() -> None:
     without, report = price(network(), "lnpu"), price(counted(RELU, ADAM), "lnpu")
     simd = [row for row in report.rows if row.kind == "SIMD"]
     assert report.total.energy_pj == pytest.approx(without.total.energy_pj + sum(row.energy_pj for row in simd))
-    assert report.total.slots == without.total.slots
+    assert report.total.macs == without.total.macs
     assert report.total.zero_share == without.total.zero_share
     assert report.total.operations == 100 + 280
 
@@ -95,12 +95,12 @@ def test_energy_goes_with_the_voltage() -> None:
     assert high.simd_energy_pj / low.simd_energy_pj == pytest.approx((367 / 200) / (43.1 / 50))
 
 
-@pytest.mark.parametrize("elements", [NotCounted(reason="it rained"), Elements()])
-def test_what_was_not_counted_is_no_zero(elements: Elements | NotCounted) -> None:
-    report = price(network().model_copy(update={"elements": elements}), "lnpu")
+@pytest.mark.parametrize("vector_ops", [NotCounted(reason="it rained"), VectorOpCounts()])
+def test_what_was_not_counted_is_no_zero(vector_ops: VectorOpCounts | NotCounted) -> None:
+    report = price(network().model_copy(update={"vector_ops": vector_ops}), "lnpu")
     assert report.total.simd_energy_pj is None and report.total.operations is None
     assert "SIMD" not in str(report).split("total:")[0]
-    assert ("operations on elements were not counted: it rained" in str(report)) == (elements != Elements())
+    assert ("vector operations were not counted: it rained" in str(report)) == (vector_ops != VectorOpCounts())
     assert "not modelled, and not in these figures" in str(report)
 
 
@@ -118,7 +118,7 @@ def test_a_chip_without_a_simd_core_says_so() -> None:
     assert row.energy_pj is None  # and not 0
     (line,) = [line.split() for line in str(report).splitlines() if line.startswith("  (activation)")][1:]
     assert set(line[4:]) == {"-"}
-    alone = counts().model_copy(update={"elements": Elements(entries=(RELU,))})
+    alone = counts().model_copy(update={"vector_ops": VectorOpCounts(entries=(RELU,))})
     with pytest.raises(ConfigError, match="bare: no model covers any of what was counted"):
         sweep(alone, [chip], {"sram_bytes": [1000]})
     assert "normalisation" in str(report).split("not in these figures:")[1]

@@ -1,4 +1,4 @@
-"""All operations on elements are counted however they ran; or else the counts say why not."""
+"""All vector operations are counted however they ran; or else the counts say why not."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
-from lnpu_torch.counts.vector_ops import Elements, NotCounted, merge
+from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts, merge
 from lnpu_torch.profiler.op_formulas import Formula
 from lnpu_torch.profiler.op_table import FORMULAS, MOVES
-from lnpu_torch.profiler.op_tracer import COMPILED, COMPILED_FUNCTION, Watch
+from lnpu_torch.profiler.op_tracer import COMPILED, COMPILED_FUNCTION, OpTracer
 from lnpu_torch.recipes.models import NAMES, ModelConfig, build
 
 
@@ -47,7 +47,7 @@ def test_a_checkpoint_runs_its_forward_twice_and_its_backward_once() -> None:
             hidden = checkpoint(model[:4], images, use_reentrant=reentrant)
             F.cross_entropy(model[4:](hidden), LABELS).backward()
         assert operations(counted(cost)) == once + twice
-        assert cost.counts.elements.uncounted == {}
+        assert cost.counts.vector_ops.uncounted == {}
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
@@ -85,9 +85,9 @@ def test_counters_nest_start_anew_and_show_what_they_have_so_far() -> None:
 
 def test_a_counter_that_is_switched_off_says_so() -> None:
     model = network()
-    with lnpu.CostCounter(model, elements=False) as cost:
+    with lnpu.CostCounter(model, vector_ops=False) as cost:
         train(model)
-    assert cost.counts.elements == NotCounted(reason="CostCounter(elements=False)")
+    assert cost.counts.vector_ops == NotCounted(reason="CostCounter(vector_ops=False)")
 
 
 def test_steps_in_a_thread_of_the_programs_own_are_out_of_sight() -> None:
@@ -97,7 +97,7 @@ def test_steps_in_a_thread_of_the_programs_own_are_out_of_sight() -> None:
         thread = threading.Thread(target=train, args=(model,))
         thread.start()
         thread.join()
-    assert cost.counts.elements == NotCounted(reason="only 6 of 12 steps of layers ran in sight")
+    assert cost.counts.vector_ops == NotCounted(reason="only 6 of 12 steps of layers ran in sight")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -118,11 +118,11 @@ def test_compiled_code_runs_as_ever_and_is_said_not_to_be_counted(what: str) -> 
         if what == "function":
             torch.compile(F.relu, backend=backend)(IMAGES)
     assert len(graphs) == 1
-    assert cost.counts.elements == NotCounted(reason=COMPILED)
+    assert cost.counts.vector_ops == NotCounted(reason=COMPILED)
     assert cost.counts.steps == expected.counts.steps
     torch._dynamo.reset()
     assert step(network())
-    assert cost.counts.elements == NotCounted(reason=COMPILED)  # as it was when the block ended
+    assert cost.counts.vector_ops == NotCounted(reason=COMPILED)  # as it was when the block ended
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -133,12 +133,12 @@ def test_a_compiled_model_leaves_others_counted_and_a_compiled_function_might_ru
     assert step(network()) == once
     with lnpu.CostCounter(other) as cost:
         train(other)
-    assert cost.counts.elements == NotCounted(reason=COMPILED)
+    assert cost.counts.vector_ops == NotCounted(reason=COMPILED)
     assert step(network()) == once
     torch.compile(lambda x: x.square().sum(), backend="eager")(IMAGES)
     with lnpu.CostCounter(model := network()) as cost:
         train(model)
-    assert cost.counts.elements == NotCounted(reason=COMPILED_FUNCTION)
+    assert cost.counts.vector_ops == NotCounted(reason=COMPILED_FUNCTION)
     torch._dynamo.reset()
 
 
@@ -173,26 +173,26 @@ def test_a_rank_counts_as_one_process_does() -> None:
 
 
 def test_what_has_no_formula_is_named() -> None:
-    with Watch() as watch:
+    with OpTracer() as tracer:
         torch.sort(torch.ones(3))
         torch.sort(torch.ones(3))
         torch.sort(torch.tensor([3, 1]))  # integers are nothing for a floating-point core
-    assert watch.elements == Elements(uncounted={"aten.sort.default": 2})
+    assert tracer.vector_ops == VectorOpCounts(uncounted={"aten.sort.default": 2})
 
 
 def test_a_call_that_its_formula_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMULAS, "neg", Formula("other", lambda call: (call.args[7], 0)))
-    found: list[Elements] = []
+    found: list[VectorOpCounts] = []
 
     def run() -> None:  # in a thread that has looked no formula up yet
-        with Watch() as watch:
+        with OpTracer() as tracer:
             torch.neg(torch.ones(3))
-        found.append(watch.elements)
+        found.append(tracer.vector_ops)
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [Elements(uncounted={"aten.neg.default": 1})]
+    assert found == [VectorOpCounts(uncounted={"aten.neg.default": 1})]
 
 
 def test_products_outside_emulated_layers_have_their_share_beside_the_total() -> None:
@@ -205,7 +205,7 @@ def test_products_outside_emulated_layers_have_their_share_beside_the_total() ->
     report, counts = cost.report(), cost.counts
     assert counts.in_float is not None
     assert {op: each.calls for op, each in counts.in_float.items()} == {"aten.addmm.default": 1, "aten.mm.default": 2}
-    assert 2 * (report.float_macs + report.total.slots - report.total.not_run) == flops.get_total_flops()
+    assert 2 * (report.float_macs + report.total.macs - report.total.not_run) == flops.get_total_flops()
     assert report.float_share == report.float_macs / (flops.get_total_flops() // 2)
     data = report.to_dict()
     assert data["float_share"] == report.float_share and data["in_float"]["aten.mm.default"]["calls"] == 2
@@ -233,10 +233,10 @@ def test_every_recipes_model_is_counted_whole(name: str) -> None:
     model = lnpu.convert(build(ModelConfig(name=name, width=2 if size == 32 else None), 3, (3, size, size)))
     with lnpu.CostCounter(model) as cost:
         F.cross_entropy(model(torch.randn(2, 3, size, size)), torch.tensor([0, 2]), label_smoothing=0.1).backward()
-    elements = cost.counts.elements
-    assert isinstance(elements, Elements)
-    assert not elements.uncounted
-    kinds = {entry.kind for entry in elements.entries}
+    vector_ops = cost.counts.vector_ops
+    assert isinstance(vector_ops, VectorOpCounts)
+    assert not vector_ops.uncounted
+    kinds = {entry.kind for entry in vector_ops.entries}
     assert kinds >= {"activation", "pooling", "loss", "other"}
     assert ("normalisation" in kinds) == ("alexnet" not in name and name != "vgg16")
 
@@ -249,11 +249,11 @@ def test_sums_and_files(tmp_path: Path) -> None:
     counts = cost.counts
     counts.save(tmp_path / "counts.json")
     assert lnpu.Counts.load(tmp_path / "counts.json") == counts
-    both = (counts + counts).elements
-    assert isinstance(both, Elements) and isinstance(counts.elements, Elements)
-    assert [entry.operations for entry in both.entries] == [2 * entry.operations for entry in counts.elements.entries]
+    both = (counts + counts).vector_ops
+    assert isinstance(both, VectorOpCounts) and isinstance(counts.vector_ops, VectorOpCounts)
+    assert [entry.operations for entry in both.entries] == [2 * entry.operations for entry in counts.vector_ops.entries]
     assert both.uncounted == {"aten.sort.default": 2}
-    assert (counts * 3).elements == (counts + counts + counts).elements
-    assert (counts * 0).elements == Elements()
+    assert (counts * 3).vector_ops == (counts + counts + counts).vector_ops
+    assert (counts * 0).vector_ops == VectorOpCounts()
     off = NotCounted(reason="switched off")
-    assert merge([counts.elements, off, off]) == off  # a part that is missing makes the sum no sum
+    assert merge([counts.vector_ops, off, off]) == off  # a part that is missing makes the sum no sum
