@@ -20,7 +20,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.formats import FORMATS
@@ -172,7 +172,7 @@ def count(place: Place) -> Verdicts:
         yield f"count {name}", torch.equal(counter, expected + counting.grid_step(big, small, g, "small"))
 
 
-def count_operands(g: Geometry, place: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def count_operands(g: ConvShape, place: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Counts of the big grid, of the small one, and of the weight as it meets each of them."""
     choices = torch.tensor([0, 8, 16], dtype=torch.uint8, device=place.device)
 
@@ -217,19 +217,19 @@ def convolution(place: Place, step: str) -> Verdicts:
                 yield f"{step} {name} {layout(last)} chunk {chunk}", torch.equal(got, expected)
 
 
-def few_samples(g: Geometry) -> Geometry:
-    return Geometry(min(2, g.batch), g.big_channels, g.small_channels, g.groups, g.big, g.small, g.kernel, g.stride,
+def few_samples(g: ConvShape) -> ConvShape:
+    return ConvShape(min(2, g.batch), g.big_channels, g.small_channels, g.groups, g.big, g.small, g.kernel, g.stride,
                     g.padding, g.dilation)  # fmt: skip
 
 
-def step_operands(g: Geometry, make: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def step_operands(g: ConvShape, make: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     big, small = make(g.batch, g.big_channels, *g.big), make(g.batch, g.small_channels, *g.small)
     weight = make(g.small_channels, g.big_channels // g.groups, *g.kernel)
-    return {"small_from_big": (big, weight), "big_from_small": (small, weight), "weight_from_both": (big, small)}
+    return {"conv_forward": (big, weight), "conv_grad_input": (small, weight), "conv_grad_weight": (big, small)}
 
 
 def layers(place: Place) -> Verdicts:
-    """Whole layers, two steps each: values, counts and T's as with plain torch. Sums of whole numbers, exact."""
+    """Whole layers, two steps each: values, counts and thresholds as with plain torch. Sums of whole numbers, exact."""
     for name, (make, shape) in layer_kinds(sizes(place)).items():
         for dtype in DTYPES[-1:] if place.rehearses else DTYPES:
             outcomes = [one_layer(make, shape, place, dtype, plain) for plain in (True, False)]

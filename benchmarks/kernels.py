@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnpu_torch.ops.pair_counts import reference as counting
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
 
@@ -155,7 +155,7 @@ def convolution(place: Place) -> Rows:
         make = partial(checks.activations, place=place, dtype=torch.float16, last=True)
         steps = checks.step_operands(g, make)
         for step, operands in steps.items():
-            plain = torch_convolution(step, g, *steps["small_from_big"], steps["big_from_small"][0])
+            plain = torch_convolution(step, g, *steps["conv_forward"], steps["conv_grad_input"][0])
             for chunk in (None, 64):
                 options = {"chunk": chunk, "dtype": torch.float16}
                 ours = partial(getattr(kernels, step), *operands, g.pack(), **options)
@@ -163,12 +163,12 @@ def convolution(place: Place) -> Rows:
                 yield {"name": label, **compare(ours, plain, place, "ratio_to_torch")}
 
 
-def torch_convolution(step: str, g: Geometry, big: Tensor, weight: Tensor, small: Tensor | None) -> Operation:
+def torch_convolution(step: str, g: ConvShape, big: Tensor, weight: Tensor, small: Tensor | None) -> Operation:
     """Torch's own way to do a convolution's step."""
     lists = (list(g.stride), list(g.padding), list(g.dilation))
-    if step == "small_from_big":
+    if step == "conv_forward":
         return partial(F.conv2d, big, weight, None, *lists, g.groups)
-    mask = [step == "big_from_small", step == "weight_from_both", False]
+    mask = [step == "conv_grad_input", step == "conv_grad_weight", False]
     arguments: tuple[Any, ...] = (small, big, weight, None, *lists, False, [0, 0], g.groups, mask)
     return partial(torch.ops.aten.convolution_backward, *arguments)
 
@@ -181,9 +181,9 @@ CHECKS: dict[str, Callable[[Place], checks.Verdicts]] = {
     "result": checks.results,
     "count": checks.count,
     "matmul": checks.matmul,
-    "convolution forward": partial(checks.convolution, step="small_from_big"),
-    "convolution grad_input": partial(checks.convolution, step="big_from_small"),
-    "convolution grad_weight": partial(checks.convolution, step="weight_from_both"),
+    "convolution forward": partial(checks.convolution, step="conv_forward"),
+    "convolution grad_input": partial(checks.convolution, step="conv_grad_input"),
+    "convolution grad_weight": partial(checks.convolution, step="conv_grad_weight"),
     "layers": checks.layers,
 }
 TIMES: dict[str, Callable[[Place], Rows]] = {

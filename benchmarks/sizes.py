@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from place import Place
 
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 Shape = tuple[int, ...]
 
@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
     """Elements of a tensor without a grid."""
     grids: tuple[Shape, ...]
     odd_grids: tuple[Shape, ...]
-    geometries: dict[str, Geometry]
+    geometries: dict[str, ConvShape]
     products: tuple[tuple[int, int, int], ...]
     """m, n, k of the matrix products that are checked."""
     square: int
@@ -49,12 +49,12 @@ REAL = Sizes(
     grids=((256, 64, 56, 56), (512, 64, 32, 32), (512, 512, 4, 4)),
     odd_grids=((8192, 1000), (63, 500, 7, 9)),
     geometries={
-        "3x3 56x56": Geometry(256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1)),
-        "3x3 stride 2": Geometry(256, 64, 128, 1, (56, 56), (28, 28), (3, 3), (2, 2), (1, 1), (1, 1)),
-        "7x7 stride 2": Geometry(128, 3, 64, 1, (224, 224), (112, 112), (7, 7), (2, 2), (3, 3), (1, 1)),
-        "groups 4": Geometry(128, 64, 64, 4, (28, 28), (28, 28), (3, 3), (1, 1), (1, 1), (1, 1)),
-        "3x3 4x4": Geometry(512, 512, 512, 1, (4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
-        "linear": Geometry(4096, 1024, 1000, 1, (), (), (), (), (), ()),
+        "3x3 56x56": ConvShape(256, 64, 64, 1, (56, 56), (56, 56), (3, 3), (1, 1), (1, 1), (1, 1)),
+        "3x3 stride 2": ConvShape(256, 64, 128, 1, (56, 56), (28, 28), (3, 3), (2, 2), (1, 1), (1, 1)),
+        "7x7 stride 2": ConvShape(128, 3, 64, 1, (224, 224), (112, 112), (7, 7), (2, 2), (3, 3), (1, 1)),
+        "groups 4": ConvShape(128, 64, 64, 4, (28, 28), (28, 28), (3, 3), (1, 1), (1, 1), (1, 1)),
+        "3x3 4x4": ConvShape(512, 512, 512, 1, (4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
+        "linear": ConvShape(4096, 1024, 1000, 1, (), (), (), (), (), ()),
     },
     products=((4096, 4096, 1024), (1000, 500, 630)),
     square=4096,
@@ -74,8 +74,8 @@ TINY = Sizes(
     grids=((2, 5, 4, 4),),
     odd_grids=((9, 7),),
     geometries={
-        "3x3": Geometry(2, 4, 6, 2, (5, 4), (5, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
-        "linear": Geometry(5, 9, 7, 1, (), (), (), (), (), ()),
+        "3x3": ConvShape(2, 4, 6, 2, (5, 4), (5, 4), (3, 3), (1, 1), (1, 1), (1, 1)),
+        "linear": ConvShape(5, 9, 7, 1, (), (), (), (), (), ()),
     },
     products=((20, 18, 70),),
     square=128,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lnpu_torch.kernels.geometry import in_dims
 from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 WIDTH = 19
 """Integers of a counter: calls, macs, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
@@ -33,7 +33,7 @@ def _split(index, grid):
 
 
 @triton.jit
-def _meet(p0, p1, p2, offset, big, kernel, stride, padding, dilation):
+def _overlap(p0, p1, p2, offset, big, kernel, stride, padding, dilation):
     """The row-major big position that a kernel offset joins with small position (p0, p1, p2); and if it is inside."""
     r0, r1, r2 = _split(offset, kernel)
     h0 = p0 * stride[0] - padding[0] + r0 * dilation[0]
@@ -162,7 +162,7 @@ def _weight_kernel(
         offset = tile // position_tiles % offsets
         c = tile // (position_tiles * offsets) * TILE_C + tl.arange(0, TILE_C)
         p0, p1, p2 = _split(p, small)
-        at, met = _meet(p0, p1, p2, offset, big, kernel, stride, padding, dilation)
+        at, met = _overlap(p0, p1, p2, offset, big, kernel, stride, padding, dilation)
         met = met & (p < positions)
         if not OF_BIG:
             at = p
@@ -248,7 +248,7 @@ def _grid_kernel(
         seenx = tl.zeros((TILE_R, TILE_P), tl.int32)
         times = tl.zeros((TILE_P,), tl.int32)
         for offset in range(OFFSETS):
-            at, met = _meet(p0, p1, p2, offset, big, kernel, stride, padding, dilation)
+            at, met = _overlap(p0, p1, p2, offset, big, kernel, stride, padding, dilation)
             met = met & (p < positions)
             mask = (row < rows)[:, None] & met[None, :]
             from_big = big_sample_ptr + row[:, None] * grid + at[None, :]
@@ -346,7 +346,7 @@ def _grid_launch(packed: tuple[int, ...], first: str, device: torch.device) -> L
     )
 
 
-def _walk(g: Geometry) -> tuple[tuple[int, ...], ...]:
+def _walk(g: ConvShape) -> tuple[tuple[int, ...], ...]:
     return g.big, g.small, g.kernel, g.stride, g.padding, g.dilation
 
 
@@ -357,7 +357,7 @@ def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry:
         counter: int64 [WIDTH].
         position: int32 [2, channels, *grid], the grid's elements of each group over the batch.
         weight: int32 [2, channels, *kernel], the weight's over the other side's channels.
-        geometry: `Geometry.pack()`.
+        geometry: `ConvShape.pack()`.
         side: which grid it is, "big" or "small".
 
     Raises:
@@ -379,7 +379,7 @@ def add_grid_step(
         counter: int64 [WIDTH].
         big, small: of each grid int32 [2, channels, *grid], its elements of each group over the batch, and int32
             [2, N, g, *grid], over a channel group.
-        geometry: `Geometry.pack()`.
+        geometry: `ConvShape.pack()`.
         first: which grid is the step's first operand, "big" or "small".
 
     Raises:

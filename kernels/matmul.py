@@ -1,6 +1,6 @@
 """Matrix products and 2D convolutions on a GPU whose accumulator may be rounded every few products.
 
-Twins of `accumulate.reduce`, `small_from_big`, `big_from_small` and `weight_from_both`: the same order of products,
+Twins of `accumulate.reduce`, `conv_forward`, `conv_grad_input` and `conv_grad_weight`: the same order of products,
 the same chunks. FP16 operands, FP32 sums on the tensor cores; with a chunk, each chunk's sum is added to the
 accumulator and that rounded to binary16. Within a chunk the order of additions is the hardware's, so that results equal
 the reference bit by bit only where every sum of a chunk is exact in FP32.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lnpu_torch.kernels.geometry import in_dims
 from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 MATMUL = tl.constexpr(0)  # a [m, k] by b [k, n]
 FORWARD = tl.constexpr(1)  # the small grid from the big one (a) and the weight (b)
@@ -448,7 +448,7 @@ def matmul(
     return _run(problem, a, b, chunk, dtype, bias)
 
 
-def small_from_big(
+def conv_forward(
     big: Tensor,
     weight: Tensor,
     geometry: Sequence[int],
@@ -457,12 +457,12 @@ def small_from_big(
     chunk: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A convolution's forward (a transposed one's grad_input), as `accumulate.small_from_big` walks it.
+    """A convolution's forward (a transposed one's grad_input), as `accumulate.conv_forward` walks it.
 
     Args:
         big: float16 [N, C, *big], contiguous or channels_last.
         weight: float16 [K, C / groups, *kernel].
-        geometry: `Geometry.pack()`, of at most two dimensions.
+        geometry: `ConvShape.pack()`, of at most two dimensions.
         bias: float32 or float16 [K], added in float32; or None.
         chunk, dtype: as in `matmul`.
 
@@ -479,7 +479,7 @@ def small_from_big(
     return shape.unpadded(_run(problem, big, weight, chunk, dtype, bias))
 
 
-def big_from_small(
+def conv_grad_input(
     small: Tensor,
     weight: Tensor,
     geometry: Sequence[int],
@@ -488,11 +488,11 @@ def big_from_small(
     chunk: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A convolution's grad_input (a transposed one's forward), as `accumulate.big_from_small` walks it.
+    """A convolution's grad_input (a transposed one's forward), as `accumulate.conv_grad_input` walks it.
 
     Args:
         small: float16 [N, K, *small], contiguous or channels_last.
-        weight, geometry, chunk, dtype: as in `small_from_big`.
+        weight, geometry, chunk, dtype: as in `conv_forward`.
         bias: float32 or float16 [C], added in float32; or None.
 
     Returns:
@@ -505,7 +505,7 @@ def big_from_small(
     return shape.unpadded(_run(problem, small, weight, chunk, dtype, bias))
 
 
-def weight_from_both(
+def conv_grad_weight(
     big: Tensor,
     small: Tensor,
     geometry: Sequence[int],
@@ -513,10 +513,10 @@ def weight_from_both(
     chunk: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The grad_weight of either convolution, as `accumulate.weight_from_both` walks it.
+    """The grad_weight of either convolution, as `accumulate.conv_grad_weight` walks it.
 
     Args:
-        big, small, geometry, chunk, dtype: as in `small_from_big` and `big_from_small`.
+        big, small, geometry, chunk, dtype: as in `conv_forward` and `conv_grad_input`.
 
     Returns:
         [K, C / groups, *kernel]; channels_last if `big` is.
@@ -531,7 +531,7 @@ def weight_from_both(
 class _Shape(NamedTuple):
     """A geometry in two dimensions."""
 
-    geometry: Geometry
+    geometry: ConvShape
     dims: int
     """that the convolution has"""
 

@@ -18,7 +18,7 @@ from lnpu_torch.nn import functional  # noqa: E402
 from lnpu_torch.nn.convert import convert, coverage, load_thresholds, revert, thresholds  # noqa: E402
 from lnpu_torch.nn.observers import pause_op_tracing  # noqa: E402
 from lnpu_torch.nn.rounding import quantize  # noqa: E402
-from lnpu_torch.nn.threshold_sync import SharedThresholds  # noqa: E402
+from lnpu_torch.nn.threshold_sync import ThresholdSync  # noqa: E402
 from lnpu_torch.profiler.cost_counter import CostCounter  # noqa: E402
 from lnpu_torch.profiler.layer_counters import no_count  # noqa: E402
 from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402
@@ -34,8 +34,8 @@ __all__ = [
     "Precision",
     "Report",
     "Rule",
-    "SharedThresholds",
     "Sweep",
+    "ThresholdSync",
     "chip",
     "convert",
     "coverage",

@@ -117,7 +117,7 @@ class Run:
             self.compiled = torch.compile(self.model)  # type: ignore[assignment]
         self.network, self.optimizer = self.accelerator.prepare(self.compiled, optimizer)
         machines.add_gradients(self.network)
-        self.shared = lnpu.SharedThresholds(self.model) if config.emulated and self.ranks > 1 else None
+        self.shared = lnpu.ThresholdSync(self.model) if config.emulated and self.ranks > 1 else None
 
     def open(self, resume: str | None, accept_changes: bool) -> None:
         """Make the run's folder, or go on with what is in it."""
@@ -182,7 +182,7 @@ class Run:
                 self.accelerator.backward(loss / self.ranks)
                 with lnpu.pause_op_tracing():  # this is no work of the chip's
                     if self.shared:
-                        self.shared.merge()
+                        self.shared.all_reduce()
                     right = (output.argmax(1) == labels).sum()
                     sums[:3] += torch.stack((loss.detach() * len(labels), right, right.new_tensor(len(labels))))
                     if self.accelerator.sync_gradients:

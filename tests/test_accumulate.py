@@ -30,9 +30,9 @@ def test_steps_are_torchs(geometry):
     )
     everything = 10**6
     ours = (
-        accumulate.small_from_big(big, weight, g, FP32, everything),
-        accumulate.big_from_small(small, weight, g, FP32, everything),
-        accumulate.weight_from_both(big, small, g, FP32, everything),
+        accumulate.conv_forward(big, weight, g, FP32, everything),
+        accumulate.conv_grad_input(small, weight, g, FP32, everything),
+        accumulate.conv_grad_weight(big, small, g, FP32, everything),
     )
     for mine, theirs in zip(ours, torch_steps(g, big, small, weight), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)

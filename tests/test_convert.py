@@ -286,7 +286,7 @@ def test_parametrized_layers_are_emulated_whenever_they_became_so(register, when
     assert all(parameter.grad.any() for parameter in model.parameters())
     lnpu.convert(model, "fp8")(x)
     float_layer = lnpu.revert(model)[0]
-    assert isinstance(float_layer, nn.Linear) and not isinstance(float_layer, lnpu.nn.Emulated)
+    assert isinstance(float_layer, nn.Linear) and not isinstance(float_layer, lnpu.nn.EmulatedModule)
     assert parametrize.is_parametrized(float_layer)
     parametrize.remove_parametrizations(float_layer, "weight")
     assert type(float_layer) is nn.Linear
@@ -423,7 +423,7 @@ def test_weights_that_the_emulation_cannot_read_are_said_so():
     layer, other = nn.Linear(8, 8), nn.Linear(8, 8)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Foreign))
     model = lnpu.convert(nn.Sequential(layer, other))
-    assert not isinstance(model[0], lnpu.nn.Emulated)
+    assert not isinstance(model[0], lnpu.nn.EmulatedModule)
     assert "its weight is a Foreign" in lnpu.coverage(model).in_float[0].reason
     other.weight = nn.Parameter(other.weight.detach().to_sparse_csr())
     with pytest.raises(TypeError, match="strided"):
@@ -442,7 +442,7 @@ def test_those_who_trace_a_model_get_it_in_float(monkeypatch):
         assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
     with pytest.raises(RuntimeError, match="revert it first"):
         torch.jit.script(model)
-    assert isinstance(model[0], lnpu.nn.Emulated)
+    assert isinstance(model[0], lnpu.nn.EmulatedModule)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")

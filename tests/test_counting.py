@@ -8,7 +8,7 @@ import torch
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.pair_counts import cpu as cpu_counting
 from lnpu_torch.ops.pair_counts import reference as counting
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 
 def make(batch, big_channels, small_channels, groups, big, kernel, stride, padding, dilation):
@@ -16,7 +16,7 @@ def make(batch, big_channels, small_channels, groups, big, kernel, stride, paddi
         (h + 2 * p - d * (r - 1) - 1) // s + 1
         for h, r, s, p, d in zip(big, kernel, stride, padding, dilation, strict=True)
     )
-    return Geometry(batch, big_channels, small_channels, groups, big, small, kernel, stride, padding, dilation)
+    return ConvShape(batch, big_channels, small_channels, groups, big, small, kernel, stride, padding, dilation)
 
 
 GEOMETRIES = {

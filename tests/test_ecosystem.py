@@ -126,7 +126,7 @@ def test_an_averaged_model_is_emulated_with_counters_of_its_own() -> None:
     with lnpu.CostCounter(model) as ours, lnpu.CostCounter(average) as its, torch.no_grad():
         output = average.eval()(batch())
     assert not ours.counts.steps and {entry.step for entry in its.counts.steps} == {"forward"}
-    # its T's stay those of the copy: the first step's own were not yet chosen then
+    # its thresholds stay those of the copy: the first step's own were not yet chosen then
     twin = copy.deepcopy(average)
     assert torch.equal(twin(batch()), output)
 

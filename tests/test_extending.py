@@ -52,7 +52,7 @@ def test_a_layer_of_ones_own_is_a_class(capsys: pytest.CaptureFixture[str]) -> N
     try:
         exec(compile(BLOCKS["use_layer.py"], "use_layer.py", "exec"), page)
     finally:
-        lnpu.nn.LAYERS.pop(page["UnitConv2d"])
+        lnpu.nn.EMULATED_CLASSES.pop(page["UnitConv2d"])
     printed = capsys.readouterr().out
     assert "2 of 2 layers emulated" in printed and "('0', 'grad_weight', 31104)" in printed
 

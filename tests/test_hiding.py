@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch.nn.gemms import Convolution, Linear
-from lnpu_torch.nn.observers import LayerWatcher
+from lnpu_torch.nn.observers import LayerObserver
 
 
 def test_uncounted_steps_are_not_watched_whatever_other_mode_is_active() -> None:
@@ -48,7 +48,7 @@ def test_below_another_mode_it_counts_as_on_top() -> None:
     assert cost.counts.vector_ops.uncounted == {}
 
 
-class Names(LayerWatcher):
+class Names(LayerObserver):
     """Keeps the names of what it is shown."""
 
     def __init__(self) -> None:

@@ -195,8 +195,8 @@ def test_convolution(compiled, layout, chunk):
         torch.empty(shape, dtype=torch.float16).to(memory_format=format_)
         for shape in ((16, 64, 32, 32), (16, 128, 16, 16), (128, 64, 3, 3))
     )
-    steps = (matmul.small_from_big, big, weight), (matmul.big_from_small, small, weight)
-    for step, *operands in (*steps, (matmul.weight_from_both, big, small)):
+    steps = (matmul.conv_forward, big, weight), (matmul.conv_grad_input, small, weight)
+    for step, *operands in (*steps, (matmul.conv_grad_weight, big, small)):
         compiled.clear()
         step(*operands, geometry.pack(), chunk=chunk)
         kernel = compiled["_product_kernel"]
@@ -212,7 +212,7 @@ def test_convolution_with_bias(compiled):
         for shape in ((16, 64, 32, 32), (128, 64, 3, 3))
     )
     bias = torch.empty(128)
-    matmul.small_from_big(x, weight, geometry.pack(), bias=bias, dtype=torch.float16)
+    matmul.conv_forward(x, weight, geometry.pack(), bias=bias, dtype=torch.float16)
     kernel = compiled["_product_kernel"]
     assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 

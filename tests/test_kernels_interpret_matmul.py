@@ -76,9 +76,9 @@ def check_splits(kernels, monkeypatch):
 
 
 STEPS = {
-    "small_from_big": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "weight"))),
-    "big_from_small": lambda g: (integers(*grid(g, "small")), integers(*grid(g, "weight"))),
-    "weight_from_both": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "small"))),
+    "conv_forward": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "weight"))),
+    "conv_grad_input": lambda g: (integers(*grid(g, "small")), integers(*grid(g, "weight"))),
+    "conv_grad_weight": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "small"))),
 }
 
 
@@ -104,10 +104,10 @@ def check_convolution(kernels, step, geometry):
 
 
 @pytest.mark.parametrize("geometry", PLANE.values(), ids=PLANE.keys())
-@pytest.mark.parametrize("step", ["small_from_big", "big_from_small"])
+@pytest.mark.parametrize("step", ["conv_forward", "conv_grad_input"])
 def check_bias(kernels, step, geometry):
     operands = STEPS[step](geometry)
-    channels = geometry.small_channels if step == "small_from_big" else geometry.big_channels
+    channels = geometry.small_channels if step == "conv_forward" else geometry.big_channels
     bias = torch.randn(channels, generator=torch.Generator().manual_seed(1)) * 9
     for chunk in (None, 16):
         form = FORMATS["fp32" if chunk is None else "fp16"]
@@ -147,6 +147,6 @@ def check_what_is_refused(kernels):
     with pytest.raises(ValueError, match="at least one product"):
         kernels.matmul(a, a.T, chunk=0)
     with pytest.raises(ValueError, match="0 to 2 dimensions"):
-        kernels.small_from_big(a, a, GEOMETRIES["3d"].pack())
+        kernels.conv_forward(a, a, GEOMETRIES["3d"].pack())
     with pytest.raises(ValueError, match="big is \\[4, 6\\]; the geometry says"):
-        kernels.small_from_big(a, a, GEOMETRIES["3x3"].pack())
+        kernels.conv_forward(a, a, GEOMETRIES["3x3"].pack())

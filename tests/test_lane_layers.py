@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import lnpu_torch as lnpu
 from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, LANES, SYNC_INTERVALS, LaneConfig
 from lnpu_torch.counts.schema import OPERANDS
-from lnpu_torch.nn.layer_state import Emulation
+from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.reads import READS
 from lnpu_torch.recipes.models import ModelConfig, build
 
@@ -28,7 +28,7 @@ def masks_and_counts(name, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     classes, masks = 3 * F.avg_pool2d(torch.randn(10, 3, 32, 32), 5, 1, 2), {}
     names = {id(layer.emulation): name for name, layer in model.named_modules() if hasattr(layer, "emulation")}
-    quantize = Emulation.quantize
+    quantize = LayerState.quantize
 
     def recording(self, x, plan, *args):
         operand = quantize(self, x, plan, *args)
@@ -36,7 +36,7 @@ def masks_and_counts(name, monkeypatch):
             masks[names[id(self)], READS[plan.row][1]] = operand.values != 0
         return operand
 
-    monkeypatch.setattr(Emulation, "quantize", recording)
+    monkeypatch.setattr(LayerState, "quantize", recording)
     for _ in range(8):
         labels = torch.randint(10, (16,))
         with lnpu.CostCounter(model) as cost:

@@ -20,7 +20,7 @@ from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import Counts, StepCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.hardware.chip import chip
-from lnpu_torch.nn.layer_state import Emulation, Operand
+from lnpu_torch.nn.layer_state import LayerState, Operand
 from lnpu_torch.nn.reads import OperandPlan
 
 APART = lnpu.Precision(input="fp8", grad_output="fp8", grad_weight={"input": None, "grad_output": None})
@@ -170,13 +170,13 @@ def test_more_lanes_that_do_more_take_no_longer() -> None:
 
 def test_an_operand_that_two_steps_read_alike_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    measured, quantize = [], Emulation.quantize
+    measured, quantize = [], LayerState.quantize
 
-    def noting(self: Emulation, x: Tensor, plan: OperandPlan, *rest: Any) -> Operand:
+    def noting(self: LayerState, x: Tensor, plan: OperandPlan, *rest: Any) -> Operand:
         measured.extend([plan] if plan.lanes else [])
         return quantize(self, x, plan, *rest)
 
-    monkeypatch.setattr(Emulation, "quantize", noting)
+    monkeypatch.setattr(LayerState, "quantize", noting)
     for precision, times in ((lnpu.Precision(input="fp8", grad_output="fp8"), 2), (APART, 4)):
         measured.clear()
         layers = [torch.nn.Linear(40, 30), torch.nn.Linear(30, 20)]

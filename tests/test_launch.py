@@ -72,7 +72,7 @@ def test_a_convolution_in_several_dtypes_with_and_without_bias(launches):
     x, weight, bias = halves(*shapes[0], last=True), halves(*shapes[1], last=True), halves(128)
     cases = 2 * [(torch.float16, bias), (torch.float32, None), (torch.float32, bias), (torch.float16, None)]
     for dtype, each in cases:
-        assert matmul.small_from_big(x, weight, geometry, bias=each, dtype=dtype).dtype == dtype
+        assert matmul.conv_forward(x, weight, geometry, bias=each, dtype=dtype).dtype == dtype
     found = [tuple(kinds_[2:4]) for name, *kinds_ in launches if name == "_product_kernel"]
     assert found == [(dtype, None if each is None else torch.float16) for dtype, each in cases]
 
@@ -110,11 +110,11 @@ def test_a_kernel_is_looked_up_once_for_each_kind_and_anew_for_addresses_between
 @pytest.mark.parametrize("bias", [None, halves(512)])
 def test_a_result_summed_from_parts_lies_as_its_operands(launches, bias):
     x, weight = halves(32, 512, 2, 2, last=True), halves(512, 512, 3, 3, last=True)
-    out = matmul.small_from_big(x, weight, GEOMETRY.pack(), bias=bias, dtype=torch.float16)
+    out = matmul.conv_forward(x, weight, GEOMETRY.pack(), bias=bias, dtype=torch.float16)
     (product,) = (kinds_ for name, *kinds_ in launches if name == "_product_kernel")
     assert product[2] == torch.float32  # in parts
     assert out.shape == x.shape and out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-    plain = matmul.small_from_big(halves(32, 512, 2, 2), halves(512, 512, 3, 3), GEOMETRY.pack(), dtype=torch.float16)
+    plain = matmul.conv_forward(halves(32, 512, 2, 2), halves(512, 512, 3, 3), GEOMETRY.pack(), dtype=torch.float16)
     assert plain.is_contiguous()
 
 

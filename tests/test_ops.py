@@ -187,7 +187,7 @@ STEPS = ((1, False, False), (1, True, True), (8, True, False), (30, True, True),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("joined", [False, True])
 def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, joined):
-    """Over steps in training, whose T's come into use or do not, and out of it."""
+    """Over steps in training, whose thresholds come into use or do not, and out of it."""
     text, generator = rule.model_dump_json(), torch.Generator().manual_seed(0)
     results: list[list[torch.Tensor]] = []
     for name, apart in (("auto", False), ("reference", False), ("auto", True)):

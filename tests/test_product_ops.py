@@ -8,7 +8,7 @@ import torch
 from test_formats import all_patterns, identical, random_patterns
 
 from lnpu_torch.ops.gemm import half_precision as product_ops
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.ops.quantize import torch_ops as ops
 
@@ -42,7 +42,7 @@ def test_results_in_half_precision_are_rounded_by_their_values(dtype):
 @pytest.mark.parametrize("formats", [*itertools.product((torch.contiguous_format, torch.channels_last), repeat=2)])
 def test_a_biased_convolution_lies_as_its_input_whatever_its_weight_does(formats):
     x, weight = (t.half().contiguous(memory_format=form) for t, form in zip(operands(), formats, strict=True))
-    bias, geometry = torch.randn(6), Geometry(3, 8, 6, 2, (9, 8), (5, 8), (3, 3), (2, 1), (1, 1), (1, 1))
+    bias, geometry = torch.randn(6), ConvShape(3, 8, 6, 2, (9, 8), (5, 8), (3, 3), (2, 1), (1, 1), (1, 1))
     lists = ((2, 1), (1, 1), (1, 1), (0, 0))
     arguments = (x, weight, bias, geometry.pack(), *lists, 2, False)
     out = product_ops.half_convolution(*arguments)

@@ -1,4 +1,4 @@
-"""Ranks that share their T's hold the same ones, chosen as one process would from everything that they saw."""
+"""Ranks that share their thresholds hold the same ones, chosen as one process would from everything that they saw."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def batches(count):
 
 
 def shared_steps(precision, count):
-    """T's of a rank after each of `count` steps, and its counts of all of them."""
+    """Thresholds of a rank after each of `count` steps, and its counts of all of them."""
     net, rank = model(precision), dist.get_rank()
-    shared, seen = lnpu.SharedThresholds(net), []
+    shared, seen = lnpu.ThresholdSync(net), []
     with lnpu.CostCounter(net) as cost:
         for images in batches(count):
             net(images[4 * rank : 4 * rank + 4]).square().sum().backward()
-            shared.merge()
+            shared.all_reduce()
             seen.append(lnpu.thresholds(net))
     return seen, cost.counts
 
@@ -73,10 +73,10 @@ def test_ranks_hold_equal_thresholds_after_every_step():
 def thresholds_of_shrinking_batches(precision):
     """Thresholds of the first layer's input after each of two steps, the second of smaller numbers."""
     net, rank = model(precision), dist.get_rank()
-    shared, seen = lnpu.SharedThresholds(net), []
+    shared, seen = lnpu.ThresholdSync(net), []
     for images in batches(3)[[2, 0]]:
         net(images[4 * rank : 4 * rank + 4]).square().sum().backward()
-        shared.merge()
+        shared.all_reduce()
         seen.append(lnpu.thresholds(net)["0"][0].tolist())
     return seen
 
@@ -101,6 +101,6 @@ def test_the_choice_from_a_histogram_is_the_choice_from_its_tensor(rule):
 
 def test_without_ranks_there_is_nothing_to_share():
     with pytest.raises(ConfigError, match="init_process_group"):
-        lnpu.SharedThresholds(model("fgmp"))
+        lnpu.ThresholdSync(model("fgmp"))
     with pytest.raises(ConfigError, match="no layer of this model is emulated"):
-        lnpu.SharedThresholds(nn.Linear(2, 2))
+        lnpu.ThresholdSync(nn.Linear(2, 2))

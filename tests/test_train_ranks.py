@@ -1,4 +1,4 @@
-"""Ranks that train together do what one process does with the same batches, and hold the same weights and T's."""
+"""Ranks that train together do what one process does with the same batches, and hold the same weights and thresholds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def macs(folder: Path) -> list[list[Any]]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_ranks_do_what_one_process_does(accumulate: int, tmp_path: Path) -> None:
-    """With static T's and without batch norm: every MAC is the same, and the loss but for the order of sums."""
+    """With static thresholds and without batch norm: every MAC is the same, and the loss but for the order of sums."""
     (tmp_path / "static.yaml").write_text(STATIC)
     settings = {**PLAIN, "precision": str(tmp_path / "static.yaml"), "accumulate": accumulate}
     alone = recipe.train(config(**settings, out=str(tmp_path / "alone")), QUIET)

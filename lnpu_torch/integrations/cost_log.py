@@ -99,7 +99,7 @@ class CostLog:
             ConfigError: it holds a run, and this one is not `resumed` from it, or has another precision.
         """
         self.close()
-        self._shared = lnpu.SharedThresholds(self._model) if _ranks() > 1 else None
+        self._shared = lnpu.ThresholdSync(self._model) if _ranks() > 1 else None
         self.metrics, self._counted = (self._earlier() if resumed else []), []
         if _rank() == 0 and resumed and (self.folder / "config.yaml").exists():
             self._check_settings()
@@ -123,7 +123,7 @@ class CostLog:
     def step_done(self) -> None:
         """To be called after each optimizer step: ranks choose their thresholds together."""
         if self._shared:
-            self._shared.merge()
+            self._shared.all_reduce()
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Price and write what was counted since `begin_epoch`; all ranks call it. Epochs are numbered from 1.

@@ -2,26 +2,26 @@
 
 from lnpu_torch.nn import functional
 from lnpu_torch.nn.modules import (
-    LAYERS,
+    EMULATED_CLASSES,
     Conv1d,
     Conv2d,
     Conv3d,
     ConvTranspose1d,
     ConvTranspose2d,
     ConvTranspose3d,
-    Emulated,
+    EmulatedModule,
     Linear,
 )
 
 __all__ = [
-    "LAYERS",
+    "EMULATED_CLASSES",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
-    "Emulated",
+    "EmulatedModule",
     "Linear",
     "functional",
 ]

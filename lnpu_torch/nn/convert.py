@@ -18,7 +18,16 @@ from torch.nn.utils import parametrize
 
 from lnpu_torch.files import ConfigError, listed, nearest
 from lnpu_torch.nn.coverage import forward_macs
-from lnpu_torch.nn.modules import LAYERS, LISTENERS, Emulated, emulate, emulated_layers, restore, torch_layer, unwrapped
+from lnpu_torch.nn.modules import (
+    EMULATED_CLASSES,
+    LISTENERS,
+    EmulatedModule,
+    emulate,
+    emulated_layers,
+    restore,
+    torch_layer,
+    unwrapped,
+)
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
@@ -72,7 +81,7 @@ def convert(
         warnings.warn(f"no layer of this model was converted: {why_nothing_is_emulated(model)}", stacklevel=2)
     with _changing_layers():
         for name, module in layers.items():
-            if only_new and (isinstance(module, Emulated) or module in _LEFT):
+            if only_new and (isinstance(module, EmulatedModule) or module in _LEFT):
                 continue
             _revert(module)
             wanted = choice[name]
@@ -109,7 +118,7 @@ def _changing_layers() -> Iterator[None]:
 
 
 def thresholds(model: nn.Module) -> dict[str, Tensor]:
-    """The emulation's only state, to be saved beside optimizer and scaler: each layer's T's, on the CPU."""
+    """The emulation's only state, to be saved beside optimizer and scaler: each layer's thresholds, on the CPU."""
     return {name: layer.emulation.thresholds.cpu().clone() for name, layer in emulated_layers(model).items()}
 
 
@@ -256,7 +265,7 @@ def _rows(model: nn.Module) -> Iterator[CoverageRow]:
             count = sum(p.numel() for p in owned if not isinstance(p, nn.parameter.UninitializedParameter))
             kind = type(module).__name__.removeprefix("Parametrized")
             reason = _reason(module, model)
-            yield CoverageRow(name or "(model)", kind, isinstance(module, Emulated), reason, count)
+            yield CoverageRow(name or "(model)", kind, isinstance(module, EmulatedModule), reason, count)
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -267,7 +276,7 @@ def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 def _reason(module: nn.Module, model: nn.Module) -> str:
     """Why a module is not emulated; nothing for one that is."""
-    if isinstance(module, Emulated):
+    if isinstance(module, EmulatedModule):
         return ""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its shapes are not known yet; run one batch first"
@@ -279,8 +288,8 @@ def _reason(module: nn.Module, model: nn.Module) -> str:
         if module in _LEFT:
             return "left in float by choice"
         return "added since: call convert again" if emulated_layers(model) else "not converted"
-    if isinstance(module, tuple(LAYERS)):
-        base = next(cls for cls in type(module).__mro__ if cls in LAYERS)
+    if isinstance(module, tuple(EMULATED_CLASSES)):
+        base = next(cls for cls in type(module).__mro__ if cls in EMULATED_CLASSES)
         if "forward" in vars(module):
             return "its forward was replaced: convert before that"
         if type(module).__module__.startswith("torch."):
@@ -296,7 +305,7 @@ def _reason(module: nn.Module, model: nn.Module) -> str:
 
 
 def _convertible(module: nn.Module) -> bool:
-    if isinstance(module, Emulated):
+    if isinstance(module, EmulatedModule):
         return True
     return torch_layer(module) is not None and _has_torchs_weight(module)
 
@@ -310,10 +319,10 @@ def _has_torchs_weight(module: nn.Module) -> bool:
 
 def _convert(module: nn.Module, chosen: Precision) -> None:
     emulate(module)
-    cast(Emulated, module).start(chosen)
+    cast(EmulatedModule, module).set_precision(chosen)
 
 
 def _revert(module: nn.Module) -> None:
-    if isinstance(module, Emulated) and not restore(module):
+    if isinstance(module, EmulatedModule) and not restore(module):
         name = type(module).__name__
         raise ConfigError(f"a layer has become {name} (fully_shard does so with FSDP...): revert or convert before it")

@@ -29,8 +29,8 @@ from lnpu_torch.nn.layer_call import (
     layer_forward,
     plan,
 )
-from lnpu_torch.nn.layer_state import Emulation
-from lnpu_torch.nn.observers import hidden, opaque
+from lnpu_torch.nn.layer_state import LayerState
+from lnpu_torch.nn.observers import notify_observers, opaque
 from lnpu_torch.ops.dispatch import lies_last
 
 
@@ -46,14 +46,14 @@ class _LayerCall(torch.autograd.Function):
     """The three steps of one layer. `wants` says which gradients are asked for: input, weight, bias."""
 
     @staticmethod
-    @hidden
+    @notify_observers
     def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         product: Product,
-        state: Emulation,
+        state: LayerState,
         wants: tuple[bool, bool, bool],
         dtype: torch.dtype,
     ) -> Tensor:
@@ -74,7 +74,7 @@ class _LayerCall(torch.autograd.Function):
         return output  # type: ignore[no-any-return]
 
     @staticmethod
-    @hidden
+    @notify_observers
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         with _without_autocast(grad_output.device.type):
@@ -114,7 +114,7 @@ def _will_run(node: Any) -> bool:
         return True
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, emulation: Emulation) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, emulation: LayerState) -> Tensor:
     """`torch.nn.functional.linear`, emulated: input [*, in], weight [out, in], bias [out] -> [*, out]."""
     return _emulate(input, weight, bias, Linear(), emulation)
 
@@ -123,7 +123,7 @@ def convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    emulation: Emulation,
+    emulation: LayerState,
     *,
     stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0,
@@ -163,7 +163,7 @@ def convolution(
     return output if input.dim() == dims + 2 else output.squeeze(0)
 
 
-def _emulate(input: Tensor, weight: Tensor, bias: Tensor | None, product: Product, emulation: Emulation) -> Tensor:
+def _emulate(input: Tensor, weight: Tensor, bias: Tensor | None, product: Product, emulation: LayerState) -> Tensor:
     for name, tensor in (("input", input), ("weight", weight)):
         if not tensor.is_floating_point():
             raise TypeError(f"an emulated layer takes floating-point tensors, but its {name} is {tensor.dtype}")

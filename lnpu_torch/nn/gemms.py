@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.gemm import half_precision as product_ops
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape, part
 
 
 class Like(NamedTuple):
@@ -61,14 +61,14 @@ class Accumulator:
         summed = self.exact or self.form != "fp32"  # in float32, but for float64
         return None if bias is None else bias.to(torch.float32 if summed and x.dtype == torch.float16 else x.dtype)
 
-    def __call__(self, product: str, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    def __call__(self, product: str, a: Tensor, b: Tensor, geometry: ConvShape) -> Tensor:
         """One of the products of `lnpu_torch.ops.gemm.reference`, by name."""
         return product_ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """input [*, in], weight [out, in] -> output [*, out]. In `Geometry`'s terms the input is the big grid."""
+    """input [*, in], weight [out, in] -> output [*, out]. In `ConvShape`'s terms the input is the big grid."""
 
     input_side: str = "big"
     output_side: str = "small"
@@ -87,7 +87,7 @@ class Linear:
         if by.form == "fp32":
             out = _linear(x, weight, bias, by)
         else:
-            flat = by("small_from_big", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
+            flat = by("conv_forward", self.grid(x), weight, geometry=self.geometry(x.shape, weight.shape))
             out = flat.reshape(*x.shape[:-1], weight.shape[0])
             out = out if bias is None else out + bias
         # a view that autograd does not know as one, or what an autograd function returns could not be changed in place
@@ -98,7 +98,7 @@ class Linear:
         if by.form == "fp32":
             return _linear(error, weight.T, None, by)
         geometry = self.geometry(like.shape, weight.shape)
-        return by("big_from_small", self.grid(error), weight, geometry=geometry).reshape(like.shape)
+        return by("conv_grad_input", self.grid(error), weight, geometry=geometry).reshape(like.shape)
 
     def grad_weight(
         self,
@@ -114,20 +114,20 @@ class Linear:
             weight_grad = _linear(flat.T, self.grid(x).T, None, by)
         elif wanted[0]:
             geometry = self.geometry(x.shape, like.shape)
-            weight_grad = by("weight_from_both", self.grid(x), flat, geometry=geometry)
+            weight_grad = by("conv_grad_weight", self.grid(x), flat, geometry=geometry)
         return weight_grad, flat.sum(0, dtype=torch.float32 if by.widens(flat) else None) if wanted[1] else None
 
     def grid(self, x: Tensor) -> Tensor:
-        """The tensor as `Geometry` sees it: [batch, channels]."""
+        """The tensor as `ConvShape` sees it: [batch, channels]."""
         return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 tells nothing where a size is 0
 
     def cut(self, counts: Tensor) -> Tensor:
         """Counts of an input without its margin, of which it has none."""
         return counts
 
-    def geometry(self, shape: torch.Size, weight: torch.Size) -> Geometry:
+    def geometry(self, shape: torch.Size, weight: torch.Size) -> ConvShape:
         rows = prod(shape[:-1])
-        return Geometry(rows, weight[1], weight[0], 1, (), (), (), (), (), ())
+        return ConvShape(rows, weight[1], weight[0], 1, (), (), (), (), (), ())
 
     def output_shape(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """Of an input and a weight of such shapes."""
@@ -182,7 +182,7 @@ class Convolution:
             return product_ops.half_convolution(x, weight, bias, geometry, *lists, self.groups, self.transposed)
         if by.form == "fp32":
             return torch.ops.aten.convolution(x, weight, bias, *self._arguments)  # type: ignore[no-any-return]
-        product = "big_from_small" if self.transposed else "small_from_big"
+        product = "conv_grad_input" if self.transposed else "conv_forward"
         out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
 
@@ -190,7 +190,7 @@ class Convolution:
         """The gradient of an input that was like this."""
         if by.form == "fp32":
             return self._backward(error, None, weight, like, [True, False, False])[0]
-        product = "small_from_big" if self.transposed else "big_from_small"
+        product = "conv_forward" if self.transposed else "conv_grad_input"
         return by(product, error, weight, geometry=self.geometry(like.shape, weight.shape, margin=False))
 
     def grad_weight(
@@ -211,18 +211,18 @@ class Convolution:
         elif wanted[0]:
             big, small = (error, x) if self.transposed else (x, error)
             geometry = self.geometry(x.shape, like.shape, margin=False)
-            weight_grad = by("weight_from_both", big, small, geometry=geometry)
+            weight_grad = by("conv_grad_weight", big, small, geometry=geometry)
         return weight_grad, error.sum((0, *range(2, error.dim()))) if wanted[1] else None
 
     def grid(self, x: Tensor) -> Tensor:
-        """The tensor as `Geometry` sees it: [batch, channels, *grid]."""
+        """The tensor as `ConvShape` sees it: [batch, channels, *grid]."""
         return x
 
     def cut(self, counts: Tensor) -> Tensor:
         """Counts [..., *grid] of an input without those of its margin."""
         return part(counts, [slice(0, -size or None) for size in self.margin]) if any(self.margin) else counts
 
-    def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> Geometry:
+    def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> ConvShape:
         """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""
         sizes = [self._output(shape[2 + d], weight[2 + d], d) for d in range(len(self.stride))]
         small_channels, big_channels = weight[0], weight[1] * self.groups
@@ -230,7 +230,7 @@ class Convolution:
         inner = tuple(size - c for size, c in zip(shape[2:], cut, strict=True))
         big, small = (tuple(sizes), inner) if self.transposed else (inner, tuple(sizes))
         kernel = tuple(weight[2:])
-        return Geometry(
+        return ConvShape(
             shape[0],
             big_channels,
             small_channels,

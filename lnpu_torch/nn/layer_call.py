@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
 from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
-from lnpu_torch.nn.layer_state import Emulation, Operand, counting_lock
+from lnpu_torch.nn.layer_state import LayerState, Operand, counting_lock
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.gemm.half_precision import alike
@@ -93,7 +93,7 @@ def _plan(
     return LayerPlan(product, precision, x, weight, halves, counting)
 
 
-def plan(product: Product, state: Emulation, shape: torch.Size, weight: Tensor) -> LayerPlan:
+def plan(product: Product, state: LayerState, shape: torch.Size, weight: Tensor) -> LayerPlan:
     """The plan of a call with an input of this shape, on the weight's device."""
     # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
     precision = state.plan
@@ -103,7 +103,7 @@ def plan(product: Product, state: Emulation, shape: torch.Size, weight: Tensor) 
 
 
 def forward(
-    state: Emulation,
+    state: LayerState,
     plan: LayerPlan,
     input: Tensor,
     weight: Tensor,
@@ -133,7 +133,7 @@ def forward(
 
 
 def backward(
-    state: Emulation,
+    state: LayerState,
     plan: LayerPlan,
     grad_output: Tensor,
     weight: Tensor | None,
@@ -191,7 +191,7 @@ def _values(rounded: Tensor, original: Tensor, use: OperandPlan) -> Tensor:
     return rounded if rounded.shape == original.shape else rounded.reshape(original.shape)
 
 
-def _count(state: Emulation, plan: LayerPlan, step: str, grid: Operand, weight: Operand, side: str) -> None:
+def _count(state: LayerState, plan: LayerPlan, step: str, grid: Operand, weight: Operand, side: str) -> None:
     """Count forward or grad_input, the product of a weight and the grid on one side."""
     position = grid.position.squeeze(1)
     position = plan.product.cut(position) if step == "forward" else position
@@ -201,7 +201,7 @@ def _count(state: Emulation, plan: LayerPlan, step: str, grid: Operand, weight: 
         count_ops.count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
 
 
-def _count_grids(state: Emulation, plan: LayerPlan, error: Operand, saved: Saved) -> None:
+def _count_grids(state: LayerState, plan: LayerPlan, error: Operand, saved: Saved) -> None:
     """Count grad_weight, the product of the error and the input."""
     product, first = plan.product, plan.product.input_side
     assert saved.position is not None and saved.sample is not None
@@ -240,7 +240,7 @@ def layer_forward(
 
     What is saved of an input that grad_weight reads in float is empty, too: it is the input itself.
     """
-    layer = Emulation.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting)
+    layer = LayerState.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting)
     planned = plan(product_of(product), layer, input.shape, weight)
     output, saved = forward(layer, planned, input, weight, bias, seed, wants, dtype)
     if planned.input[True][-1].rule is None:
@@ -312,7 +312,7 @@ def layer_backward(
         bias: its dtype.
     """
     layer, size = (
-        Emulation.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting),
+        LayerState.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting),
         torch.Size(shape),
     )
     planned = plan(product_of(product), layer, size, weight)

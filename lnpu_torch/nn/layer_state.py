@@ -1,4 +1,4 @@
-"""What a layer brings to each of its calls: how its operands are rounded, its T's, its counters. No products."""
+"""What a layer brings to each of its calls: how its operands are rounded, its thresholds, its counters. No products."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lnpu_torch.quant.precision import Precision
 
 
 def new_thresholds(device: torch.device | str = "cpu") -> Tensor:
-    """T's of a layer that has seen nothing: int32 [len(READS), 2], in use and to come."""
+    """Thresholds of a layer that has seen nothing: int32 [len(READS), 2], in use and to come."""
     return torch.full((len(READS), 2), UNSET, dtype=torch.int32, device=device)
 
 
@@ -65,8 +65,8 @@ class Operand(NamedTuple):
     threshold: Tensor | None = None
 
 
-class Emulation:
-    """What a layer brings to each of its calls: precision, T's, and the counters that its steps add to."""
+class LayerState:
+    """What a layer brings to each of its calls: precision, thresholds, and the counters that its steps add to."""
 
     def __init__(self, chosen: Precision, device: torch.device | str = "cpu") -> None:
         self.precision = chosen
@@ -74,7 +74,7 @@ class Emulation:
         self.plan = precision_plan(self.text)
         self.training = False
         self.counting = True
-        self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their T's together
+        self.histograms: Tensor | None = None  # [len(READS), bins], where ranks choose their thresholds together
         self.thresholds = new_thresholds(device)
         self.counters, self.lanes = new_counters(device), new_lanes(device)
         self.call_sizes = new_call_sizes()  # stays on the host, where sizes are known
@@ -167,7 +167,7 @@ class Emulation:
         tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
         training: bool,
         counting: bool,
-    ) -> Emulation:
+    ) -> LayerState:
         """The state of a layer of which only a precision's JSON and tensors are at hand, as within an op."""
         state = cls.__new__(cls)
         state.text, state.plan = precision, precision_plan(precision)
@@ -232,6 +232,6 @@ class Emulation:
         return product_ops.round_result(x, form, dtype)
 
 
-def counting_lock(emulation: Emulation) -> AbstractContextManager[Any]:
+def counting_lock(emulation: LayerState) -> AbstractContextManager[Any]:
     """What to count a step in. Compiled code takes no locks."""
     return nullcontext() if torch.compiler.is_compiling() else emulation.lock

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lnpu_torch.nn import functional
-from lnpu_torch.nn.layer_state import Emulation
+from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PICKLED = (
@@ -26,12 +26,12 @@ PICKLED = (
 )
 
 
-class Emulated(nn.Module):
+class EmulatedModule(nn.Module):
     """What all emulated layers share: an `emulation`, which travels with the module but is not in its state_dict."""
 
     torch_class: ClassVar[type[nn.Module]]
     original_class: ClassVar[type[nn.Module]]  # torch's, or a subclass of it
-    emulation: Emulation
+    emulation: LayerState
     weight: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -41,14 +41,14 @@ class Emulated(nn.Module):
     def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
         """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
         super().__init__(*args, **kwargs)
-        self.start(precision)
+        self.set_precision(precision)
 
-    def start(self, chosen: str | Path | Rule | Precision) -> None:
+    def set_precision(self, chosen: str | Path | Rule | Precision) -> None:
         """Begin to emulate with this precision: counters at zero, every T still to be chosen."""
         own = next(itertools.chain(self.parameters(), self.buffers()), None)  # a parametrized weight is left alone
-        self.emulation = Emulation(precision(chosen), (self.weight if own is None else own).device)
+        self.emulation = LayerState(precision(chosen), (self.weight if own is None else own).device)
 
-    def ready(self, weight: Tensor) -> Emulation:
+    def _prepare(self, weight: Tensor) -> LayerState:
         """The emulation for a call, where the weight is and in the module's mode."""
         if self.emulation.device != weight.device:
             self.emulation.move(weight.device)
@@ -78,7 +78,7 @@ class Emulated(nn.Module):
         return self
 
 
-class Linear(Emulated, nn.Linear):
+class Linear(EmulatedModule, nn.Linear):
     """`torch.nn.Linear`, emulated."""
 
     torch_class = nn.Linear
@@ -88,10 +88,10 @@ class Linear(Emulated, nn.Linear):
         weight = self.weight
         if _in_float(input, weight):
             return F.linear(input, weight, self.bias)
-        return functional.linear(input, weight, self.bias, self.ready(weight))
+        return functional.linear(input, weight, self.bias, self._prepare(weight))
 
 
-class _Conv(Emulated, nn.modules.conv._ConvNd):
+class _Conv(EmulatedModule, nn.modules.conv._ConvNd):
     """A convolution of any number of dimensions; its padding mode is torch's own, and only zeros are padding."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +105,7 @@ class _Conv(Emulated, nn.modules.conv._ConvNd):
             input,
             weight,
             bias,
-            self.ready(weight),
+            self._prepare(weight),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -131,7 +131,7 @@ class Conv3d(_Conv, nn.Conv3d):
     torch_class = nn.Conv3d
 
 
-class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
+class _ConvTranspose(EmulatedModule, nn.modules.conv._ConvTransposeNd):
     """A transposed convolution of any number of dimensions."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -152,7 +152,7 @@ class _ConvTranspose(Emulated, nn.modules.conv._ConvTransposeNd):
             input,
             weight,
             self.bias,
-            self.ready(weight),
+            self._prepare(weight),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -180,7 +180,7 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     torch_class = nn.ConvTranspose3d
 
 
-LAYERS: dict[type[nn.Module], type[Emulated]] = {
+EMULATED_CLASSES: dict[type[nn.Module], type[EmulatedModule]] = {
     layer.torch_class: layer
     for layer in (Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 }
@@ -196,7 +196,7 @@ def torch_layer(module: nn.Module) -> type[nn.Module] | None:
     What torch itself derives from its layers (lazy ones, fully_shard's, attention's projections) is none of these.
     """
     cls = _unparametrized(module)
-    base = next((each for each in cls.__mro__ if each in LAYERS), None)
+    base = next((each for each in cls.__mro__ if each in EMULATED_CLASSES), None)
     if base is None or "forward" in vars(module):
         return None
     between = cls.__mro__[: cls.__mro__.index(base)]
@@ -209,7 +209,7 @@ def emulate(module: nn.Module) -> None:
     _change(module, _emulated_class(_unparametrized(module)))
 
 
-def restore(module: Emulated) -> bool:
+def restore(module: EmulatedModule) -> bool:
     """Make it what it was. Returns whether that could be done: not if somebody else has changed its class since."""
     cls = _unparametrized(module)
     if cls is not _emulated_class(module.original_class):
@@ -233,16 +233,16 @@ def _change(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-_DERIVED: weakref.WeakKeyDictionary[type[nn.Module], type[Emulated]] = weakref.WeakKeyDictionary()
+_DERIVED: weakref.WeakKeyDictionary[type[nn.Module], type[EmulatedModule]] = weakref.WeakKeyDictionary()
 
 
-def _emulated_class(cls: type[nn.Module]) -> type[Emulated]:
+def _emulated_class(cls: type[nn.Module]) -> type[EmulatedModule]:
     """The emulated class of a layer's: of torch's own, or of a subclass that keeps its forward."""
-    known = LAYERS.get(cls) or _DERIVED.get(cls)
+    known = EMULATED_CLASSES.get(cls) or _DERIVED.get(cls)
     if known is None:
-        base = next(each for each in cls.__mro__ if each in LAYERS)
+        base = next(each for each in cls.__mro__ if each in EMULATED_CLASSES)
         own = {"original_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-        known = _DERIVED[cls] = type(cls.__name__, (LAYERS[base], cls), own)
+        known = _DERIVED[cls] = type(cls.__name__, (EMULATED_CLASSES[base], cls), own)
     return known
 
 
@@ -273,6 +273,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def emulated_layers(model: nn.Module) -> dict[str, Emulated]:
+def emulated_layers(model: nn.Module) -> dict[str, EmulatedModule]:
     """The model's emulated layers by name, a shared one once. Wrappers add nothing to names."""
-    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, Emulated)}
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, EmulatedModule)}

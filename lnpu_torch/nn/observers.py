@@ -37,7 +37,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class LayerWatcher(TorchDispatchMode):
+class LayerObserver(TorchDispatchMode):
     """A mode that sees none of the many ops inside emulated layers, but is told of their steps.
 
     It stays on torch's stack of modes throughout: nothing has to be put back, whatever interrupts a layer. While
@@ -58,8 +58,8 @@ class LayerWatcher(TorchDispatchMode):
 
 @contextmanager
 def pause_op_tracing() -> Iterator[None]:
-    """Within the block this thread's LayerWatchers see nothing."""
-    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LayerWatcher) and not mode.paused]
+    """Within the block this thread's LayerObservers see nothing."""
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, LayerObserver) and not mode.paused]
     try:
         for mode in modes:
             mode.paused = True
@@ -74,7 +74,7 @@ def opaque() -> bool:
     return torch.compiler.is_compiling() or _thread.opaque
 
 
-def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
+def notify_observers(step: Callable[..., Any]) -> Callable[..., Any]:
     """Hides what the `forward` or `backward` of the layers' autograd function does, and tells what it was."""
 
     @wraps(step)
@@ -83,7 +83,7 @@ def hidden(step: Callable[..., Any]) -> Callable[..., Any]:
             return step(ctx, *args)
         modes, plain, watchers, others = _get_current_dispatch_mode_stack(), registry.is_plain(args), [], False
         for mode in modes:
-            if not isinstance(mode, LayerWatcher):
+            if not isinstance(mode, LayerObserver):
                 others, plain = True, plain and not mode.is_infra_mode()
             elif not mode.blind:
                 watchers.append(mode)

@@ -1,4 +1,4 @@
-"""Lets the ranks of a process group choose their T's together. It knows T's and one all-reduce, no models' training."""
+"""Lets the ranks of a process group choose their thresholds together. One all-reduce after each backward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lnpu_torch.ops.quantize.reference import choose_by_histogram
 from lnpu_torch.quant.precision import Rule
 
 
-class SharedThresholds:
-    """Ranks that train one model hold the same T's: chosen from what all of them have seen.
+class ThresholdSync:
+    """Ranks that train one model hold the same thresholds: chosen from what all of them have seen.
 
-        shared = lnpu.SharedThresholds(model)  # on every rank, once the process group is up and the model in its place
+        shared = lnpu.ThresholdSync(model)  # on every rank, once the process group is up and the model in its place
         loss.backward()
-        shared.merge()  # after every backward: one all-reduce, of 4 bytes x 6 x 165 bins a layer
+        shared.all_reduce()  # after every backward: one all-reduce, of 4 bytes x 6 x 165 bins a layer
 
     Each rank's own choice, with which a tensor begins in its first step, is replaced in `merge`. Counters stay each
     rank's own: gather `CostCounter.counts` and sum them with `Counts.merge`.
@@ -34,15 +34,15 @@ class SharedThresholds:
         if not self._emulations:
             raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
         if not (dist.is_available() and dist.is_initialized()):
-            raise ConfigError("there are no ranks to share T's with: call torch.distributed.init_process_group() first")
+            raise ConfigError("there are no ranks to share thresholds with: call torch.distributed.init_process_group() first")
         self._group, self._places = group, self._rules()
         if self._places:
             shape = (len(READS), max(map(_bins, self._places)))
             for each in self._emulations:
                 each.histograms = torch.zeros(shape, dtype=torch.int32, device=each.thresholds.device)
 
-    def merge(self) -> None:
-        """Put into use, on every rank, the T's that suit what all ranks have seen since the last call."""
+    def all_reduce(self) -> None:
+        """Put into use, on every rank, the thresholds that suit what all ranks have seen since the last call."""
         if not self._places:
             return
         seen = [each.histograms for each in self._emulations if each.histograms is not None]
@@ -74,7 +74,7 @@ def _bins(rule: Rule) -> int:
 
 
 def _choose(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
-    """The T's that suit histograms [n, bins]; `fallback` [n] where one is empty."""
+    """The thresholds that suit histograms [n, bins]; `fallback` [n] where one is empty."""
     if rule.adaptive:
         each = partial(choose_by_histogram, rule=rule)
         return torch.vmap(lambda counts, fallback: each(counts, fallback=fallback))(counts.long(), fallback)

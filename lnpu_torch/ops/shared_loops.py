@@ -285,7 +285,7 @@ def add_grid_step(team, counting, big, small, meets, sizes, small_first):
         counting: as for `add_weight_step`.
         big, small: address of counts by position int32 [2, *shape], shape, address of counts by sample
             [2, samples, *grid], their number, whether they are uint8 instead of int32, address of a lane profile.
-        meets: see `count_loops.meetings`.
+        meets: see `count_loops.overlaps`.
         sizes: macs, inside, other channels of big and of small, elements of the first operand and of the second.
     """
     counters, known, lanes, call = counting
@@ -319,16 +319,16 @@ def add_grid_step(team, counting, big, small, meets, sizes, small_first):
 def _add_grid(share, shares, big, small, meets, alone):
     """One grid alone."""
     if share == 0:
-        count_loops.met_in_all(big, meets[0], meets[2], alone[0])
+        count_loops.overlaps_of_all(big, meets[0], meets[2], alone[0])
     else:
-        count_loops.met_in_all(small, meets[1], np.ones(3, np.int64), alone[1])
+        count_loops.overlaps_of_all(small, meets[1], np.ones(3, np.int64), alone[1])
 
 
 @compiled
 def _add_samples(share, shares, big, small, meets, both):
     """The pairs of both grids in some of the samples."""
     samples = bounds(big.shape[1], share, shares)
-    count_loops.meetings(big, small, samples, meets[0], meets[1], meets[2], both[share])
+    count_loops.overlaps(big, small, samples, meets[0], meets[1], meets[2], both[share])
 
 
 @compiled

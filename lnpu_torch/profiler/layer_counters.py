@@ -19,7 +19,7 @@ from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import why_nothing_is_emulated
-from lnpu_torch.nn.modules import LISTENERS, Emulated, emulated_layers, unwrapped
+from lnpu_torch.nn.modules import LISTENERS, EmulatedModule, emulated_layers, unwrapped
 from lnpu_torch.nn.observers import pause_op_tracing
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's
@@ -115,7 +115,7 @@ class LayerLedger:
         if self._joining:
             self._changed()
         for layer in child.modules() if child is not None else ():
-            if isinstance(layer, Emulated) and id(layer.emulation) not in self._lives:
+            if isinstance(layer, EmulatedModule) and id(layer.emulation) not in self._lives:
                 self._joining[id(layer.emulation)] = (layer.emulation, Counted.of(layer.emulation))
 
 
@@ -210,7 +210,7 @@ def _channels(layer: Any) -> dict[str, int]:
     return {"input": layer.in_channels, "grad_output": layer.out_channels}
 
 
-def _wide(layer: Emulated) -> dict[tuple[str, str], str]:
+def _wide(layer: EmulatedModule) -> dict[tuple[str, str], str]:
     """What each step's elements above FP8 are: FP16, or float32 where the operand is not rounded."""
     rule = layer.emulation.precision.rule
     return {

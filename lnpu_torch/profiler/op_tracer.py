@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_
 
 from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, Kind, NotCounted, Phase, VectorOp, VectorOpCounts, place
 from lnpu_torch.nn.coverage import is_product, macs
-from lnpu_torch.nn.observers import LayerSteps, LayerWatcher
+from lnpu_torch.nn.observers import LayerObserver, LayerSteps
 from lnpu_torch.profiler.op_formulas import Call, Formula, tensors
 from lnpu_torch.profiler.op_table import Other, find, general_kind
 
@@ -218,7 +218,7 @@ class OpTracer:
             self._reason = COMPILED_FUNCTION
 
 
-class _OpMode(LayerWatcher):
+class _OpMode(LayerObserver):
     """The one mode of a thread, which passes what it sees to the tracers that were started there."""
 
     supports_higher_order_operators = True

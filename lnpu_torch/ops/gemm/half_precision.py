@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.gemm import reference as accumulating
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.formats import FORMATS
 
@@ -88,7 +88,7 @@ def gradients(
 
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
     """A product of `ops.gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
-    shape, module = Geometry.unpack(geometry), backends.gpu_module(a)
+    shape, module = ConvShape.unpack(geometry), backends.gpu_module(a)
     if module is not None and module.accumulates(a, b, form, len(shape.kernel)):
         return module.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]
     compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape, part
 from lnpu_torch.ops.quantize.reference import round_to
 from lnpu_torch.quant.formats import Format
 
@@ -23,14 +23,14 @@ def reduce(a: Tensor, b: Tensor, form: Format, chunk: int) -> Tensor:
     return total
 
 
-def small_from_big(big: Tensor, weight: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
+def conv_forward(big: Tensor, weight: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
     """A convolution's forward (a transposed one's grad_input): reduces over big channel, then kernel offset."""
     columns = _columns(big, geometry)  # [g, N * positions, C/g * offsets]
     kernels = weight.reshape(geometry.groups, geometry.small_channels // geometry.groups, columns.shape[-1])
     return _to_grid(reduce(columns, kernels.mT, form, chunk), geometry.batch, geometry.small)
 
 
-def big_from_small(small: Tensor, weight: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
+def conv_grad_input(small: Tensor, weight: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
     """A convolution's grad_input (a transposed one's forward): reduces over small channel, then kernel offset.
 
     The small grid is spread out by the stride, which turns the step into a convolution by the mirrored kernel.
@@ -43,10 +43,10 @@ def big_from_small(small: Tensor, weight: Tensor, geometry: Geometry, form: Form
         .unflatten(0, (geometry.groups, len(weight) // geometry.groups))
         .transpose(1, 2)
     )
-    return small_from_big(spread, kernels.flatten(0, 1), mirrored, form, chunk)
+    return conv_forward(spread, kernels.flatten(0, 1), mirrored, form, chunk)
 
 
-def weight_from_both(big: Tensor, small: Tensor, geometry: Geometry, form: Format, chunk: int) -> Tensor:
+def conv_grad_weight(big: Tensor, small: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
     """The grad_weight of either: reduces over batch, then position."""
     columns = _columns(big, geometry)
     errors = (
@@ -56,7 +56,7 @@ def weight_from_both(big: Tensor, small: Tensor, geometry: Geometry, form: Forma
     return product.reshape(geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel)
 
 
-def _columns(big: Tensor, geometry: Geometry) -> Tensor:
+def _columns(big: Tensor, geometry: ConvShape) -> Tensor:
     """im2col for any number of dimensions: [N, C, *big] -> [g, N * positions, C/g * offsets]."""
     dims = len(geometry.kernel)
     for dim in range(dims):
@@ -79,10 +79,10 @@ def _to_grid(rows: Tensor, batch: int, grid: tuple[int, ...]) -> Tensor:
     return image.flatten(1, 2)
 
 
-def _mirrored(geometry: Geometry) -> Geometry:
+def _mirrored(geometry: ConvShape) -> ConvShape:
     """The convolution that computes the big grid from the small one spread out by the stride."""
     dims = range(len(geometry.kernel))
-    return Geometry(
+    return ConvShape(
         batch=geometry.batch,
         big_channels=geometry.small_channels,
         small_channels=geometry.big_channels,

@@ -24,7 +24,7 @@ def part(x: Tensor, index: Sequence[slice | int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvShape:
     """Sizes of one convolution. `padding` is what lies before the big grid's first element in each dimension."""
 
     batch: int
@@ -63,7 +63,7 @@ class Geometry:
     @property
     def inside(self) -> int:
         """Slots whose big position lies inside the big grid."""
-        return self.per_offset * sum(self.meetings())
+        return self.per_offset * sum(self.overlaps())
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of the "big" grid, the "small" grid or the "weight"."""
@@ -88,22 +88,22 @@ class Geometry:
         return [self.batch, self.big_channels, self.small_channels, self.groups, *itertools.chain(*grids)]
 
     @classmethod
-    def unpack(cls, sizes: Sequence[int]) -> Geometry:
+    def unpack(cls, sizes: Sequence[int]) -> ConvShape:
         dims = (len(sizes) - 4) // 6
         batch, big, small, groups, *rest = sizes
         return cls(batch, big, small, groups, *(tuple(rest[i * dims : (i + 1) * dims]) for i in range(6)))
 
-    def meets(self, dim: int) -> list[tuple[slice, slice]]:
+    def overlap(self, dim: int) -> list[tuple[slice, slice]]:
         """For each kernel offset along a dimension: the small positions it joins with big ones, and those big ones."""
-        return [self._meet(dim, offset) for offset in range(self.kernel[dim])]
+        return [self._overlap(dim, offset) for offset in range(self.kernel[dim])]
 
-    def meetings(self) -> list[int]:
+    def overlaps(self) -> list[int]:
         """For each kernel offset, row-major: how many small positions it joins with one inside the big grid."""
         dims = range(len(self.kernel))
-        per_dimension = [[small.stop - small.start for small, _ in self.meets(dim)] for dim in dims]
+        per_dimension = [[small.stop - small.start for small, _ in self.overlap(dim)] for dim in dims]
         return [prod(combination) for combination in itertools.product(*per_dimension)]
 
-    def _meet(self, dim: int, offset: int) -> tuple[slice, slice]:
+    def _overlap(self, dim: int, offset: int) -> tuple[slice, slice]:
         stride = self.stride[dim]
         start = offset * self.dilation[dim] - self.padding[dim]  # big position of small position 0
         first = max(0, -(start // stride))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops import shared_loops
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH
 from lnpu_torch.ops.threads import team
 
@@ -78,12 +78,12 @@ def count_grid_step(
 @lru_cache(maxsize=4096)
 def _weight_step(packed: tuple[int, ...], side: Side) -> tuple[Any, ...]:
     """What the loops need to know of a geometry: sizes of the call, of the grid, and the rest in their order."""
-    geometry = Geometry.unpack(packed)
+    geometry = ConvShape.unpack(packed)
     missing = (1,) * (3 - len(geometry.kernel))
     strides = np.asarray(missing + geometry.stride if side == "big" else (1, 1, 1), np.int64)
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
     elements = (geometry.elements(side), geometry.elements("weight"))
-    met = np.asarray(geometry.meetings(), np.int64).reshape(missing + geometry.kernel)
+    met = np.asarray(geometry.overlaps(), np.int64).reshape(missing + geometry.kernel)
     numbers = (geometry.macs, geometry.inside, others, geometry.batch, *elements)
     call = geometry.call_sizes(side, "weight")
     return call, _solid(geometry, side), (_meets(geometry, side), strides, met, numbers)
@@ -92,7 +92,7 @@ def _weight_step(packed: tuple[int, ...], side: Side) -> tuple[Any, ...]:
 @lru_cache(maxsize=4096)
 def _grid_step(packed: tuple[int, ...], first: Side) -> tuple[Any, ...]:
     """The same: sizes of the call, of both grids, the number of their samples, and the rest."""
-    geometry = Geometry.unpack(packed)
+    geometry = ConvShape.unpack(packed)
     sides: tuple[Side, Side] = ("big", "small") if first == "big" else ("small", "big")
     others = (geometry.small_channels // geometry.groups, geometry.big_channels // geometry.groups)
     numbers = (geometry.macs, geometry.inside, *others, *(geometry.elements(side) for side in sides))
@@ -102,19 +102,19 @@ def _grid_step(packed: tuple[int, ...], first: Side) -> tuple[Any, ...]:
     return geometry.call_sizes(*sides), shapes, geometry.batch * geometry.groups, (meets, numbers)
 
 
-def _solid(geometry: Geometry, side: Side) -> tuple[int, int, int, int]:
+def _solid(geometry: ConvShape, side: Side) -> tuple[int, int, int, int]:
     """A grid's channels, and exactly three dimensions after them."""
     _, channels, *grid = geometry.shape(side)
     depth, height, width = (*(1,) * (3 - len(grid)), *grid)
     return channels, depth, height, width
 
 
-def _meets(geometry: Geometry, side: Side) -> Array:
+def _meets(geometry: ConvShape, side: Side) -> Array:
     """For each of three dimensions and each kernel offset: the first position that it meets, and how many."""
     missing = 3 - len(geometry.kernel)
     meets = np.full((3, max((1, *geometry.kernel)), 2), -1, np.int64)
     meets[:missing, 0] = (0, 1)
     for dim in range(len(geometry.kernel)):
-        for offset, (small, big) in enumerate(geometry.meets(dim)):
+        for offset, (small, big) in enumerate(geometry.overlap(dim)):
             meets[missing + dim, offset] = ((big if side == "big" else small).start, small.stop - small.start)
     return meets

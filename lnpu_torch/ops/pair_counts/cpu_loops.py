@@ -78,7 +78,7 @@ def _total(counts, channels):
 
 
 @compiled
-def met_in_all(position, meets, strides, totals):
+def overlaps_of_all(position, meets, strides, totals):
     """Elements of each group of position [2, C, D, H, W], and how many of them the offsets meet, into totals [2, 2]."""
     kernel = (_offsets(meets[0]), _offsets(meets[1]), _offsets(meets[2]))
     sums, row = np.empty(kernel, np.int64), np.empty(position.shape[4], np.int64)
@@ -128,13 +128,13 @@ def _reached(counts, start, height, meets, strides, row, sums):
 
 
 @compiled
-def meetings(big, small, samples, big_meets, small_meets, strides, both):
+def overlaps(big, small, samples, big_windows, small_windows, strides, both):
     """Pairs of non-zeros of two grids [2, N, D, H, W] in a range of samples under all offsets, added to `both` [2, 2].
 
     What each small position's window holds of the big grid is summed up first: over depth and height into rows as long
     as the big grid's, then along them.
     """
-    offsets = (_offsets(big_meets[0]), _offsets(big_meets[1]), _offsets(big_meets[2]))
+    offsets = (_offsets(big_windows[0]), _offsets(big_windows[1]), _offsets(big_windows[2]))
     depth, height, width = small.shape[2:]
     length, plane = big.shape[4], big.shape[3] * big.shape[4]
     bigs, smalls, size = big.ravel(), small.ravel(), depth * height * width
@@ -144,19 +144,19 @@ def meetings(big, small, samples, big_meets, small_meets, strides, both):
             rows[:] = 0
             seen[a] = 0
             for r in range(offsets[0]):
-                for i in range(small_meets[0, r, 1]):
-                    source = (a * big.shape[1] + n) * big.shape[2] + big_meets[0, r, 0] + i * strides[0]
-                    target = (small_meets[0, r, 0] + i) * height * length
+                for i in range(small_windows[0, r, 1]):
+                    source = (a * big.shape[1] + n) * big.shape[2] + big_windows[0, r, 0] + i * strides[0]
+                    target = (small_windows[0, r, 0] + i) * height * length
                     for s in range(offsets[1]):
-                        first = target + small_meets[1, s, 0] * length
-                        start = source * plane + big_meets[1, s, 0] * length
+                        first = target + small_windows[1, s, 0] * length
+                        start = source * plane + big_windows[1, s, 0] * length
                         if strides[1] == 1:
-                            _add(rows, first, bigs, start, small_meets[1, s, 1] * length, 1)
+                            _add(rows, first, bigs, start, small_windows[1, s, 1] * length, 1)
                         else:
-                            for j in range(small_meets[1, s, 1]):
+                            for j in range(small_windows[1, s, 1]):
                                 _add(rows, first + j * length, bigs, start + j * strides[1] * length, length, 1)
             for t in range(offsets[2]):
-                first, start, count = small_meets[2, t, 0], big_meets[2, t, 0], small_meets[2, t, 1]
+                first, start, count = small_windows[2, t, 0], big_windows[2, t, 0], small_windows[2, t, 1]
                 for j in range(depth * height):
                     _add(seen[a], j * width + first, rows, j * length + start, count, strides[2])
         for b in range(2):

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry, part
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape, part
 
 WIDTH = 19
 """Integers that describe one step: calls, macs, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
@@ -68,7 +68,7 @@ def sample_dtype(channels: int, channel_groups: int) -> torch.dtype:
     return torch.uint8 if channel_groups > 1 and channels // channel_groups <= 255 else torch.int32
 
 
-def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: str) -> Tensor:
+def weight_step(position: Tensor, weight: Tensor, geometry: ConvShape, side: str) -> Tensor:
     """The counts of a step that multiplies one grid by the weight (forward, grad_input): int64 [WIDTH].
 
     Args:
@@ -80,13 +80,13 @@ def weight_step(position: Tensor, weight: Tensor, geometry: Geometry, side: str)
     others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
     weights = _flat(weight).to(torch.int64)
     both = (reached[:, None] * weights[None]).sum((2, 3))
-    weight_only = (weights * (_meetings(geometry, weight.device) * geometry.batch)).sum((1, 2))
+    weight_only = (weights * (_overlaps(geometry, weight.device) * geometry.batch)).sum((1, 2))
     table = pair_table(both, reached.sum((1, 2)) * others, weight_only, geometry.inside)
     counts = elements(position, geometry.elements(side)), elements(weight, geometry.elements("weight"))
     return torch.cat((head(geometry, table), table.flatten(), *counts))
 
 
-def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry, first: str) -> Tensor:
+def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: ConvShape, first: str) -> Tensor:
     """The counts of a step that multiplies the two grids (grad_weight): int64 [WIDTH].
 
     Args:
@@ -107,17 +107,17 @@ def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: Geometry
 
 def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
     """Add a `weight_step` to a counter, of a packed geometry."""
-    counter += weight_step(position, weight, Geometry.unpack(geometry), side)
+    counter += weight_step(position, weight, ConvShape.unpack(geometry), side)
 
 
 def add_grid_step(
     counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
     """Add a `grid_step` to a counter, of a packed geometry."""
-    counter += grid_step(big, small, Geometry.unpack(geometry), first)
+    counter += grid_step(big, small, ConvShape.unpack(geometry), first)
 
 
-def head(geometry: Geometry, like: Tensor) -> Tensor:
+def head(geometry: ConvShape, like: Tensor) -> Tensor:
     """What every run step adds whatever its values: calls, macs, padding, not_run."""
     return like.new_tensor((1, geometry.macs, geometry.macs - geometry.inside, 0))
 
@@ -144,23 +144,23 @@ def elements(position: Tensor, count: int) -> Tensor:
     return torch.cat((count - groups.sum(0, keepdim=True), groups))
 
 
-def _seen(big_sample: Tensor, geometry: Geometry) -> Tensor:
+def _seen(big_sample: Tensor, geometry: ConvShape) -> Tensor:
     """What each small position's window holds of the big grid: int32 [2, N, g, *small]. One dimension at a time."""
     for dim in range(len(geometry.kernel)):
         axis = 3 + dim
         shape = (*big_sample.shape[:axis], geometry.small[dim], *big_sample.shape[axis + 1 :])
         sums = big_sample.new_zeros(shape)
-        for small, big in geometry.meets(dim):
+        for small, big in geometry.overlap(dim):
             _along(sums, axis, small).add_(_along(big_sample, axis, big))
         big_sample = sums
     return big_sample
 
 
-def _reached(position: Tensor, geometry: Geometry, side: str) -> Tensor:
+def _reached(position: Tensor, geometry: ConvShape, side: str) -> Tensor:
     """How many elements of each group every kernel offset meets, by channel: int64 [2, channels, offsets]."""
     sums = position.to(torch.int64)
     for dim in range(len(geometry.kernel)):
-        windows = (big if side == "big" else small for small, big in geometry.meets(dim))
+        windows = (big if side == "big" else small for small, big in geometry.overlap(dim))
         sums = torch.stack([_along(sums, 2 + dim, window).sum(2 + dim) for window in windows], 2 + dim)
     return _flat(sums)
 
@@ -175,5 +175,5 @@ def _along(x: Tensor, axis: int, window: slice) -> Tensor:
 
 
 @lru_cache(maxsize=512)
-def _meetings(geometry: Geometry, device: torch.device) -> Tensor:
-    return torch.tensor(geometry.meetings(), dtype=torch.int64, device=device)
+def _overlaps(geometry: ConvShape, device: torch.device) -> Tensor:
+    return torch.tensor(geometry.overlaps(), dtype=torch.int64, device=device)

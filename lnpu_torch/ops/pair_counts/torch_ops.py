@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lnpu_torch.ops import dispatch as backends
 from lnpu_torch.ops.pair_counts import reference as counting
-from lnpu_torch.ops.pair_counts.conv_shape import Geometry
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 
 def count_weight_step(
@@ -73,7 +73,7 @@ def _add_lanes(lanes: Tensor, step: int, *profiles: Tensor | None) -> None:
 
 @lru_cache(maxsize=1024)
 def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, int, int]:
-    return Geometry.unpack(geometry).call_sizes(first, second)
+    return ConvShape.unpack(geometry).call_sizes(first, second)
 
 
 def _counting(sums: Tensor) -> ModuleType:

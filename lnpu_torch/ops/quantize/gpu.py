@@ -17,9 +17,9 @@ from lnpu_torch.quant.precision import Rule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = {
-    "small_from_big": matmul.small_from_big,
-    "big_from_small": matmul.big_from_small,
-    "weight_from_both": matmul.weight_from_both,
+    "conv_forward": matmul.conv_forward,
+    "conv_grad_input": matmul.conv_grad_input,
+    "conv_grad_weight": matmul.conv_grad_weight,
 }
 
 add_weight_step = count.add_weight_step
@@ -121,7 +121,7 @@ def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], chun
 
 def biased_convolution(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], transposed: bool) -> Tensor:
     """`product_ops.half_convolution`, of a channels_last x."""
-    product = matmul.big_from_small if transposed else matmul.small_from_big
+    product = matmul.conv_grad_input if transposed else matmul.conv_forward
     result: Tensor = product(x, weight, geometry, bias=bias, dtype=torch.float16)
     return result
 
