@@ -4,7 +4,7 @@ python benchmarks/gradients.py cifar.npz --steps 100      # x_train [N, 3, 32, 3
 
 One number for each precision needs no training to its end and no seeds: |g - g32| / |g32|, from the same weights,
 images and dropout, over all weights and in the worst layer. "batch" is float32's gradient of another batch in place of
-g. The weights are those after some steps of training in float32; each precision has seen the images once, for its thresholds.
+g. The weights are those after some steps of training in float32; thresholds are those of the images, seen once.
 """
 
 from __future__ import annotations

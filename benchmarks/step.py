@@ -142,7 +142,7 @@ def counting_share(model: nn.Module, batch: int) -> float:
 def peak_of_one_variant(options: argparse.Namespace) -> int:
     """The most resident memory of three steps, less what the process had before the model was built."""
     warm = stepper(variant("resnet18_cifar", options.precision), 2)
-    for _ in range(2):  # a first step, which chooses its own thresholds, and one like all others: what they need is loaded
+    for _ in range(2):  # the first chooses its own thresholds; what all others need is loaded
         warm()
     before = resident("VmRSS")
     precision = options.precision if options.memory_of == "emulated" else None

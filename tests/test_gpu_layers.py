@@ -1,4 +1,4 @@
-"""Whole layers on the Triton backend, in Triton's interpreter: same counts and thresholds as the reference, same values.
+"""Whole layers on the Triton backend, in Triton's interpreter: counts and thresholds of the reference, same values.
 
 The interpreter is chosen when Triton is first imported, so that the checks run in a process of their own.
 """

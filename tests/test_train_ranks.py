@@ -1,4 +1,4 @@
-"""Ranks that train together do what one process does with the same batches, and hold the same weights and thresholds."""
+"""Ranks that train together do what one process does with the same batches, and hold the same state."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ class ThresholdSync:
         if not self._emulations:
             raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
         if not (dist.is_available() and dist.is_initialized()):
-            raise ConfigError("there are no ranks to share thresholds with: call torch.distributed.init_process_group() first")
+            raise ConfigError(
+                "there are no ranks to share thresholds with: call torch.distributed.init_process_group() first"
+            )
         self._group, self._places = group, self._rules()
         if self._places:
             shape = (len(READS), max(map(_bins, self._places)))
