@@ -53,3 +53,14 @@ def test_chips_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert energy["4 x the lanes"] == energy["lnpu"]
     documented = lines((PRINTED / "compare_chips.txt").read_text())
     assert [line.split(" #")[0] for line in lines(printed)] == [line.split(" #")[0] for line in documented]
+
+
+@pytest.mark.parametrize("precision", ["fgmp", "float32"])
+def test_a_training_run_in_one_file(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--synthetic", "32", "--epochs", "2", "--batch-size", "16", "--precision", precision]
+    printed = run("train_cifar10", capsys, arguments=arguments)
+    losses = [float(each) for each in re.findall(r"^epoch +\d +loss ([\d.]+)  test accuracy [\d.]+%", printed, re.M)]
+    energies = [float(each) for each in re.findall(r"%  ([\d.]+) J$", printed, re.M)]
+    assert len(losses) == 2 and len(energies) == (0 if precision == "float32" else 2)
+    assert ("conv1" in printed) == (precision != "float32")
+    assert len((ROOT / "examples" / "train_cifar10.py").read_text().splitlines()) < 150
