@@ -90,7 +90,7 @@ def quantize(place: Place) -> Verdicts:
 
 
 def grid(place: Place) -> Verdicts:
-    from lnpu_torch.kernels import grid as kernels
+    from lnpu_torch.kernels import quantize as kernels
 
     t = threshold(1, place)
     for shape in (*sizes(place).grids, *sizes(place).odd_grids):
@@ -142,7 +142,7 @@ def lane_profiles(place: Place) -> Verdicts:
 
 
 def results(place: Place) -> Verdicts:
-    from lnpu_torch.kernels import result as kernels
+    from lnpu_torch.kernels import round_output as kernels
 
     for shape in (*sizes(place).grids, *sizes(place).odd_grids):
         for last in (False, True) if len(shape) == 4 else (False,):
@@ -159,7 +159,7 @@ def results(place: Place) -> Verdicts:
 
 
 def count(place: Place) -> Verdicts:
-    from lnpu_torch.kernels import count as kernels
+    from lnpu_torch.kernels import pair_counts as kernels
 
     for name, g in sizes(place).geometries.items():
         big, small, weights = count_operands(g, place)
@@ -187,7 +187,7 @@ def count_operands(g: ConvShape, place: Place) -> tuple[list[Tensor], list[Tenso
 
 
 def matmul(place: Place) -> Verdicts:
-    from lnpu_torch.kernels import matmul as kernels
+    from lnpu_torch.kernels import gemm as kernels
 
     for m, n, k in sizes(place).products:
         a, b = whole_numbers(m, k, place=place) * 13, whole_numbers(k, n, place=place) * 7
@@ -202,7 +202,7 @@ def matmul(place: Place) -> Verdicts:
 
 def convolution(place: Place, step: str) -> Verdicts:
     """One of a convolution's steps, by its name in `accumulate`: a few of the ways to walk it for each geometry."""
-    from lnpu_torch.kernels import matmul as kernels
+    from lnpu_torch.kernels import gemm as kernels
 
     for name, full in sizes(place).geometries.items():
         g = few_samples(full)

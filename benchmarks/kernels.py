@@ -101,7 +101,7 @@ def quantize(place: Place) -> Rows:
 
 
 def grid(place: Place) -> Rows:
-    from lnpu_torch.kernels import grid as kernels
+    from lnpu_torch.kernels import quantize as kernels
 
     t, rule = checks.threshold(1, place), Rule()
     for shape in sizes(place).grids:
@@ -122,7 +122,7 @@ def grid(place: Place) -> Rows:
 
 
 def count(place: Place) -> Rows:
-    from lnpu_torch.kernels import count as kernels
+    from lnpu_torch.kernels import pair_counts as kernels
 
     for name, g in sizes(place).geometries.items():
         big, small, weights = checks.count_operands(g, place)
@@ -136,7 +136,7 @@ def count(place: Place) -> Rows:
 
 
 def matmul(place: Place) -> Rows:
-    from lnpu_torch.kernels import matmul as kernels
+    from lnpu_torch.kernels import gemm as kernels
 
     size = sizes(place).square
     a, b = (torch.randn(size, size, device=place.device, dtype=torch.float16) for _ in range(2))
@@ -147,7 +147,7 @@ def matmul(place: Place) -> Rows:
 
 
 def convolution(place: Place) -> Rows:
-    from lnpu_torch.kernels import matmul as kernels
+    from lnpu_torch.kernels import gemm as kernels
 
     for name, g in sizes(place).geometries.items():
         if not g.kernel:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from lnpu_torch.kernels import count, grid, lanes, launch, matmul, quantize, result, rounding, threshold  # noqa: E402
+from lnpu_torch.kernels import gemm, lanes, launch, pair_counts, quantize, round_output, rounding, thresholds  # noqa: E402
 
 ARCHITECTURES = [80, 90]
 
@@ -50,11 +50,11 @@ def compiled(request, monkeypatch, tmp_path):
         every.append((self.__name__, kernels[self.__name__]))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (count, grid, lanes, matmul, rounding, threshold):
+    for module in (pair_counts, quantize, lanes, gemm, rounding, thresholds):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
-    for module in (grid, result):
+    for module in (quantize, round_output):
         monkeypatch.setattr(module, "check_runs", lambda device: None)
-    for module in (grid, lanes, matmul, quantize, threshold):
+    for module in (quantize, lanes, gemm, thresholds):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", Driver(request.param))  # reset_active() looks for a GPU
     yield kernels
@@ -104,7 +104,7 @@ def test_quantize_by_other_rules(compiled, low, high, seed, dtype):
     x = torch.empty(64, 32, 16, 16).to(memory_format=torch.channels_last)
     seed = None if seed is None else torch.tensor(seed)
     quantize.quantize(x, t(), low, high, seed=seed, dtype=dtype)
-    grid.quantize_grid(x, t(), low, high, 64, 1, half=high != "e6m9", single=dtype == torch.float32, seed=seed)
+    quantize.quantize_grid(x, t(), low, high, 64, 1, half=high != "e6m9", single=dtype == torch.float32, seed=seed)
     assert compiled.keys() == {"_flat_kernel", "_grid_kernel"}
 
 
@@ -119,7 +119,7 @@ GRIDS = {
 @pytest.mark.parametrize("layout", GRIDS)
 def test_quantize_grid(compiled, layout):
     x, groups = GRIDS[layout]
-    grid.quantize_grid(x, t(), "e4m3", "fp16", len(x), groups)
+    quantize.quantize_grid(x, t(), "e4m3", "fp16", len(x), groups)
     kernel = compiled["_grid_kernel"]
     if layout != "linear":
         assert {("ld", 128), ("st", 128)} <= accesses(kernel)
@@ -127,17 +127,17 @@ def test_quantize_grid(compiled, layout):
 
 
 def test_grid_sums(compiled):
-    grid.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
+    quantize.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
     assert compiled.keys() == {"_grid_kernel"}
 
 
 @pytest.mark.parametrize("options", [{"max_error": 0.01}, {"fp16_share": 0.2}, {"threshold": 3}, {"high": None}])
 def test_threshold(compiled, options):
-    choice = threshold.Choice.of("e4m3", **{"high": "fp16"} | options)
+    choice = thresholds.Choice.of("e4m3", **{"high": "fp16"} | options)
     states, counts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(300, dtype=torch.int32)
     x, w = torch.empty(64, 64, 14, 14, dtype=torch.bfloat16), torch.empty(64, 64, 14, 14).transpose(0, 3)
-    threshold.choose(x, choice, states, 0, True)
-    threshold.choose(w, choice, states, 1, False, counts)
+    thresholds.choose(x, choice, states, 0, True)
+    thresholds.choose(w, choice, states, 1, False, counts)
     ptx = compiled["_threshold_kernel"].asm["ptx"]
     # What a program found is in memory before its ticket says so: all threads' writes, the barrier, then the ticket.
     before = ptx[: ptx.index("atom.global.gpu.acq_rel.add")]
@@ -155,11 +155,11 @@ def test_count(compiled, dims):
         side: [torch.empty(2, channels[side], *grid).int(), torch.empty(2, 32, 2, *grid).int()]
         for side, grid in shapes.items()
     }
-    counter = torch.zeros(count.WIDTH, dtype=torch.int64)
+    counter = torch.zeros(pair_counts.WIDTH, dtype=torch.int64)
     for side in shapes:
         weight = torch.empty(2, channels[side], *geometry.kernel).int()
-        count.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
-        count.add_grid_step(counter, counts["big"], counts["small"], geometry.pack(), side)
+        pair_counts.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
+        pair_counts.add_grid_step(counter, counts["big"], counts["small"], geometry.pack(), side)
     assert compiled.keys() == {"_weight_kernel", "_grid_kernel"}
 
 
@@ -167,7 +167,7 @@ def test_count(compiled, dims):
 def test_result(compiled, dtype):
     x = torch.empty(64, 64, 14, 14).to(memory_format=torch.channels_last)
     for source, form in ((x, "fp16"), (x, "e6m9"), (x.bfloat16(), "fp16")):
-        result.round_result(source, form, dtype)
+        round_output.round_result(source, form, dtype)
         assert {("ld", 128), ("st", 128)} <= accesses(compiled["_result_kernel"])
 
 
@@ -178,7 +178,7 @@ def uses_tensor_cores(kernel):
 @pytest.mark.parametrize("chunk", [None, 16, 64, 100])
 def test_matmul(compiled, chunk):
     a = torch.empty(512, 1024, dtype=torch.float16)
-    matmul.matmul(a, a.T, chunk=chunk)
+    gemm.matmul(a, a.T, chunk=chunk)
     kernel = compiled["_product_kernel"]
     assert uses_tensor_cores(kernel)
     assert ".f32.f16.f16" in kernel.asm["ptx"]  # sums in FP32
@@ -195,8 +195,8 @@ def test_convolution(compiled, layout, chunk):
         torch.empty(shape, dtype=torch.float16).to(memory_format=format_)
         for shape in ((16, 64, 32, 32), (16, 128, 16, 16), (128, 64, 3, 3))
     )
-    steps = (matmul.conv_forward, big, weight), (matmul.conv_grad_input, small, weight)
-    for step, *operands in (*steps, (matmul.conv_grad_weight, big, small)):
+    steps = (gemm.conv_forward, big, weight), (gemm.conv_grad_input, small, weight)
+    for step, *operands in (*steps, (gemm.conv_grad_weight, big, small)):
         compiled.clear()
         step(*operands, geometry.pack(), chunk=chunk)
         kernel = compiled["_product_kernel"]
@@ -212,7 +212,7 @@ def test_convolution_with_bias(compiled):
         for shape in ((16, 64, 32, 32), (128, 64, 3, 3))
     )
     bias = torch.empty(128)
-    matmul.conv_forward(x, weight, geometry.pack(), bias=bias, dtype=torch.float16)
+    gemm.conv_forward(x, weight, geometry.pack(), bias=bias, dtype=torch.float16)
     kernel = compiled["_product_kernel"]
     assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 
@@ -223,7 +223,7 @@ def test_without_a_gpu_the_wrappers_say_so():
     with pytest.raises(RuntimeError, match="run on GPUs, but the tensors are on cpu"):
         quantize.quantize(x, t(), "e4m3", "fp16")
     with pytest.raises(RuntimeError, match="run on GPUs"):
-        matmul.matmul(x.half(), x.half())
+        gemm.matmul(x.half(), x.half())
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 32, 32), (2, 512, 4, 4), (64, 2000)])
@@ -237,5 +237,5 @@ def test_lanes(compiled, shape, last):
 
 def test_runs_while_rounding(compiled):
     x, _ = GRIDS["channels_last"]
-    grid.quantize_grid(x, t(), "e4m3", "fp16", len(x), 1, runs=True)
+    quantize.quantize_grid(x, t(), "e4m3", "fp16", len(x), 1, runs=True)
     assert {("ld", 128), ("st", 128)} <= accesses(compiled["_grid_kernel"])

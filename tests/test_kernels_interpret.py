@@ -37,7 +37,7 @@ def test_rounding_in_the_interpreter():
 @pytest.fixture
 def kernels(monkeypatch):
     """The modules, with few programs, and all memory that they allocate full of garbage."""
-    from lnpu_torch.kernels import grid, quantize
+    from lnpu_torch.kernels import quantize
 
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -46,10 +46,9 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(empty_like(*args, **options)))
-    for module in (grid, quantize):
-        monkeypatch.setattr(module, "processors", lambda device: 1)
+    monkeypatch.setattr(quantize, "processors", lambda device: 1)
     return SimpleNamespace(
-        quantize=quantize.quantize, quantize_grid=grid.quantize_grid, grid_sums=grid.grid_sums, grid=grid
+        quantize=quantize.quantize, quantize_grid=quantize.quantize_grid, grid_sums=quantize.grid_sums, grid=quantize
     )
 
 

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from test_counting import make
 from triton.runtime.jit import JITFunction
 
-from lnpu_torch.kernels import grid, lanes, launch, matmul, result, rounding
+from lnpu_torch.kernels import gemm, lanes, launch, quantize, round_output, rounding
 
 GEOMETRY = make(32, 512, 512, 1, (2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -47,13 +47,13 @@ def launches(monkeypatch):
         return compiled
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for module in (grid, lanes, matmul, rounding):
+    for module in (quantize, lanes, gemm, rounding):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
-    for module in (grid, result):
+    for module in (quantize, round_output):
         monkeypatch.setattr(module, "check_runs", lambda device: None)
-    for module in (grid, lanes, matmul):
+    for module in (quantize, lanes, gemm):
         monkeypatch.setattr(module, "processors", lambda device: 132)
-    for module in (grid, lanes, matmul, result):
+    for module in (quantize, lanes, gemm, round_output):
         for each in vars(module).values():
             if hasattr(each, "cache_clear"):
                 each.cache_clear()
@@ -72,7 +72,7 @@ def test_a_convolution_in_several_dtypes_with_and_without_bias(launches):
     x, weight, bias = halves(*shapes[0], last=True), halves(*shapes[1], last=True), halves(128)
     cases = 2 * [(torch.float16, bias), (torch.float32, None), (torch.float32, bias), (torch.float16, None)]
     for dtype, each in cases:
-        assert matmul.conv_forward(x, weight, geometry, bias=each, dtype=dtype).dtype == dtype
+        assert gemm.conv_forward(x, weight, geometry, bias=each, dtype=dtype).dtype == dtype
     found = [tuple(kinds_[2:4]) for name, *kinds_ in launches if name == "_product_kernel"]
     assert found == [(dtype, None if each is None else torch.float16) for dtype, each in cases]
 
@@ -110,15 +110,15 @@ def test_a_kernel_is_looked_up_once_for_each_kind_and_anew_for_addresses_between
 @pytest.mark.parametrize("bias", [None, halves(512)])
 def test_a_result_summed_from_parts_lies_as_its_operands(launches, bias):
     x, weight = halves(32, 512, 2, 2, last=True), halves(512, 512, 3, 3, last=True)
-    out = matmul.conv_forward(x, weight, GEOMETRY.pack(), bias=bias, dtype=torch.float16)
+    out = gemm.conv_forward(x, weight, GEOMETRY.pack(), bias=bias, dtype=torch.float16)
     (product,) = (kinds_ for name, *kinds_ in launches if name == "_product_kernel")
     assert product[2] == torch.float32  # in parts
     assert out.shape == x.shape and out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-    plain = matmul.conv_forward(halves(32, 512, 2, 2), halves(512, 512, 3, 3), GEOMETRY.pack(), dtype=torch.float16)
+    plain = gemm.conv_forward(halves(32, 512, 2, 2), halves(512, 512, 3, 3), GEOMETRY.pack(), dtype=torch.float16)
     assert plain.is_contiguous()
 
 
 def test_results_beyond_the_offsets_are_refused(launches):
     a, b = torch.empty(2**16, 1, dtype=torch.float16), torch.empty(1, 2**15, dtype=torch.float16)
     with pytest.raises(ValueError, match="larger than the kernel's 32-bit offsets"):
-        matmul.matmul(a, b)
+        gemm.matmul(a, b)

@@ -54,8 +54,8 @@ def half_convolution(
     cuDNN's own binary16 convolutions round before torch adds the bias. So either Triton's product is taken, or cuDNN's
     on TF32: binary16 is exact in it, and its sums come in float32. The TF32 switch is this call's alone.
     """
-    module, last = backends.gpu_module(x), backends.memory_format(x) == torch.channels_last
-    if module is not None and last and module.supports(x, None):
+    module, last = backends.gpu_module(x, "ops.gemm.gpu"), backends.memory_format(x) == torch.channels_last
+    if module is not None and last and module.supports(x):
         return module.biased_convolution(x, weight, bias, geometry, transposed)  # type: ignore[no-any-return]
     cudnn = torch.backends.cudnn
     lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
@@ -88,7 +88,7 @@ def gradients(
 
 def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
     """A product of `ops.gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
-    shape, module = ConvShape.unpack(geometry), backends.gpu_module(a)
+    shape, module = ConvShape.unpack(geometry), backends.gpu_module(a, "ops.gemm.gpu")
     if module is not None and module.accumulates(a, b, form, len(shape.kernel)):
         return module.accumulate(product, a, b, geometry, chunk).contiguous()  # type: ignore[no-any-return]
     compute = torch.promote_types(reference.compute_dtype(a), reference.compute_dtype(b))
@@ -99,9 +99,9 @@ def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form
 def round_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
     """A step's fresh result rounded to a format, nearest, overflow to infinity, in another dtype; x may be used up."""
     loops = backends.cpu_loops(x) if form == "fp16" else None
-    module = None if loops else backends.gpu_module(x)
+    module = None if loops else backends.gpu_module(x, "ops.gemm.gpu")
     if module is not None and module.rounds_results(x, dtype):
-        return module.round_result(x, None, form, dtype)  # type: ignore[no-any-return]
+        return module.round_result(x, form, dtype)  # type: ignore[no-any-return]
     if loops:
         x = loops.round_half(x)
     else:

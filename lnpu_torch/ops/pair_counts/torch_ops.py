@@ -78,7 +78,7 @@ def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int
 
 def _counting(sums: Tensor) -> ModuleType:
     """The module that counts a step from such sums, if compiled loops do not."""
-    return backends.gpu_module(sums) or counting
+    return backends.gpu_module(sums, "ops.pair_counts.gpu") or counting
 
 
 def count_not_run(counters: Tensor, step: int, macs: int) -> None:

@@ -8,29 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lnpu_torch.kernels import count, grid, launch, matmul, result
+from lnpu_torch.kernels import launch, thresholds
 from lnpu_torch.kernels import quantize as kernels
-from lnpu_torch.kernels import threshold as thresholds
 from lnpu_torch.ops.lanes import gpu as gpu_lanes
 from lnpu_torch.ops.quantize.reference import Rounded
 from lnpu_torch.quant.precision import Rule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PRODUCTS = {
-    "conv_forward": matmul.conv_forward,
-    "conv_grad_input": matmul.conv_grad_input,
-    "conv_grad_weight": matmul.conv_grad_weight,
-}
-
-add_weight_step = count.add_weight_step
-
-
-def add_grid_step(
-    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
-) -> None:
-    """`counting.add_grid_step`; what was counted on a CPU may be in bytes."""
-    grids = ([position, sample.to(torch.int32)] for position, sample in (big, small))
-    count.add_grid_step(counter, *grids, geometry, first)
 
 
 def supports(x: Tensor, rule: Rule | None) -> bool:
@@ -66,7 +50,7 @@ def quantize(
     wanted: Sequence[bool],
 ) -> Rounded:
     """`ops.round_and_count`."""
-    rounded = grid.quantize_grid(
+    rounded = kernels.quantize_grid(
         x,
         threshold,
         rule.low,
@@ -106,35 +90,6 @@ def choice(rule: Rule) -> thresholds.Choice:
     return thresholds.Choice.of(
         rule.low, rule.high, max_error=rule.max_error, fp16_share=rule.fp16_share, threshold=rule.threshold
     )
-
-
-def accumulates(a: Tensor, b: Tensor, form: str, dims: int) -> bool:
-    """Whether `accumulate` takes these operands: binary16, with a binary16 accumulator, of at most two dimensions."""
-    return supports(a, None) and a.dtype == b.dtype == torch.float16 and form == "fp16" and dims <= 2
-
-
-def accumulate(product: str, a: Tensor, b: Tensor, geometry: Sequence[int], chunk: int) -> Tensor:
-    """A product of `lnpu_torch.ops.gemm.reference`, by name, with a binary16 accumulator; float32."""
-    result: Tensor = PRODUCTS[product](a, b, geometry, chunk=chunk)
-    return result
-
-
-def biased_convolution(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], transposed: bool) -> Tensor:
-    """`product_ops.half_convolution`, of a channels_last x."""
-    product = matmul.conv_grad_input if transposed else matmul.conv_forward
-    result: Tensor = product(x, weight, geometry, bias=bias, dtype=torch.float16)
-    return result
-
-
-def rounds_results(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `round_result` takes a result and the dtype that it is to have."""
-    return x.dtype in DTYPES and dtype in DTYPES
-
-
-def round_result(x: Tensor, bias: None, form: str, dtype: torch.dtype) -> Tensor:
-    """`product_ops.rounded_result`; a bias was added before."""
-    rounded: Tensor = result.round_result(x, form, dtype)
-    return rounded
 
 
 def _or_empty(x: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,12 +21,12 @@ def test_counting_in_the_interpreter():
 
 @pytest.fixture(params=[512, 2], ids=["many programs", "few programs"])
 def kernels(request, monkeypatch):
-    from lnpu_torch.kernels import count
+    from lnpu_torch.kernels import pair_counts
 
-    monkeypatch.setattr(count, "PROGRAMS", request.param)
-    count._weight_launch.cache_clear()
-    count._grid_launch.cache_clear()
-    return count
+    monkeypatch.setattr(pair_counts, "PROGRAMS", request.param)
+    pair_counts._weight_launch.cache_clear()
+    pair_counts._grid_launch.cache_clear()
+    return pair_counts
 
 
 def sums(geometry):

@@ -31,11 +31,11 @@ def test_choices_in_the_interpreter():
 
 @pytest.fixture
 def kernels(monkeypatch):
-    from lnpu_torch.kernels import threshold
+    from lnpu_torch.kernels import thresholds
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(77))
-    return threshold
+    return thresholds
 
 
 def choice(kernels, rule):

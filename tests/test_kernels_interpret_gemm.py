@@ -23,7 +23,7 @@ def test_products_in_the_interpreter():
 
 @pytest.fixture
 def kernels(monkeypatch):
-    from lnpu_torch.kernels import matmul
+    from lnpu_torch.kernels import gemm
 
     empty = torch.empty
 
@@ -32,7 +32,7 @@ def kernels(monkeypatch):
         return x.fill_(torch.nan if x.is_floating_point() else 77)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    return matmul
+    return gemm
 
 
 def integers(*shape, scale=1):
