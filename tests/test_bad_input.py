@@ -63,7 +63,7 @@ def test_a_gpu_without_triton_is_left_to_plain_torch(monkeypatch):
     monkeypatch.setattr(backends, "_module", lambda name: None)
     tensor = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda", 0), numel=lambda: 4)
     assert backends.gpu_module(tensor) is None and backends.fast(tensor) is None
-    assert backends.fast_module(tensor, "cpu_lanes", "gpu_lanes") is None and backends.on_gpu(tensor)
+    assert backends.cpu_module(tensor, "ops.lanes.cpu") is None and backends.on_gpu(tensor)
 
 
 CASES = {

@@ -69,13 +69,6 @@ def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
     return module if module is not None and module.supports(x, rule) else None
 
 
-def fast_module(x: Tensor, cpu: str, gpu: str) -> ModuleType | None:
-    """The one of two modules that is for a tensor's device, unless plain torch is: for an empty one, for instance."""
-    if not x.numel() or _chosen[-1] == "reference":
-        return None
-    return gpu_module(x, gpu) if on_gpu(x) else _module(cpu) if x.device.type == "cpu" else None
-
-
 def cpu_loops(x: Tensor) -> Any:
     """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rounding to nearest)."""
     if not (x.is_cpu and x.dtype == torch.float32 and _chosen[-1] == "auto"):
@@ -86,9 +79,9 @@ def cpu_loops(x: Tensor) -> Any:
     return loops if loops is not None and loops.supports(x, None) else None
 
 
-def counting_loops(sums: Tensor) -> Any:
-    """`ops.pair_counts.cpu`, if its loops take such sums."""
-    return _module("ops.pair_counts.cpu") if sums.is_cpu and _chosen[-1] == "auto" and sums.numel() else None
+def cpu_module(x: Tensor, name: str) -> Any:
+    """A module of compiled loops, if those run where x is; not for an empty tensor."""
+    return _module(name) if x.is_cpu and _chosen[-1] == "auto" and x.numel() else None
 
 
 def is_dense(x: Tensor) -> bool:

@@ -17,10 +17,10 @@ def lane_profile(values: Tensor, joined: bool = False) -> Tensor:
         joined: whether runs go on from sample to sample, as in [rows, C].
     """
     dense = values.contiguous(memory_format=backends.memory_format(values))
-    module = backends.fast_module(dense, "ops.lanes.cpu", "ops.lanes.gpu") or reference
-    if module.__name__.endswith("cpu"):
-        profile: Tensor = module.profile_of(dense, joined)
-        return profile
+    loops = backends.cpu_module(dense, "ops.lanes.cpu")
+    if loops:
+        return loops.profile_of(dense, joined)  # type: ignore[no-any-return]
+    module = (backends.gpu_module(dense, "ops.lanes.gpu") if dense.numel() else None) or reference
     return module.profile(joined_runs(module, dense) if joined else module.runs_of(dense))  # type: ignore[no-any-return]
 
 

@@ -31,7 +31,7 @@ def count_weight_step(
         sizes: int64 [steps, SIZES + 1, 3], on the host.
         lanes: int64 [steps, operands, LANE_CONFIGS].
     """
-    loops = backends.counting_loops(position)
+    loops = backends.cpu_module(position, "ops.pair_counts.cpu")
     if loops:
         state = loops.Counters(counters, sizes, lanes, step)
         loops.count_weight_step(state, position, weight, profile, tuple(geometry), side)
@@ -54,7 +54,7 @@ def count_grid_step(
     first: str,
 ) -> None:
     """Count a step by `counting.grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
-    loops = backends.counting_loops(big[0])
+    loops = backends.cpu_module(big[0], "ops.pair_counts.cpu")
     if loops:
         state, profiles = loops.Counters(counters, sizes, lanes, step), (first_profile, second_profile)
         loops.count_grid_step(state, big, small, profiles, tuple(geometry), first)
