@@ -272,3 +272,18 @@ def test_precision_from_yaml(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             lnpu.convert(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_each_pass_is_counted_if_its_own_block_counts(first):
+    layer, x = lnpu.nn.Linear(6, 5), torch.randn(3, 6).requires_grad_()
+    blocks = (
+        (contextlib.nullcontext(), lnpu.no_count(layer)) if first else (lnpu.no_count(layer), contextlib.nullcontext())
+    )
+    with lnpu.CostCounter(layer) as cost:
+        with blocks[0]:
+            out = layer(x)
+        with blocks[1]:
+            out.sum().backward()
+    calls = {entry.step for entry in cost.counts.steps}
+    assert ("forward" in calls, "grad_input" in calls) == (first, not first)

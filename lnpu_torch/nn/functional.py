@@ -66,7 +66,7 @@ class _LayerCall(torch.autograd.Function):
             ctx.save_for_backward(weight, seed, *saved)
             ctx.like = input.shape, lies_last(input), input.dtype
         else:
-            ctx.plan = plan(product, state, input.shape, weight)
+            ctx.plan = plan(product, state, input.shape, weight.shape, input)
             output, kept = forward(state, ctx.plan, input, weight, bias, seed, wants, dtype)
             ctx.save_for_backward(weight if wants[0] else None, seed, *kept)
             ctx.like = Like.of(input), Like.of(weight)
@@ -89,8 +89,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         found = layer_backward(grad_output, weight, saved, *state.tensors(), seed, *chosen, *ctx.like, bias)
         grads = [grad if wanted else None for grad, wanted in zip(found, wants, strict=True)]
     else:
-        likes = (*ctx.like, bias)
-        grads = backward(state, ctx.plan, grad_output, weight, Saved(*saved), seed, wants, likes)
+        input, kernel = ctx.like
+        planned = ctx.plan
+        if planned.counting != state.counting:  # a forward of another block
+            planned = plan(product, state, input.shape, kernel.shape, grad_output)
+        likes = (input, kernel, bias)
+        grads = backward(state, planned, grad_output, weight, Saved(*saved), seed, wants, likes)
     return (*grads, None, None, None, None)
 
 

@@ -93,13 +93,13 @@ def _plan(
     return LayerPlan(product, precision, x, weight, halves, counting)
 
 
-def plan(product: Product, state: LayerState, shape: torch.Size, weight: Tensor) -> LayerPlan:
-    """The plan of a call with an input of this shape, on the weight's device."""
+def plan(product: Product, state: LayerState, shape: torch.Size, weight: torch.Size, x: Tensor) -> LayerPlan:
+    """The plan of a call with input and weight of these shapes, where x is."""
     # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
     precision = state.plan
     exact = precision.result == "fp16" or isinstance(product, Linear)
-    halves = exact and precision.accumulate in ("fp32", "fp16") and backends.on_gpu(weight)
-    return _plan(product, precision, shape, weight.shape, halves, state.counting)
+    halves = exact and precision.accumulate in ("fp32", "fp16") and backends.on_gpu(x)
+    return _plan(product, precision, shape, weight, halves, state.counting)
 
 
 def forward(
@@ -241,7 +241,7 @@ def layer_forward(
     What is saved of an input that grad_weight reads in float is empty, too: it is the input itself.
     """
     layer = LayerState.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting)
-    planned = plan(product_of(product), layer, input.shape, weight)
+    planned = plan(product_of(product), layer, input.shape, weight.shape, weight)
     output, saved = forward(layer, planned, input, weight, bias, seed, wants, dtype)
     if planned.input[True][-1].rule is None:
         saved = saved._replace(values=None)
@@ -315,7 +315,7 @@ def layer_backward(
         LayerState.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting),
         torch.Size(shape),
     )
-    planned = plan(product_of(product), layer, size, weight)
+    planned = plan(product_of(product), layer, size, weight.shape, weight)
     kept = Saved(*(None if each.dim() == 1 and not each.numel() else each for each in saved))
     likes = Like.laid_out(size, dtype, last), Like.of(weight), bias
     grads = backward(layer, planned, grad_output, weight, kept, seed, wants, likes)
