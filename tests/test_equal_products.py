@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
+from lnpu_torch.ops import dispatch
 
 Case = tuple[nn.Module, Callable[[Tensor], Tensor]]
 """A layer, and what makes rows [rows, channels] its input, or its result's gradient."""
@@ -55,7 +56,7 @@ SIZES = [(40, 24, 3, 5, 7), (20, 33, 10, 1, 1), (17, 1, 2, 8, 8), (1, 9, 2, 16, 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equal_products_have_equal_counts_and_prices(
-    sizes: tuple[int, ...], implementation: lnpu.backends.Backend, precision: str | lnpu.Precision
+    sizes: tuple[int, ...], implementation: dispatch.Backend, precision: str | lnpu.Precision
 ) -> None:
     torch.manual_seed(0)
     inputs, outputs, *positions = sizes
@@ -63,7 +64,7 @@ def test_equal_products_have_equal_counts_and_prices(
     found = {}
     for name, (layer, place) in cases(*sizes).items():
         lnpu.convert(layer, precision)
-        with lnpu.backends.backend(implementation), lnpu.CostCounter(layer, vector_ops=False) as cost:
+        with dispatch.backend(implementation), lnpu.CostCounter(layer, vector_ops=False) as cost:
             layer(place(rows).clone().requires_grad_()).backward(place(error))
         parts = lnpu.price(cost.counts, "lnpu").rows
         assert len(parts) == 3

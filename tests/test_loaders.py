@@ -10,9 +10,8 @@ import fuzz
 import pytest
 from loading import load, nothing_happens
 
-from lnpu_torch import ConfigError
+from lnpu_torch import ConfigError, chip
 from lnpu_torch.files import LONGEST_YAML, find, parse_json, parse_yaml, validate
-from lnpu_torch.hardware import chip
 from lnpu_torch.quant.precision import Precision, precision
 
 

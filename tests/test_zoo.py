@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 import torch
+from architectures import PAGE, ZOO, examine
 from torch import nn
-from zoo import PAGE, ZOO, examine
 
 import lnpu_torch as lnpu
 

@@ -1,6 +1,6 @@
 """Other people's architectures, from torchvision and timm: what a training step with each proves, and the page of it.
 
-python tests/zoo.py    # writes docs/zoo.md; needs lnpu-torch[recipes] and timm
+python tests/architectures.py    # writes docs/zoo.md; needs lnpu-torch[recipes] and timm
 """
 
 from __future__ import annotations
@@ -110,18 +110,18 @@ def _step(model: nn.Module, images: Tensor) -> lnpu.Counts:
 
 HEAD = """# Other people's architectures
 
-Each is converted as it is, trained for one step with FGMP on four images, and reverted: gradients are finite, all macs
-are executed, skipped, padding or not run, the forward macs equal those of torch's FLOP formulas, and the reverted
-model computes bit for bit what torch's own does with the same `state_dict`. `python tests/zoo.py` makes this page;
-`make test-slow` tests what is installed of it (timm is not in any of our extras).
+Each is converted as it is, trained for one step with FGMP on four images, and reverted: gradients are finite, all MACs
+are executed, skipped, padding or not run, the forward MACs equal those of torch's FLOP formulas, and the reverted
+model computes bit for bit what torch's own does with the same `state_dict`. `python tests/architectures.py` makes
+this page; `make test-slow` tests what is installed of it (timm is not in any of our extras).
 
 "In float" is the share of a forward pass's multiplications that is not emulated, as `lnpu.coverage(model, batch)` lists
 them; the last column is what else with weights stayed in float. Images are small, so that attention's share is smaller
-than at full size. Look at macs, not at layers: torchvision's Swin passes the weights of its Linear layers to
+than at full size. Look at MACs, not at layers: torchvision's Swin passes the weights of its Linear layers to
 `F.linear`, so that these are converted and never called; `nf_resnet26` and some classifiers of timm are built
 of subclasses of torch's layers that have a forward of their own, and stay as they are.
 
-| | image | layers emulated | their parameters | macs in float | which | other layers with weights |
+| | image | layers emulated | their parameters | MACs in float | which | other layers with weights |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
