@@ -21,7 +21,7 @@ def network() -> nn.Module:
 
 
 def counted_epoch(images: int) -> lnpu.Counts:
-    """What an epoch does: MACs, zeros, groups, lanes. It knows no chip and no energy."""
+    """What an epoch does, on whatever chip: MACs, zeros, groups, lanes."""
     torch.manual_seed(0)
     model = lnpu.convert(network(), "fgmp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -60,8 +60,8 @@ class LayerPlan:
         halves: bool,
         counting: bool,
     ) -> None:
-        self.product, self.precision = product, precision
-        self.geometry = geometry = product.geometry(x, weight)
+        self.product = product
+        geometry = product.geometry(x, weight)
         self.sizes, self.macs = tuple(geometry.pack()), geometry.macs
         self.counting = counting
         # the runs of lanes go on from sample to sample; where samples are whole runs they end there in either case

@@ -71,9 +71,7 @@ def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
 
 def cpu_loops(x: Tensor) -> Any:
     """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rounding to nearest)."""
-    if not (x.is_cpu and x.dtype == torch.float32 and _chosen[-1] == "auto"):
-        return None
-    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+    if not (x.is_cpu and x.dtype == torch.float32 and _chosen[-1] == "auto" and is_dense(x)):
         return None
     loops = _module("ops.quantize.cpu")
     return loops if loops is not None and loops.supports(x, None) else None
