@@ -1,19 +1,16 @@
-"""The compiled rounding loops where their counters are full and their vectors end."""
+"""The compiled rounding loops where their counters are full and their chunks end."""
 
-import numpy as np
+import itertools
+
 import pytest
 import torch
 from test_formats import scalar
 
 from lnpu_torch.ops.lanes import reference as lanes
-from lnpu_torch.ops.quantize import cpu, reference
-from lnpu_torch.ops.quantize import cpu_loops as loops
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
 
 LIES = ["contiguous", "channels_last"]
-NUMBERS = cpu.CompiledRule(Rule()).parameters(1)
-PARAMETERS = (*map(np.int32, NUMBERS[:6]), *map(np.float32, NUMBERS[6:]))
 
 
 @pytest.mark.parametrize("lies", LIES)
@@ -33,26 +30,13 @@ def test_counters_at_their_limits(dimension, count, lies):
 
 
 @pytest.mark.parametrize("lies", LIES)
-@pytest.mark.parametrize("channels", [1, 7, 16, 17, 33])
-@pytest.mark.parametrize("positions", [1, 9, 16, 25, 49])
-def test_vectors_end_within_their_arrays(channels, positions, lies):
-    rows, size, edge = 3, channels * positions, 64
-    x = torch.randn(rows, size).numpy()
-    single = np.full(rows * size + 2 * edge, 7, np.float32)
-    half = np.full(len(single), 7, np.uint16)
-    counts, runs = np.zeros((1, 2, 1, size), np.int32), np.zeros((rows, channels, -(-positions // 16)), np.uint8)
-    samples = np.zeros((2, rows, channels, positions), np.int32)
-    targets = [array[edge:-edge] for array in (single, half)]
-    rest = (counts, samples, runs, rows, (rows, channels, positions), PARAMETERS)
-    if lies == "channels_last":
-        loops.quantize_last(0, 1, x.reshape(-1), *targets, *rest)
-    else:
-        loops.quantize(0, 1, x.reshape(-1), *targets, *rest)
-    expected = reference.quantize(torch.from_numpy(x), Rule(), scalar(1))[0]
-    last = lies == "channels_last"
-    rounded = expected.unflatten(1, (positions, channels)).mT if last else expected.unflatten(1, (channels, positions))
-    expected = expected.reshape(-1).numpy()
-    assert (targets[0] == expected).all() and (targets[1].view(np.float16) == expected).all()
-    assert all((array[part] == 7).all() for array in (single, half) for part in (slice(edge), slice(-edge, None)))
-    assert counts.sum() == samples.sum() == runs.sum() == np.count_nonzero(expected)
-    assert torch.equal(torch.from_numpy(runs), lanes.runs_of(rounded))
+@pytest.mark.parametrize("groups", ["one", "each"])
+@pytest.mark.parametrize(("channels", "positions"), [*itertools.product([1, 7, 16, 33, 300], [1, 9, 16, 49, 1500])])
+def test_chunks_of_any_length(channels, positions, lies, groups):
+    form = torch.channels_last if lies == "channels_last" else torch.contiguous_format
+    x = (torch.randn(5, channels, 1, positions) * (torch.rand(5, 1, 1, positions) > 0.3)).to(memory_format=form)
+    rest = (scalar(1), None, Rule().model_dump_json(), 0, (5, channels if groups == "each" else 1), [True] * 4)
+    with ops.backend("reference"):
+        expected = ops.round_and_count(x, *rest)
+    found = ops.round_and_count(x, *rest)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 import torch
 
-from lnpu_torch.ops import threads
+from lnpu_torch.ops import parallel
 from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.parallel import in_parallel
 from lnpu_torch.ops.quantize.cpu import round_half
-from lnpu_torch.ops.regions import in_parallel
 
-LARGE = 4 * threads.SMALL
+LARGE = 4 * parallel.SMALL
 
 
 @pytest.fixture(params=["openmp", "pool"])
 def several(request, monkeypatch):
     """Three threads, by one way or the other."""
     if request.param == "pool":
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
+        monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    elif parallel._openmp() is None:
         pytest.skip("this torch brings no libgomp")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    threads._address.cache_clear()
+    parallel._address.cache_clear()
     yield request.param
-    threads._address.cache_clear()
+    parallel._address.cache_clear()
     torch.set_num_threads(before)
 
 
@@ -69,25 +69,25 @@ def fail(team, seen):
 
 def test_shares_run_at_once(several):
     here = np.zeros(3, np.int64)
-    meet(threads.team(LARGE), here, 2**30)
+    meet(parallel.team(LARGE), here, 2**30)
     assert here.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 100])
 def test_each_share_runs_once(several, shares):
     seen = np.zeros(shares)
-    note(threads.team(LARGE), seen, 2.0)
+    note(parallel.team(LARGE), seen, 2.0)
     assert seen.tolist() == [2.0 * (share + shares) for share in range(shares)]
 
 
 def test_little_work_stays_on_one_thread(several):
-    assert threads.team(LARGE)[1] == 3 and threads.team(100)[1] == 1
+    assert parallel.team(LARGE)[1] == 3 and parallel.team(100)[1] == 1
 
 
 def test_an_error_in_any_share_is_raised_when_all_have_run(several):
     seen = np.zeros(3)
     with pytest.raises(MemoryError):
-        fail(threads.team(LARGE), seen)
+        fail(parallel.team(LARGE), seen)
     assert seen.tolist() == [1, 1, 1]
 
 
@@ -95,9 +95,9 @@ def test_where_no_thread_can_be_started_one_does_it_all(monkeypatch, several):
     def refuse(*_):
         raise RuntimeError("cannot schedule new futures after shutdown")
 
-    monkeypatch.setattr(threads, "_pool", refuse)
+    monkeypatch.setattr(parallel, "_pool", refuse)
     seen = np.zeros(3)
-    note(threads.team(LARGE), seen, 1.0)
+    note(parallel.team(LARGE), seen, 1.0)
     assert seen.tolist() == [3.0, 4.0, 5.0]
 
 
@@ -120,10 +120,10 @@ def test_calls_from_several_threads_at_once(several):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_process_goes_on(several):
-    note(threads.team(LARGE), np.zeros(3), 1.0)  # threads have been started here
+    note(parallel.team(LARGE), np.zeros(3), 1.0)  # threads have been started here
     child = os.fork()
     if child == 0:
         seen = np.zeros(3)
-        note(threads.team(LARGE), seen, 1.0)
+        note(parallel.team(LARGE), seen, 1.0)
         os._exit(seen.tolist() != [3.0, 4.0, 5.0])
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
-from lnpu_torch.ops import shared_loops
-from lnpu_torch.ops.threads import team
+from lnpu_torch.ops.lanes import cpu_loops
+from lnpu_torch.ops.parallel import team
 
 
 def profile_of(values: Tensor, joined: bool) -> Tensor:
@@ -21,5 +21,5 @@ def profile_of(values: Tensor, joined: bool) -> Tensor:
     last = x.dim() == 2 or not x.is_contiguous()
     entries = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu")
     sizes, joined = (rows, channels, positions, last), joined or x.dim() == 2
-    shared_loops.add_profile_of(team(x.numel()), x.data_ptr(), x.element_size(), sizes, joined, entries.data_ptr())
+    cpu_loops.add_profile_of(team(x.numel()), x.data_ptr(), x.element_size(), sizes, joined, entries.data_ptr())
     return entries

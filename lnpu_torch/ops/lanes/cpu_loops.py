@@ -8,22 +8,69 @@ arrays: to slice them would take as long as to add up a row.
 from __future__ import annotations
 
 import numpy as np
-from numba import int32, uint8, uint16, uint64
+from numba import int32, int64, uint8, uint16, uint32, uint64
 
-from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, JOIN, LANES, LEVELS, LONGEST, RUN, SYNC_INTERVALS
+from lnpu_torch.counts.lane_configs import (
+    BALANCE_GROUPS,
+    JOIN,
+    LANE_CONFIGS,
+    LANES,
+    LEVELS,
+    LONGEST,
+    RUN,
+    SYNC_INTERVALS,
+)
+from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
 
+ENTRIES = len(LANE_CONFIGS)
 TILE = 2**15
 """Runs in a tile, so that it and its maxima stay in a core's own cache."""
 
 
 @compiled
-def runs_of(bits, magnitude, runs):
-    """Non-zeros of each run of bits [samples, channels, positions], into uint8 `runs` [samples, channels, T].
+def add_profile_of(team, values, size, sizes, joined, lanes):
+    """Add the lane profile of float32 or binary16 numbers (`size`: bytes of one) to `lanes`. Both are addresses.
 
-    `magnitude` is a mask of all bits but the sign: both zeros are zero.
+    Args:
+        sizes: rows, channels, positions, and whether rows are [positions, channels].
+        joined: whether runs go on from row to row.
     """
-    for n in range(runs.shape[0]):
+    rows, channels, positions, last = sizes
+    shape = (rows, positions, channels) if last else (rows, channels, positions)
+    if size == 2:
+        add_profile(team, runs_of(team, array_at(values, shape, uint16), uint16(0x7FFF), last, joined), lanes)
+    else:
+        add_profile(team, runs_of(team, array_at(values, shape, uint32), uint32(0x7FFFFFFF), last, joined), lanes)
+
+
+@compiled
+def runs_of(team, bits, magnitude, last, joined):
+    """Non-zeros of each run: uint8 [rows, channels, times], or [1, channels, times] if runs go on from row to row.
+
+    Args:
+        bits: [rows, channels, positions], or [rows, positions, channels] if `last`.
+        magnitude: a mask of all bits but the sign: both zeros are zero.
+    """
+    rows, channels, positions = len(bits), bits.shape[1 + last], bits.shape[2 - last]
+    length = rows * positions if joined else positions
+    runs = np.empty((1 if joined else rows, channels, (length + RUN - 1) // RUN), np.uint8)
+    if last:
+        reshaped = bits.reshape((len(runs), length, channels))
+        in_parallel(team, shares_of(team, len(runs) * runs.shape[2]), _runs_of_last, (reshaped, magnitude, runs))
+    elif joined:
+        in_parallel(team, shares_of(team, channels), _joined_runs, (bits, magnitude, runs[0]))
+    else:
+        in_parallel(team, shares_of(team, rows), _runs_of, (bits, magnitude, runs))
+    return runs
+
+
+@compiled
+def _runs_of(share, shares, bits, magnitude, runs):
+    """Of some rows [channels, positions]."""
+    first, stop = bounds(len(runs), share, shares)
+    for n in range(first, stop):
         for c in range(runs.shape[1]):
             row, counts = bits[n, c], runs[n, c]
             for t in range(len(counts)):
@@ -35,8 +82,9 @@ def runs_of(bits, magnitude, runs):
 
 
 @compiled
-def runs_of_last(bits, magnitude, runs, first, stop):
-    """The same of bits [samples, positions, channels], for the runs from `first` to `stop` of all samples' in a row."""
+def _runs_of_last(share, shares, bits, magnitude, runs):
+    """Of rows [positions, channels], some of all runs."""
+    first, stop = bounds(len(runs) * runs.shape[2], share, shares)
     counts = np.empty(runs.shape[1], np.uint8)
     for number in range(first, stop):
         n, t = divmod(number, runs.shape[2])
@@ -50,12 +98,13 @@ def runs_of_last(bits, magnitude, runs, first, stop):
 
 
 @compiled
-def joined_runs(bits, magnitude, runs):
-    """Non-zeros of each run of bits [rows, channels, positions] that goes on from row to row: uint8 [channels, T]."""
-    for c in range(len(runs)):
+def _joined_runs(share, shares, bits, magnitude, runs):
+    """Of some channels of rows [channels, positions], whose runs go on from row to row."""
+    first, stop = bounds(len(runs), share, shares)
+    for c in range(first, stop):
         counts, place = runs[c], 0
         counts[:] = 0
-        for n in range(bits.shape[0]):
+        for n in range(len(bits)):
             row = bits[n, c]
             for i in range(len(row)):
                 counts[uint64(place // RUN)] += uint8((row[i] & magnitude) != 0)
@@ -63,7 +112,28 @@ def joined_runs(bits, magnitude, runs):
 
 
 @compiled
-def profile(runs, entries):
+def add_profile(team, runs, lanes):
+    """Add the profile of runs [samples, channels, T] to that at an address.
+
+    Each thread takes whole samples, or parts of the only one.
+    """
+    parts = len(runs) if len(runs) > 1 else (runs.shape[2] + LONGEST - 1) // LONGEST
+    sums = np.zeros((shares_of(team, parts), ENTRIES), np.int64)
+    in_parallel(team, len(sums), _profile, (runs, parts, sums))
+    entries = array_at(lanes, (ENTRIES,), int64)
+    for part in sums:
+        entries += part
+
+
+@compiled
+def _profile(share, shares, runs, parts, sums):
+    first, stop = bounds(parts, share, shares)
+    part = runs[first:stop] if len(runs) > 1 else runs[:, :, first * LONGEST : stop * LONGEST]
+    _add_profile(part, sums[share])
+
+
+@compiled
+def _add_profile(runs, entries):
     """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T].
 
     Whole blocks of as many channels as there are lanes are as good as samples, and may lie side by side with them.

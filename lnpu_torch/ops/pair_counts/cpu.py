@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
-from lnpu_torch.ops import shared_loops
+from lnpu_torch.ops.pair_counts import cpu_loops
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH
-from lnpu_torch.ops.threads import team
+from lnpu_torch.ops.parallel import team
 
 Array = np.ndarray[Any, Any]
 Side = Literal["big", "small"]
@@ -51,7 +51,7 @@ def count_weight_step(
     position, weight = position.contiguous(), weight.contiguous()
     lanes = 0 if profile is None else profile.data_ptr()
     places = (position.data_ptr(), weight.data_ptr(), shape, lanes)
-    shared_loops.add_weight_step(team(position.numel()), (*state.addresses(), call), *places, *constants)
+    cpu_loops.add_weight_step(team(position.numel()), (*state.addresses(), call), *places, *constants)
 
 
 def count_grid_step(
@@ -72,7 +72,7 @@ def count_grid_step(
         kept += [position.contiguous(), sample.contiguous() if few else sample.to(torch.int32).contiguous()]
         place = 0 if lanes is None else lanes.data_ptr()
         grids.append((kept[-2].data_ptr(), shape, kept[-1].data_ptr(), samples, few, place))
-    shared_loops.add_grid_step(team(small[1].numel()), (*state.addresses(), call), *grids, *constants, first == "small")
+    cpu_loops.add_grid_step(team(small[1].numel()), (*state.addresses(), call), *grids, *constants, first == "small")
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""The compiled sums of `cpu_counting`: what kernel offsets meet, and pairs of non-zeros. Integers only.
+"""The compiled sums of `cpu`: what kernel offsets meet, and pairs of non-zeros. Integers only.
 
 `meets` [3, offsets, 2] holds, for each dimension and kernel offset, the first position that is met and how many.
 Counts come as [2, ...], FP8 and wide; grids have three dimensions.
@@ -7,20 +7,26 @@ Counts come as [2, ...], FP8 and wide; grids have three dimensions.
 from __future__ import annotations
 
 import numpy as np
-from numba import uint64
+from numba import int32, int64, uint8, uint64
 
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
+from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled, inlined
+from lnpu_torch.ops.pair_counts.reference import MIXED, ROWS, SIZES, WIDTH
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
+
+ENTRIES = len(LANE_CONFIGS)
 
 
 @compiled
-def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
-    """Sums of `counting.weight_step` over a range of channels, of position [2, C, D, H, W] and weight [2, C, R, S, T].
+def _add_channels(share, shares, position, weight, meets, strides, met, sizes, partial):
+    """Sums of `reference.weight_step` over some channels of position [2, C, D, H, W] and weight [2, C, R, S, T].
 
     `met` [R, S, T] tells how many positions each offset meets; `sizes`: macs, inside, other channels, batch, elements.
-    `sums` [6, 2] is added to: pairs of non-zeros [2, 2], pairs in which the first is one, and the second, and elements
-    of the grid and of the weight.
+    `partial[share]` [6, 2] is added to: pairs of non-zeros [2, 2]. pairs in which the first is one, and the second, and
+    elements of the grid and of the weight.
     """
-    others, batch = sizes[2], sizes[3]
+    others, batch, sums, channels = sizes[2], sizes[3], partial[share], bounds(position.shape[1], share, shares)
     both, first, second = sums[:2], sums[2], sums[3]
     reached, row = np.empty((2, *met.shape), np.int64), np.empty(position.shape[4], np.int64)
     counts, size = position.ravel(), position.shape[2] * position.shape[3] * position.shape[4]
@@ -43,7 +49,7 @@ def add_channels(position, weight, channels, meets, strides, met, sizes, sums):
 
 
 @compiled
-def record(counter, both, first, second, firsts, seconds, sizes):
+def _record(counter, both, first, second, firsts, seconds, sizes):
     """Add a step: calls, macs, padding, not_run, the table of pairs, and elements of both operands.
 
     `sizes`: macs, inside, two more, elements of the first operand and of the second.
@@ -78,7 +84,7 @@ def _total(counts, channels):
 
 
 @compiled
-def overlaps_of_all(position, meets, strides, totals):
+def _grid_totals(position, meets, strides, totals):
     """Elements of each group of position [2, C, D, H, W], and how many of them the offsets meet, into totals [2, 2]."""
     kernel = (_offsets(meets[0]), _offsets(meets[1]), _offsets(meets[2]))
     sums, row = np.empty(kernel, np.int64), np.empty(position.shape[4], np.int64)
@@ -128,12 +134,14 @@ def _reached(counts, start, height, meets, strides, row, sums):
 
 
 @compiled
-def overlaps(big, small, samples, big_windows, small_windows, strides, both):
-    """Pairs of non-zeros of two grids [2, N, D, H, W] in a range of samples under all offsets, added to `both` [2, 2].
+def _add_samples(share, shares, big, small, meets, partial):
+    """Pairs of non-zeros of two grids [2, N, D, H, W] in some samples under all offsets, added to `partial[share]`.
 
     What each small position's window holds of the big grid is summed up first: over depth and height into rows as long
     as the big grid's, then along them.
     """
+    (big_windows, small_windows, strides), both = meets, partial[share]
+    samples = bounds(big.shape[1], share, shares)
     offsets = (_offsets(big_windows[0]), _offsets(big_windows[1]), _offsets(big_windows[2]))
     depth, height, width = small.shape[2:]
     length, plane = big.shape[4], big.shape[3] * big.shape[4]
@@ -183,3 +191,88 @@ def _products(seen, counts, start):
     for i in range(len(seen)):
         total += np.int64(seen[i]) * np.int64(counts[uint64(start + i)])
     return total
+
+
+@compiled
+def add_weight_step(team, counting, position, weight, shape, profile, meets, strides, met, sizes):
+    """Count one of a layer's steps: `pair_counts.reference.weight_step`, and a lane profile.
+
+    Args:
+        counting: addresses of the step's counters, of the sizes of call that their rows stand for, of its lane
+            profiles; elements of both operands and of the result.
+        position, weight: int32 [2, *shape] and [2, channels, *kernel], of which `shape` has the channels first.
+        meets, strides, met, sizes: see `_add_channels`, with both operands' elements at the end of sizes.
+    """
+    counters, known, lanes, call = counting
+    grid = array_at(position, (2, shape[0], shape[1], shape[2], shape[3]), int32)
+    kernel = array_at(weight, (2, shape[0], met.shape[0], met.shape[1], met.shape[2]), int32)
+    sums = np.zeros((shares_of(team, shape[0]), 6, 2), np.int64)
+    in_parallel(team, len(sums), _add_channels, (grid, kernel, meets, strides, met, sizes, sums))
+    total = sums.sum(0)
+    _record(_row(counters, known, call), total[:2], total[2], total[3], total[4], total[5], sizes)
+    _add_profile(lanes, profile)
+
+
+@compiled
+def add_grid_step(team, counting, big, small, meets, sizes, small_first):
+    """Count the step that multiplies two grids: `pair_counts.reference.grid_step`, and both lane profiles.
+
+    Args:
+        counting: as for `add_weight_step`.
+        big, small: address of counts by position int32 [2, *shape], shape, address of counts by sample
+            [2, samples, *grid], their number, whether they are uint8 instead of int32, address of a lane profile.
+        meets: the windows of both grids as above, and the strides.
+        sizes: macs, inside, other channels of big and of small, elements of the first operand and of the second.
+    """
+    counters, known, lanes, call = counting
+    shape = big[1]
+    grids = array_at(big[0], (2, shape[0], shape[1], shape[2], shape[3]), int32)
+    both = np.zeros((shares_of(team, big[3]), 2, 2), np.int64)
+    alone = np.zeros((2, 2, 2), np.int64)  # of each grid, its elements and how many are met
+    other = small[1]
+    others = array_at(small[0], (2, other[0], other[1], other[2], other[3]), int32)
+    _grid_totals(grids, meets[0], meets[2], alone[0])
+    _grid_totals(others, meets[1], np.ones(3, np.int64), alone[1])
+    first, second = (2, big[3], shape[1], shape[2], shape[3]), (2, big[3], other[1], other[2], other[3])
+    if big[4]:
+        samples = (array_at(big[2], first, uint8), array_at(small[2], second, uint8))
+        in_parallel(team, len(both), _add_samples, (*samples, meets, both))
+    else:
+        samples = (array_at(big[2], first, int32), array_at(small[2], second, int32))
+        in_parallel(team, len(both), _add_samples, (*samples, meets, both))
+    bigs, smalls, pairs = alone[0, 1] * sizes[2], alone[1, 1] * sizes[3], both.sum(0)
+    row = _row(counters, known, call)
+    if small_first:
+        _record(row, pairs.T.copy(), smalls, bigs, alone[1, 0], alone[0, 0], sizes)
+        _add_profile(lanes, small[5])
+        _add_profile(lanes + ENTRIES * 8, big[5])
+    else:
+        _record(row, pairs, bigs, smalls, alone[0, 0], alone[1, 0], sizes)
+        _add_profile(lanes, big[5])
+        _add_profile(lanes + ENTRIES * 8, small[5])
+
+
+@compiled
+def _row(counters, known, call):
+    """A step's counters for a call of these sizes: `pair_counts.reference.row_of`, int64 [WIDTH]."""
+    rows, sizes = array_at(counters, (ROWS, WIDTH), int64), array_at(known, (SIZES + 1, 3), int64)
+    for row in range(SIZES):
+        free, same = True, True
+        for i in range(3):
+            free &= sizes[row, i] == 0
+            same &= sizes[row, i] == call[i]
+        if free or same:
+            for i in range(3):
+                sizes[row, i] = call[i]
+            return rows[row]
+    for i in range(3):
+        sizes[SIZES, i] += call[i]
+    return rows[MIXED]
+
+
+@compiled
+def _add_profile(target, profile):
+    """Add a lane profile to another; both are addresses, the second 0 if there is none."""
+    if profile:
+        entries = array_at(target, (ENTRIES,), int64)
+        entries += array_at(profile, (ENTRIES,), int64)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
-from lnpu_torch.ops import shared_loops
 from lnpu_torch.ops.dispatch import is_dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
-from lnpu_torch.ops.quantize import reference
+from lnpu_torch.ops.parallel import team
+from lnpu_torch.ops.quantize import cpu_loops, cpu_threshold_loops, reference
+from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY
 from lnpu_torch.ops.quantize.reference import Rounded, sample_step, tau, window_exponent
-from lnpu_torch.ops.threads import team
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
@@ -51,7 +51,7 @@ class CompiledRule:
         self._parameters: dict[int, tuple[float, ...]] = {}
 
     def parameters(self, threshold: int) -> tuple[float, ...]:
-        """What `vector_rounding.rounded` needs to know of the rule and a threshold: bit patterns, exponents, limits."""
+        """What `cpu_loops.rounded` needs to know of the rule and a threshold: bit patterns, exponents, limits."""
         if threshold not in self._parameters:
             self._parameters[threshold] = _parameters(self.rule, threshold)
         return self._parameters[threshold]
@@ -88,7 +88,7 @@ def quantize_operand(
     sample = torch.empty((2, batch, groups, *grid), dtype=kind, device="cpu") if wanted[2] else _NOTHING[kind]
     lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else _NOTHING[torch.int64]
     address = sample.data_ptr()
-    chosen = shared_loops.quantize_operand(
+    chosen = cpu_loops.quantize_operand(
         team(x.numel()),
         x.data_ptr(),
         single.data_ptr(),
@@ -112,13 +112,13 @@ def quantize(
     values = torch.empty_like(dense) if out is None else out
     groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else _NOTHING[torch.uint8]
     places = (dense.data_ptr(), values.data_ptr(), groups.data_ptr())
-    fp8, wide = shared_loops.quantize_flat(team(x.numel()), *places, x.numel(), rule.parameters(threshold))
+    fp8, wide = cpu_loops.quantize_flat(team(x.numel()), *places, x.numel(), rule.parameters(threshold))
     return values, groups, (x.numel() - fp8 - wide, fp8, wide)
 
 
 def round_half(x: Tensor) -> Tensor:
     """Round a dense float32 tensor to binary16, in place."""
-    shared_loops.round_half(team(x.numel()), x.data_ptr(), x.numel())
+    cpu_loops.round_half(team(x.numel()), x.data_ptr(), x.numel())
     return x
 
 
@@ -127,7 +127,7 @@ def choose_threshold(x: Tensor, rule: CompiledRule, current: int) -> int:
     if not (rule.rule.adaptive and has_histogram(x)):
         return int(reference.choose_threshold(x, rule.rule, _scalar(current)))
     choosing = (sample_step(x.numel()), rule.choice, current)
-    return int(shared_loops.threshold_of(team(x.numel()), x.data_ptr(), x.numel(), choosing, _turned(x)))
+    return int(cpu_threshold_loops.threshold_of(team(x.numel()), x.data_ptr(), x.numel(), choosing, _turned(x)))
 
 
 def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
@@ -135,7 +135,7 @@ def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
     if not has_histogram(x):
         return reference.histogram(x, rule.rule)
     arguments = (x.data_ptr(), x.numel(), sample_step(x.numel()), rule.first, rule.last, _turned(x))
-    return torch.from_numpy(shared_loops.histogram(team(x.numel()), *arguments))
+    return torch.from_numpy(cpu_threshold_loops.histogram(team(x.numel()), *arguments))
 
 
 def has_histogram(x: Tensor) -> bool:
@@ -169,7 +169,9 @@ def _parameters(rule: Rule, threshold: int) -> tuple[float, ...]:
         low_mantissa, low_least = low.mantissa, low.min_exponent + window
         last = int(np.float32(float(tau(t, torch.float64))).view(np.int32)) - 1 if rule.high else 2**31 - 1
         low_max = float("inf") if rule.high else low.max * 2.0**window
-    exponents = (low_mantissa, 127 + low_least, wide.mantissa, 127 + wide.min_exponent)
     with np.errstate(over="ignore"):  # float32's infinity, where the format reaches as far as float32
         beyond = int(np.float32(2.0 ** (wide.max_exponent + 1)).view(np.int32))
-    return (last, *exponents, beyond, low_max, wide.max)
+    powers = (127 + low_least, 23 - low_mantissa, 127 + wide.min_exponent, 23 - wide.mantissa)
+    # what is not finite is in the FP8 group, too, if all is; but it is never rounded as that
+    everything = last >= INFINITY
+    return (min(last, INFINITY - 1), everything, *(power << 23 for power in powers), beyond, low_max, wide.max)

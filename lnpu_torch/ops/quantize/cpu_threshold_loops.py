@@ -9,25 +9,30 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, int64
+from numba import float32, float64, int32, int64
 from numba.extending import intrinsic
 
+from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
 from lnpu_torch.ops.quantize.reference import RANGE
-from lnpu_torch.ops.vector_rounding import INFINITY, MAGNITUDE
 
+MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000
+"""Bits of a float32."""
+CHOICE = 10
+"""Numbers that say how a rule chooses its threshold."""
 FETCHED = 1024
 """Elements of a sample that are fetched at once."""
 
 
 @intrinsic
-def _bits(context: Any, x: Any) -> Any:
+def bits_of(context: Any, x: Any) -> Any:
     """float32 -> its bits."""
     return int32(float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @compiled
-def best_by_share(counts, share):
+def _best_by_share(counts, share):
     """Index of the T that `reference.choose_by_histogram` takes by `fp16_share`."""
     total, above = int64(counts.sum()), int64(0)
     for t in range(len(counts) - 2, -1, -1):
@@ -38,7 +43,7 @@ def best_by_share(counts, share):
 
 
 @compiled
-def best_by_error(counts, smallest, bound, formats):
+def _best_by_error(counts, smallest, bound, formats):
     """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound.
 
     `formats`: mantissa bits and least exponent of both formats, after FP8's its top exponent and how low that may go.
@@ -88,7 +93,7 @@ def _units(factor, power):
 
 
 @compiled
-def histogram(x, step, first, last, smallest, largest, channels, positions):
+def _histogram_of(x, step, first, last, smallest, largest, channels, positions):
     """`reference.histogram` of elements [first, last) of x's sample, every step-th element: int64 [bins].
 
     x is in memory as it is in logical order, or each sample's [channels, positions] are turned over, if there are any.
@@ -103,9 +108,61 @@ def histogram(x, step, first, last, smallest, largest, channels, positions):
             if channels:
                 place = at % (channels * positions)
                 at += (place % positions) * channels + place // positions - place
-            fetched[i] = _bits(x[at]) & MAGNITUDE
+            fetched[i] = bits_of(x[at]) & MAGNITUDE
         for i in range(number):
             magnitude = fetched[i]
             quarter = min(max((magnitude >> 21) - 4 * 127, smallest - 1), largest) - (smallest - 1)
             counts[i & 3, quarter] += 0 < magnitude < INFINITY
     return counts.sum(0).astype(np.int64)
+
+
+@compiled
+def choose_threshold(team, x, choosing, turned):
+    """`reference.choose_threshold` of a float32 array: by `fp16_share`, or by `max_error` where that is negative.
+
+    `choosing`: every how manieth element is looked at, the address of a choice (share, squared error, six integers of
+    both formats, smallest and largest threshold: float64), and what an array of zeros gets.
+    """
+    step, place, fallback = choosing
+    choice = array_at(place, (CHOICE,), float64)
+    smallest, largest = int64(choice[8]), int64(choice[9])
+    counts = _histogram(team, x, step, smallest, largest, turned)
+    if not counts.any():
+        return fallback
+    if choice[0] >= 0:
+        return _best_by_share(counts, choice[0]) + smallest
+    formats = (
+        int64(choice[2]),
+        int64(choice[3]),
+        int64(choice[4]),
+        int64(choice[5]),
+        int64(choice[6]),
+        int64(choice[7]),
+    )
+    return _best_by_error(counts, smallest, choice[1], formats) + smallest
+
+
+@compiled
+def threshold_of(team, x, size, choosing, turned):
+    """`choose_threshold` of so many elements at an address."""
+    return choose_threshold(team, array_at(x, (size,), float32), choosing, turned)
+
+
+@compiled
+def histogram(team, x, size, step, smallest, largest, turned):
+    """`reference.histogram` between a rule's smallest and largest threshold, of so many elements at an address."""
+    return _histogram(team, array_at(x, (size,), float32), step, smallest, largest, turned)
+
+
+@compiled
+def _histogram(team, x, step, smallest, largest, turned):
+    count = (len(x) + step - 1) // step
+    parts = np.zeros((shares_of(team, count), largest - smallest + 2), np.int64)
+    in_parallel(team, len(parts), _add_histogram, (x, step, count, smallest, largest, turned, parts))
+    return parts.sum(0)
+
+
+@compiled
+def _add_histogram(share, shares, x, step, count, smallest, largest, turned, parts):
+    a, b = bounds(count, share, shares)
+    parts[share] = _histogram_of(x, step, a, b, smallest, largest, turned[0], turned[1])
