@@ -17,12 +17,12 @@ from sizes import Sizes, sizes
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
+from lnpu_torch.ops import dispatch
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
-from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
@@ -122,9 +122,9 @@ def thresholds(place: Place) -> Verdicts:
                 chosen = []
                 for backend in ("triton", "reference"):
                     states = torch.full((2, 2), reference.UNSET, dtype=torch.int32, device=place.device)
-                    with ops.backend(backend), poisoned():
-                        used = ops.next_threshold(x, states, 1, rule.model_dump_json(), True)
-                    chosen.append(torch.cat((used.reshape(1), states.flatten())))
+                    with dispatch.backend(backend), poisoned():
+                        used = dispatch.backend_of(x).next_threshold(x, states, 1, rule.model_dump_json(), True)
+                    chosen.append(torch.cat((torch.as_tensor(used).reshape(1), states.flatten())))
                 yield f"threshold by {name} {list(shape)} {layout(last)}", torch.equal(*chosen)
 
 
@@ -270,7 +270,7 @@ def one_layer(
     x = laid(torch.randint(-4, 5, shape).float().to(place.device), True).requires_grad_()
     lnpu.convert(layer, "fgmp")
     found: list[Tensor] = []
-    with ops.backend("reference") if plain else place.kernels(), exact_sums(plain):
+    with dispatch.backend("reference") if plain else place.kernels(), exact_sums(plain):
         for scale in (1.0, 2.0):
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 output = layer(x * scale)

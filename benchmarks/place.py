@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from rows import Operation, wall_seconds
 
-from lnpu_torch.ops.quantize import torch_ops as ops
+from lnpu_torch.ops import dispatch
 
 
 class Place(NamedTuple):
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
     def kernels(self) -> AbstractContextManager[None]:
         """Within this, layers use Triton's kernels, here as on a GPU."""
-        return ops.backend("triton" if self.rehearses else "auto")
+        return dispatch.backend("triton" if self.rehearses else "auto")
 
     def synchronize(self) -> None:
         if not self.rehearses:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 import lnpu_torch as lnpu
+from lnpu_torch.ops import dispatch
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
 
 Array = np.ndarray[Any, Any]
 
 BACKENDS = {"reference": "reference", "numba": "auto", "triton": "triton"}
-"""Each with the name that `ops.backend` has for it, on a CPU."""
+"""Each with the name that `dispatch.backend` has for it, on a CPU."""
 CASTS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 WINDOWS = {"e4m3": (8, -7), "e5m2": (15, 7)}
 """Exponent of each format's top binade, and the lowest that its window's may have."""
@@ -103,7 +104,7 @@ def in_binary16(x: Array) -> Array:
 def differences(backend: str, case: Case, x: Tensor, expected: tuple[Array, Array]) -> Array:
     """Which elements of x a backend rounds otherwise, or puts into another group."""
     threshold = torch.tensor(case.threshold, dtype=torch.int32, device=x.device)
-    with ops.backend(BACKENDS[backend]):  # type: ignore[arg-type]
+    with dispatch.backend(BACKENDS[backend]):  # type: ignore[arg-type]
         found = ops.quantize(x, threshold, None, case.rule.model_dump_json(), 0, True)
     values, groups, totals = (each.cpu().numpy() for each in found)
     counted = [np.count_nonzero(expected[1] == group) for group in (0, 8, 16)]

@@ -50,20 +50,23 @@ def test_without_numba_and_triton_it_is_the_same_but_slower(tmp_path):
 def test_an_old_gpu_is_left_to_plain_torch(monkeypatch):
     launch = pytest.importorskip("lnpu_torch.kernels.launch")
     gpu = torch.device("cuda", 0)
-    tensor = SimpleNamespace(is_cuda=True, device=gpu)
+    tensor = SimpleNamespace(is_cpu=False, is_cuda=True, device=gpu)
     for found, runs in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(launch, "capability", lambda device, found=found: found)
-        assert (backends.gpu_module(tensor) is not None) == launch.runs_on(gpu) == runs
+        assert (backends.backend_of(tensor) is not backends.REFERENCE) == launch.runs_on(gpu) == runs
         if not runs:
             with pytest.raises(RuntimeError, match=r"need compute capability 8\.0, but cuda:0 has 7\.5"):
                 launch.check_runs(gpu)
 
 
 def test_a_gpu_without_triton_is_left_to_plain_torch(monkeypatch):
-    monkeypatch.setattr(backends, "_module", lambda name: None)
-    tensor = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda", 0), numel=lambda: 4)
-    assert backends.gpu_module(tensor) is None and backends.fast(tensor) is None
-    assert backends.cpu_module(tensor, "ops.lanes.cpu") is None and backends.on_gpu(tensor)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith(("lnpu_torch.kernels", "lnpu_torch.ops.gpu"))]:
+        monkeypatch.delitem(sys.modules, name)
+    backends.found.cache_clear()
+    tensor = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda", 0))
+    assert backends.backend_of(tensor) is backends.REFERENCE and backends.on_gpu(tensor)
+    backends.found.cache_clear()
 
 
 CASES = {

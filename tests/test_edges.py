@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
 from lnpu_torch.nn.modules import emulated_layers
-from lnpu_torch.ops.dispatch import Backend, backend
+from lnpu_torch.ops.dispatch import Choice, backend
 from lnpu_torch.ops.quantize.reference import UNSET
 
 SUBNORMAL = 2.0**-140
@@ -142,7 +142,7 @@ def test_counters_that_have_grown_beyond_int32() -> None:
 @pytest.mark.parametrize("channels", [1, 255, 256])
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_groups_of_as_many_channels_as_a_byte_counts_and_of_one_more(
-    channels: int, precision: str, implementation: Backend
+    channels: int, precision: str, implementation: Choice
 ) -> None:
     layer = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2, bias=False)
     nn.init.ones_(layer.weight)

@@ -12,7 +12,7 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.ops.quantize import torch_ops as ops
+from lnpu_torch.ops import dispatch
 
 pytest.importorskip("triton")
 PRECISIONS = {
@@ -50,7 +50,7 @@ def added_up(counts):
 def two_steps(layer, shape, backend):
     torch.manual_seed(1)
     x, results = torch.randn(shape, requires_grad=True), []
-    with ops.backend(backend), lnpu.CostCounter(layer) as cost:
+    with dispatch.backend(backend), lnpu.CostCounter(layer) as cost:
         for scale in (1.0, 8.0):
             output = layer(x * scale)
             output.backward(torch.randn_like(output))
@@ -107,7 +107,7 @@ def exactly_alike(index, last, autocast, precision, dtype=torch.float32):
             x = x.to(memory_format=torch.channels_last)
         x.requires_grad_()
         lnpu.convert(layer.to(dtype), precision)
-        with ops.backend(backend), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with dispatch.backend(backend), torch.autocast("cpu", autocast, enabled=autocast is not None):
             output = layer(x)
             error = torch.randint(-8, 9, output.shape).to(output.dtype)
             output.backward(error)
@@ -120,8 +120,8 @@ def exactly_alike(index, last, autocast, precision, dtype=torch.float32):
 @pytest.mark.parametrize("rule", ["fgmp", "fp8", "fp16"])
 def check_quantize(rule):
     x = torch.randn(7, 33)
-    with ops.backend("triton"):
+    with dispatch.backend("triton"):
         ours = lnpu.quantize(x, rule, return_groups=True)
-    with ops.backend("reference"):
+    with dispatch.backend("reference"):
         expected = lnpu.quantize(x, rule, return_groups=True)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))

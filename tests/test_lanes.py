@@ -5,10 +5,10 @@ import torch
 from lane_simulator import Simulator
 
 from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, SYNC_INTERVALS, LaneConfig
+from lnpu_torch.ops import cpu
+from lnpu_torch.ops.dispatch import backend, backend_of
 from lnpu_torch.ops.lanes import cpu as cpu_lanes
 from lnpu_torch.ops.lanes import reference as lanes
-from lnpu_torch.ops.lanes import torch_ops as lane_ops
-from lnpu_torch.ops.quantize import torch_ops as ops
 
 SHAPES = {
     "grid": (3, 20, 9, 7),
@@ -25,6 +25,10 @@ SHAPES = {
     "wide linear": (70, 2048),
     "long linear": (1000, 6),
 }
+
+
+def lane_profile(x, joined=False):
+    return backend_of(x).lane_profile(x, joined)
 
 
 def sparse(shape, seed=0):
@@ -51,9 +55,9 @@ def test_compiled_loops(shape, dtype, last):
     x.view(-1)[-2:] = torch.tensor([torch.nan, -torch.inf])
     expected = lanes.runs_of(x)
     x = x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x
-    assert torch.equal(lane_ops.lane_profile(x), lanes.profile(expected))
+    assert torch.equal(lane_profile(x), lanes.profile(expected))
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # the runs go on from sample to sample
-    assert torch.equal(lane_ops.lane_profile(x, joined=True), lanes.profile(lanes.runs_of(rows)))
+    assert torch.equal(lane_profile(x, joined=True), lanes.profile(lanes.runs_of(rows)))
 
 
 def test_tiles_and_threads_do_not_matter(monkeypatch):
@@ -62,28 +66,28 @@ def test_tiles_and_threads_do_not_matter(monkeypatch):
         expected = lanes.profile(lanes.runs_of(x))
         for threads in (1, 3):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            assert torch.equal(cpu_lanes.profile_of(x, False), expected)
+            assert torch.equal(cpu_lanes.lane_profile(x, False), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (3, 5, 0, 4), (0, 7)])
 def test_nothing_is_no_work(shape):
-    assert lane_ops.lane_profile(torch.empty(shape)).tolist() == [0] * len(LANE_CONFIGS)
+    assert lane_profile(torch.empty(shape)).tolist() == [0] * len(LANE_CONFIGS)
 
 
 def test_any_memory_order_gives_the_same():
     x = sparse((4, 6, 10, 8))
-    expected = lane_ops.lane_profile(x)
+    expected = lane_profile(x)
     turned = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-    assert torch.equal(lane_ops.lane_profile(turned), expected)
+    assert torch.equal(lane_profile(turned), expected)
     rows = sparse((64, 10))
-    assert torch.equal(lane_ops.lane_profile(rows.T.contiguous().T), lane_ops.lane_profile(rows))
+    assert torch.equal(lane_profile(rows.T.contiguous().T), lane_profile(rows))
 
 
 def test_the_reference_backend_is_plain_torch(monkeypatch):
-    monkeypatch.setattr(cpu_lanes, "profile_of", None)
+    monkeypatch.setattr(cpu.CpuBackend, "lane_profile", None)
     x = sparse((2, 3, 4, 4))
-    with ops.backend("reference"):
-        assert torch.equal(lane_ops.lane_profile(x), lanes.profile(lanes.runs_of(x)))
+    with backend("reference"):
+        assert torch.equal(lane_profile(x), lanes.profile(lanes.runs_of(x)))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,4 +123,4 @@ def test_worked_by_hand():
 
 @pytest.mark.parametrize("rows", [17, 784])
 def test_a_sample_whose_last_part_is_short_is_counted_whole(rows):
-    assert lane_ops.lane_profile(torch.ones(rows, 576)).tolist() == [rows * 576] * len(LANE_CONFIGS)
+    assert lane_profile(torch.ones(rows, 576)).tolist() == [rows * 576] * len(LANE_CONFIGS)

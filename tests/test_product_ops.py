@@ -7,10 +7,11 @@ import pytest
 import torch
 from test_formats import all_patterns, identical, random_patterns
 
+from lnpu_torch.ops import dispatch
+from lnpu_torch.ops.dispatch import backend_of
 from lnpu_torch.ops.gemm import half_precision as product_ops
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
-from lnpu_torch.ops.quantize import torch_ops as ops
 
 ARGUMENTS = ((2, 1), (1, 1), (1, 1), False, (0, 0), 2)
 
@@ -35,7 +36,7 @@ def test_the_gradients_that_are_asked_for(mask):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_in_half_precision_are_rounded_by_their_values(dtype):
     x = torch.randn(1000).to(dtype)
-    rounded = product_ops.round_result(x.clone(), "fp16", dtype)
+    rounded = backend_of(x).round_result(x.clone(), "fp16", dtype)
     assert torch.equal(rounded, x.half().to(dtype))
 
 
@@ -45,7 +46,7 @@ def test_a_biased_convolution_lies_as_its_input_whatever_its_weight_does(formats
     bias, geometry = torch.randn(6), ConvShape(3, 8, 6, 2, (9, 8), (5, 8), (3, 3), (2, 1), (1, 1), (1, 1))
     lists = ((2, 1), (1, 1), (1, 1), (0, 0))
     arguments = (x, weight, bias, geometry.pack(), *lists, 2, False)
-    out = product_ops.half_convolution(*arguments)
+    out = backend_of(x).half_convolution(*arguments)
     assert out.is_contiguous(memory_format=formats[0])
     expected = torch.nn.functional.conv2d(x.float(), weight.float(), bias, *lists[:3], 2)
     assert torch.allclose(out.float(), expected, atol=0.01) and out.dtype == torch.float16
@@ -65,8 +66,8 @@ def test_results_are_rounded_where_they_lie(shape, form, backend, last):
     x = patterns(shape)
     expected = reference.round_to(x, reference.FORMATS[form])
     x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
-    with ops.backend(backend):
-        out = product_ops.round_result(x, form, torch.float32)
+    with dispatch.backend(backend):
+        out = backend_of(x).round_result(x, form, torch.float32)
     assert out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
     assert identical(out.contiguous(), expected)
 
@@ -74,11 +75,11 @@ def test_results_are_rounded_where_they_lie(shape, form, backend, last):
 def test_a_strided_result():
     strided = torch.randn(6, 8)[:, ::2]
     expected = strided.half().float()
-    assert torch.equal(product_ops.round_result(strided, "fp16", torch.float32), expected)
+    assert torch.equal(backend_of(strided).round_result(strided, "fp16", torch.float32), expected)
 
 
 def test_results_keep_other_orders():
     x = torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)
     expected, strides = x.half().float(), x.stride()
-    found = product_ops.round_result(x, "fp16", torch.float32)
+    found = backend_of(x).round_result(x, "fp16", torch.float32)
     assert torch.equal(found, expected) and found.stride() == strides

@@ -31,7 +31,7 @@ from lnpu_torch.nn.layer_call import (
 )
 from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.observers import notify_observers, opaque
-from lnpu_torch.ops.dispatch import lies_last
+from lnpu_torch.ops.memory_format import lies_last
 
 
 def _refuse_double_backward() -> None:

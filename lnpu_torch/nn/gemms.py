@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lnpu_torch.ops import dispatch as backends
-from lnpu_torch.ops.gemm import half_precision as product_ops
+from lnpu_torch.ops.dispatch import backend_of
+from lnpu_torch.ops.gemm import half_precision
+from lnpu_torch.ops.memory_format import lies_last
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape, part
 
 
@@ -30,7 +31,7 @@ class Like(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Like:
         """A tensor's."""
-        return cls.laid_out(x.shape, x.dtype, backends.lies_last(x))
+        return cls.laid_out(x.shape, x.dtype, lies_last(x))
 
     @classmethod
     def laid_out(cls, shape: torch.Size, dtype: torch.dtype, last: bool) -> Like:
@@ -63,7 +64,7 @@ class Accumulator:
 
     def __call__(self, product: str, a: Tensor, b: Tensor, geometry: ConvShape) -> Tensor:
         """One of the products of `lnpu_torch.ops.gemm.reference`, by name."""
-        return product_ops.accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
+        return backend_of(a).accumulate(product, a, b, geometry.pack(), self.form, self.chunk)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Convolution:
         if by.widens(x) and bias is not None:
             geometry = self.geometry(x.shape, weight.shape, margin=False).pack()
             lists = (self.stride, self.padding, self.dilation, self.output_padding)
-            return product_ops.half_convolution(x, weight, bias, geometry, *lists, self.groups, self.transposed)
+            return backend_of(x).half_convolution(x, weight, bias, geometry, *lists, self.groups, self.transposed)
         if by.form == "fp32":
             return torch.ops.aten.convolution(x, weight, bias, *self._arguments)  # type: ignore[no-any-return]
         product = "conv_grad_input" if self.transposed else "conv_forward"
@@ -272,15 +273,15 @@ class Convolution:
         like: Like,
         mask: list[bool],
     ) -> list[Tensor]:
-        """The gradients that the mask asks for, as `product_ops.gradients` has them."""
+        """The gradients that the mask asks for, as `half_precision.gradients` has them."""
         operands = (error, x, weight, like.shape, like.form, [error.shape[1]] if mask[2] else None)
-        return product_ops.gradients(*operands, self._arguments, mask)
+        return half_precision.gradients(*operands, self._arguments, mask)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
     """x [*, K] by weight [N, K], and a bias [N]."""
     if by.widens(x):
-        sums: Tensor = product_ops.half_matmul(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.T, bias)
+        sums: Tensor = half_precision.half_matmul(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.T, bias)
         return sums.reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 

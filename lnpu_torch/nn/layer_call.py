@@ -19,13 +19,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
 from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
-from lnpu_torch.nn.layer_state import LayerState, Operand, counting_lock
+from lnpu_torch.nn.layer_state import LayerState, counting_lock
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
-from lnpu_torch.ops import dispatch as backends
+from lnpu_torch.ops.dispatch import backend_of, on_gpu
 from lnpu_torch.ops.gemm.half_precision import alike
-from lnpu_torch.ops.pair_counts import torch_ops as count_ops
-from lnpu_torch.ops.quantize import reference
-from lnpu_torch.ops.quantize import torch_ops as ops
+from lnpu_torch.ops.memory_format import memory_format
+from lnpu_torch.ops.quantize.reference import Rounded, Threshold, compute_dtype
 from lnpu_torch.ops.registry import OPS, fake, op
 
 Product = Linear | Convolution
@@ -98,7 +97,7 @@ def plan(product: Product, state: LayerState, shape: torch.Size, weight: torch.S
     # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
     precision = state.plan
     exact = precision.result == "fp16" or isinstance(product, Linear)
-    halves = exact and precision.accumulate in ("fp32", "fp16") and backends.on_gpu(x)
+    halves = exact and precision.accumulate in ("fp32", "fp16") and on_gpu(x)
     return _plan(product, precision, shape, weight, halves, state.counting)
 
 
@@ -115,19 +114,20 @@ def forward(
     """The first step. `wants` says which gradients will be asked for: input, weight, bias."""
     product, grid = plan.product, plan.product.grid(input)
     xs = [(use, state.quantize(grid, use, seed)) for use in plan.input[wants[1]]]
-    x, ws = xs[0][1], state.quantize(weight, plan.weight["forward"], seed)
-    operands = alike(_values(x.values, input, plan.input[wants[1]][0]), ws.values)
+    (use, x), by = xs[0], plan.weight["forward"]
+    ws = state.quantize(weight, by, seed)
+    operands = alike(_values(x, input, use, use.half_now), _values(ws, weight, by, by.half_now))
     output = product.forward(*operands, bias, plan.accumulators["forward"])
     if plan.counting:
         _count(state, plan, "forward", x, ws, product.input_side)
     saved = Saved()
     if wants[1]:
-        kept = xs[-1][1]
+        use, kept = xs[-1]
         counts = (kept.position, kept.sample, kept.lanes) if plan.counting else (None, None, None)
-        saved = Saved(_values(kept.kept, input, xs[-1][0]), *counts)
+        saved = Saved(_values(kept, input, use, use.half_kept), *counts)
     if wants[0]:
         threshold = ws.threshold if plan.same_weight else state.choose(weight, plan.weight["grad_input"])
-        saved = saved._replace(threshold=threshold)
+        saved = saved._replace(threshold=_tensor(threshold, weight))
     del xs, x, ws, operands  # the result may lie where they did
     return state.result("forward", output, dtype), saved
 
@@ -150,16 +150,15 @@ def backward(
     grads: list[Tensor | None] = [None, None, None]
     product, (input, weight_like, bias) = plan.product, likes
     now = wants[0], wants[1] or wants[2]
-    errors: dict[str, Operand] = {}
+    errors: dict[str, tuple[Rounded, Tensor]] = {}
     grid = product.grid(grad_output)
     for use in plan.grad_output[now]:
         error = state.quantize(grid, use, seed)
-        error = error._replace(values=_values(error.values, grad_output, use))
-        errors |= dict.fromkeys(use.steps, error)
+        errors |= dict.fromkeys(use.steps, (error, _values(error, grad_output, use, use.half_now)))
     if wants[0] and weight is not None:
-        error, use = errors["grad_input"], plan.weight["grad_input"]
+        (error, values), use = errors["grad_input"], plan.weight["grad_input"]
         ws = state.quantize(weight, use, seed, saved.threshold)  # anew, which costs less than to keep it
-        operands = alike(error.values, ws.values)
+        operands = alike(values, _values(ws, weight, use, use.half_now))
         values = product.grad_input(*operands, input, plan.accumulators["grad_input"])
         if plan.counting:
             _count(state, plan, "grad_input", error, ws, product.output_side)
@@ -168,9 +167,9 @@ def backward(
     elif plan.counting:
         state.not_run("grad_input", plan.macs)
     if now[1]:
-        error = errors["grad_weight"]
-        x = error.values.new_empty(1).expand(input.shape) if saved.values is None else saved.values
-        operands, by = alike(error.values, x), plan.accumulators["grad_weight"]
+        error, values = errors["grad_weight"]
+        x = values.new_empty(1).expand(input.shape) if saved.values is None else saved.values
+        operands, by = alike(values, x), plan.accumulators["grad_weight"]
         results = product.grad_weight(*operands, weight_like, wants[1:], by)
         if wants[1] and saved.position is not None and plan.counting:
             _count_grids(state, plan, error, saved)
@@ -179,37 +178,43 @@ def backward(
                 grads[place] = state.result("grad_weight", result, dtype or result.dtype)
     if plan.counting and not wants[1]:
         state.not_run("grad_weight", plan.macs)
-    if state.training:
-        ops.commit_thresholds(state.thresholds)
+    state.commit_thresholds()
     return grads
 
 
-def _values(rounded: Tensor, original: Tensor, use: OperandPlan) -> Tensor:
-    """An operand's values as the product takes them: what came in itself, if it is read in float."""
-    if use.rule is None:
+def _values(rounded: Rounded, original: Tensor, use: OperandPlan, half: bool) -> Tensor:
+    """An operand's values as a product takes them: what came in itself, if it is read in float."""
+    values = rounded.half if half and rounded.half is not None else rounded.single
+    if use.rule is None or values is None:
         return original
-    return rounded if rounded.shape == original.shape else rounded.reshape(original.shape)
+    return values if values.shape == original.shape else values.reshape(original.shape)
 
 
-def _count(state: LayerState, plan: LayerPlan, step: str, grid: Operand, weight: Operand, side: str) -> None:
+def _tensor(threshold: Threshold | None, like: Tensor) -> Tensor | None:
+    """A threshold as autograd can save it."""
+    return None if threshold is None else torch.as_tensor(threshold, dtype=torch.int32, device=like.device)
+
+
+def _count(state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str) -> None:
     """Count forward or grad_input, the product of a weight and the grid on one side."""
     position = grid.position.squeeze(1)
     position = plan.product.cut(position) if step == "forward" else position
     # a weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]
-    counts = weight.position.flatten(1, 2) if side == "big" else weight.sample.squeeze(2)
+    counts = weight.position.flatten(1, 2) if weight.sample is None else weight.sample.squeeze(2)
     with counting_lock(state):
-        count_ops.count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
+        backend_of(position).count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
 
 
-def _count_grids(state: LayerState, plan: LayerPlan, error: Operand, saved: Saved) -> None:
+def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved) -> None:
     """Count grad_weight, the product of the error and the input."""
     product, first = plan.product, plan.product.input_side
-    assert saved.position is not None and saved.sample is not None
+    assert saved.position is not None and saved.sample is not None and error.sample is not None
     kept = product.cut(saved.position.squeeze(1)), product.cut(saved.sample)
+    profiles = saved.lanes, error.lanes
     sides = {first: kept, product.output_side: (error.position.squeeze(1), error.sample)}
     with counting_lock(state):
-        count_ops.count_grid_step(
-            *state.counter("grad_weight"), sides["big"], sides["small"], saved.lanes, error.lanes, plan.sizes, first
+        backend_of(error.position).count_grid_step(
+            *state.counter("grad_weight"), sides["big"], sides["small"], profiles, plan.sizes, first
         )
 
 
@@ -268,16 +273,19 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     of, chosen = product_of(product), precision_plan(precision)
     output = input.new_empty(of.output_shape(input.shape, weight.shape), dtype=dtype)
-    if output.dim() == 4 and torch.channels_last in (backends.memory_format(input), backends.memory_format(weight)):
+    if output.dim() == 4 and torch.channels_last in (memory_format(input), memory_format(weight)):
         output = output.to(memory_format=torch.channels_last)
     saved = [input.new_empty(0) for _ in Saved._fields]
     if wants[1]:
         (*_, use) = chosen.operands("input", ("forward",), ("grad_weight",), layout=(0, of.groups))
         if use.rule is not None:
-            kept = torch.float16 if use.half_kept and input.dtype != torch.float64 else reference.compute_dtype(input)
-            saved[0] = torch.empty_like(input, dtype=kept, memory_format=backends.memory_format(input))
+            kept = torch.float16 if use.half_kept and input.dtype != torch.float64 else compute_dtype(input)
+            saved[0] = torch.empty_like(input, dtype=kept, memory_format=memory_format(input))
         if counting:
-            saved[1:3] = ops.empty_counts(of.grid(input), of.groups)
+            batch, channels, *grid = of.grid(input).shape
+            saved[1] = input.new_empty((2, 1, channels, *grid), dtype=torch.int32)
+            kind = backend_of(input).sample_dtype(channels, of.groups)
+            saved[2] = input.new_empty((2, batch, of.groups, *grid), dtype=kind)
             saved[3] = input.new_empty(len(LANE_CONFIGS), dtype=torch.int64)
     if wants[0] and chosen.reads["grad_input", "weight"].rule is not None:
         saved[4] = input.new_empty((), dtype=torch.int32)

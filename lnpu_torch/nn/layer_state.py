@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.context import get_spawning_popen
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from torch import Tensor
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.reads import READS, STEPS, OperandPlan, precision_plan
-from lnpu_torch.ops.gemm import half_precision as product_ops
-from lnpu_torch.ops.lanes import torch_ops as lane_ops
+from lnpu_torch.ops.dispatch import backend_of
 from lnpu_torch.ops.pair_counts import reference as counting
-from lnpu_torch.ops.pair_counts import torch_ops as count_ops
-from lnpu_torch.ops.quantize import torch_ops as ops
-from lnpu_torch.ops.quantize.reference import UNSET
+from lnpu_torch.ops.quantize.reference import UNSET, Rounded, Threshold
+from lnpu_torch.ops.quantize.torch_ops import draw_seed
 from lnpu_torch.quant.precision import Precision
 
 
@@ -48,21 +46,6 @@ def new_call_sizes() -> Tensor:
 _LOCK = [threading.Lock()]
 if hasattr(os, "register_at_fork"):  # a forked process has its parent's lock, which may be held for ever
     os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))
-
-
-class Operand(NamedTuple):
-    """An operand as the steps read it: its values now, what is kept of them for later, and its counts.
-
-    `position` and `sample` are the elements of each group over samples and over channels, as `counting` needs them;
-    `lanes` is its lane profile, if it is one that steps stream; `threshold` is the T by which it was rounded, if any.
-    """
-
-    values: Tensor
-    kept: Tensor
-    position: Tensor
-    sample: Tensor
-    lanes: Tensor | None = None
-    threshold: Tensor | None = None
 
 
 class LayerState:
@@ -153,8 +136,10 @@ class LayerState:
 
     def not_run(self, step: str, macs: int) -> None:
         """Count a step that nobody asked for."""
+        row = self.counters[STEPS.index(step), counting.NOT_RUN]
         with counting_lock(self):
-            count_ops.count_not_run(self.counters, STEPS.index(step), macs)
+            row[:1] += 1  # by numbers, for which a GPU need not be waited for
+            row[1:4:2] += macs
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What calls change, in the order that `of` takes them in."""
@@ -177,51 +162,48 @@ class LayerState:
 
     def seed(self, x: Tensor) -> Tensor | None:
         """The key of one call's random bits, from torch's generator; None if nothing is rounded stochastically."""
-        return ops.draw_seed(x) if self.plan.stochastic else None
+        return draw_seed(x) if self.plan.stochastic else None
 
-    def quantize(self, x: Tensor, plan: OperandPlan, seed: Tensor | None, threshold: Tensor | None = None) -> Operand:
+    def quantize(
+        self, x: Tensor, plan: OperandPlan, seed: Tensor | None, threshold: Threshold | None = None
+    ) -> Rounded:
         """An operand [N, C, *grid] as the plan's steps read it; in training also chooses the threshold to come.
 
         Args:
             threshold: one that it was read by before, to be read so again.
         """
+        backend, wanted = backend_of(x), plan.wanted
         if plan.rule is None:
-            position, sample = ops.count_float(x, plan.layout, plan.sampled)
-            lanes = lane_ops.lane_profile(x, plan.joined) if plan.lanes else None
-            return Operand(x, x, position, sample, lanes)
-        wide = x.dtype == torch.float64
-        half_now, half_kept = plan.half_now and not wide, plan.half_kept and not wide
-        wanted = (plan.single or wide, half_now or half_kept, plan.sampled, plan.lanes)
+            counts = backend.count_float(x, plan.layout, wanted[2])
+            return Rounded(x, None, *counts, backend.lane_profile(x, plan.joined) if wanted[3] else None)
+        if x.dtype == torch.float64:
+            wanted = (True, False, *wanted[2:])
         random = seed if plan.stochastic else None
-        if threshold is None:
-            self._note(x, plan)
-            found = ops.quantize_operand(
-                x, self.thresholds, random, plan.rule, plan.row, plan.layout, wanted, plan.joined, self.training
-            )
-            threshold, rounded = found
-        else:
-            arguments = (random, plan.rule, plan.row, plan.layout, wanted, plan.joined)
-            rounded = ops.round_and_count(x, threshold, *arguments)
-        return Operand(
-            rounded.half if half_now else rounded.single,
-            rounded.half if half_kept else rounded.single,
-            rounded.position,
-            rounded.sample,
-            rounded.lanes if plan.lanes else None,
-            threshold,
+        if threshold is not None:
+            return backend.round_and_count(x, threshold, random, plan.rule, plan.row, plan.layout, wanted, plan.joined)
+        self._note(x, plan)
+        return backend.quantize_operand(
+            x, self.thresholds, random, plan.rule, plan.row, plan.layout, wanted, plan.joined, self.training
         )
 
-    def choose(self, x: Tensor, plan: OperandPlan) -> Tensor | None:
+    def choose(self, x: Tensor, plan: OperandPlan) -> Threshold | None:
         """The threshold by which an operand is read later; in training also chooses the one to come. None in float."""
         if plan.rule is None:
             return None
         self._note(x, plan)
-        return ops.next_threshold(x, self.thresholds, plan.row, plan.rule, self.training)
+        return backend_of(x).next_threshold(x, self.thresholds, plan.row, plan.rule, self.training)
 
     def _note(self, x: Tensor, plan: OperandPlan) -> None:
-        """Remember, for thresholds that ranks choose together, what an operand looks like."""
+        """Add what the choice of an operand's threshold rests on to its histogram, where ranks sum theirs."""
         if self.training and self.histograms is not None and plan.rule is not None:
-            ops.add_histogram(x, self.histograms, plan.row, plan.rule)
+            counts = backend_of(x).histogram(x, plan.rule)
+            if counts is not None:
+                self.histograms[plan.row, : len(counts)] += counts.to(self.histograms.dtype)
+
+    def commit_thresholds(self) -> None:
+        """After a backward in training: put the thresholds to come into use."""
+        if self.training:
+            self.thresholds[..., 0] = self.thresholds[..., 1]
 
     def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
@@ -229,7 +211,7 @@ class LayerState:
         exact = form == "fp32" or (x.dtype == torch.float16 and form == "fp16")
         if exact or step not in self.plan.emulated:
             return x if x.dtype == dtype else x.to(dtype)
-        return product_ops.round_result(x, form, dtype)
+        return backend_of(x).round_result(x, form, dtype)
 
 
 def counting_lock(emulation: LayerState) -> AbstractContextManager[Any]:

@@ -37,8 +37,8 @@ class OperandPlan(NamedTuple):
     """How an operand is quantized for the steps that read it by one rule.
 
     `layout`: how many samples in a row share one count by position, and the number of channel groups.
-    `half_now`, `half_kept`: whether the steps that read it at once, and later, take it in binary16; `single`: whether
-    any takes it in float32. `sampled`, `lanes`: whether counts by sample and a lane profile are asked for.
+    `wanted`: whether any step takes it in float32, any in binary16, and whether counts by sample and a lane profile are
+    asked for. `half_now`, `half_kept`: whether the steps that read it at once, and later, take it in binary16.
     `joined`: whether runs of lanes go on from sample to sample.
     """
 
@@ -47,11 +47,9 @@ class OperandPlan(NamedTuple):
     stochastic: bool
     steps: tuple[str, ...]
     layout: tuple[int, int]
-    single: bool
+    wanted: tuple[bool, bool, bool, bool]
     half_now: bool
     half_kept: bool
-    sampled: bool
-    lanes: bool
     joined: bool
 
 
@@ -98,21 +96,10 @@ class PrecisionPlan:
             read = self.reads[steps[0], operand]
             reads_now, reads_later = ({*steps} & {*some} for some in (now, later))
             half_now, half_kept = bool(reads_now) and read.half and halves, bool(reads_later) and read.half
-            plans.append(
-                OperandPlan(
-                    read.rule,
-                    read.row,
-                    read.stochastic,
-                    tuple(steps),
-                    layout,
-                    (bool(reads_now) and not half_now) or (bool(reads_later) and not half_kept),
-                    half_now,
-                    half_kept,
-                    sampled or "grad_weight" in steps,
-                    lanes,
-                    joined,
-                )
-            )
+            single = (bool(reads_now) and not half_now) or (bool(reads_later) and not half_kept)
+            wanted = (single, half_now or half_kept, sampled or "grad_weight" in steps, lanes)
+            of = (read.rule, read.row, read.stochastic, tuple(steps), layout)
+            plans.append(OperandPlan(*of, wanted, half_now, half_kept, joined))
         return tuple(plans)
 
 

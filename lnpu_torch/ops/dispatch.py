@@ -1,27 +1,151 @@
-"""Which implementation is used for a tensor: plain torch, Numba's loops, Triton's kernels. It knows none of the ops."""
+"""Which implementation of the operations is used for a tensor: plain torch, Numba's loops, or Triton's kernels."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lnpu_torch.files import listed
-from lnpu_torch.quant.precision import Rule
+from lnpu_torch.ops.quantize.reference import Rounded, Threshold
+from lnpu_torch.ops.reference import ReferenceBackend
 
-Backend = Literal["auto", "reference", "triton"]
-_chosen: list[Backend] = ["auto"]
+Choice = Literal["auto", "reference", "triton"]
+_chosen: list[Choice] = ["auto"]
+REFERENCE = ReferenceBackend()
+
+
+class Backend(Protocol):
+    """The operations that layers are made of. Each implementation gives the bits and integers of `ReferenceBackend`.
+
+    A rule is given as a `Rule`'s JSON, a geometry as `ConvShape.pack` makes it; `seed` and `stream` are the key of
+    random bits, for stochastic rounding only (else the seed is None).
+    """
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether tensors on a device are taken."""
+
+    def quantize(
+        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Round a tensor: values in `compute_dtype(x)`, groups (uint8, or empty), elements of each group [3]."""
+
+    def round_and_count(
+        self,
+        x: Tensor,
+        threshold: Threshold,
+        seed: Tensor | None,
+        rule: str,
+        stream: int,
+        layout: Sequence[int],
+        wanted: Sequence[bool],
+        joined: bool = False,
+    ) -> Rounded:
+        """Round an operand [N, C, *grid] and count its groups, in one pass.
+
+        Args:
+            layout: how many samples in a row share one count by position, and the number of channel groups.
+            wanted: values in `compute_dtype(x)`; in binary16; counts by sample; a lane profile.
+            joined: whether the profile's runs go on from sample to sample.
+        """
+
+    def quantize_operand(
+        self,
+        x: Tensor,
+        states: Tensor,
+        seed: Tensor | None,
+        rule: str,
+        row: int,
+        layout: Sequence[int],
+        wanted: Sequence[bool],
+        joined: bool,
+        training: bool,
+    ) -> Rounded:
+        """`next_threshold`, and by that threshold `round_and_count`. The row is also the stream of random bits."""
+
+    def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
+        """The threshold to use for x now. In training also chooses the next one, from x.
+
+        Args:
+            states: int32 [rows, 2], in use and to come; `UNSET` before the first step, which uses its own.
+        """
+
+    def histogram(self, x: Tensor, rule: str) -> Tensor | None:
+        """What the choice of x's threshold rests on: counts of magnitudes, or `largest_bin`; None if it is fixed."""
+
+    def count_float(self, x: Tensor, layout: Sequence[int], sampled: bool) -> tuple[Tensor, Tensor | None]:
+        """Counts of an operand left in float, as of `round_and_count`: its non-zeros are in the wide group."""
+
+    def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
+        """Of counts by sample."""
+
+    def lane_profile(self, values: Tensor, joined: bool = False) -> Tensor:
+        """Lane-cycles of every lane configuration for an operand [N, C, *grid] or [rows, C]: int64 [configurations]."""
+
+    def count_weight_step(
+        self,
+        counters: Tensor,
+        sizes: Tensor,
+        lanes: Tensor,
+        step: int,
+        position: Tensor,
+        weight: Tensor,
+        profile: Tensor | None,
+        geometry: Sequence[int],
+        side: str,
+    ) -> None:
+        """Count one of a layer's steps by `weight_step`, and the lane profile of the operand that it streams.
+
+        Args:
+            counters: int64 [steps, ROWS, WIDTH], to the row of which that `row_of` tells.
+            sizes: int64 [steps, SIZES + 1, 3], on the host.
+            lanes: int64 [steps, operands, LANE_CONFIGS].
+        """
+
+    def count_grid_step(
+        self,
+        counters: Tensor,
+        sizes: Tensor,
+        lanes: Tensor,
+        step: int,
+        big: Sequence[Tensor],
+        small: Sequence[Tensor],
+        profiles: Sequence[Tensor | None],
+        geometry: Sequence[int],
+        first: str,
+    ) -> None:
+        """Count a step by `grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
+
+    def accumulate(self, product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+        """A product of `gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
+
+    def half_convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        geometry: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        output_padding: Sequence[int],
+        groups: int,
+        transposed: bool,
+    ) -> Tensor:
+        """Torch's convolution of binary16 operands, with the bias added to the float32 sums; binary16, rounded once."""
+
+    def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
+        """A step's fresh result rounded to a format, nearest, overflow to infinity, in a dtype; x may be used up."""
 
 
 @contextmanager
-def backend(name: Backend) -> Iterator[None]:
-    """Within the block, in all threads: which implementation of the ops is used.
+def backend(name: Choice) -> Iterator[None]:
+    """Within the block, in all threads: which implementation of the operations is used.
 
     "auto" is the fastest there is for each tensor: Triton on a GPU (of compute capability 8.0 or newer), Numba on a
     CPU, else plain torch. "reference" is plain torch throughout. "triton" is Triton for whatever its kernels take, on a
@@ -30,8 +154,8 @@ def backend(name: Backend) -> Iterator[None]:
     Raises:
         ValueError: no such backend.
     """
-    if name not in get_args(Backend):
-        raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Backend))}")
+    if name not in get_args(Choice):
+        raise ValueError(f"unknown backend {name!r}; known: {listed(get_args(Choice))}")
     _chosen.append(name)
     try:
         yield
@@ -39,15 +163,15 @@ def backend(name: Backend) -> Iterator[None]:
         _chosen.pop()
 
 
-@cache
-def _module(name: str) -> ModuleType | None:
-    """A module of the package that needs Numba or Triton, imported when it is first of use; None without those."""
-    try:
-        return importlib.import_module(f"lnpu_torch.{name}")
-    except ModuleNotFoundError as missing:
-        if missing.name in ("numba", "llvmlite", "triton"):
-            return None
-        raise
+def backend_of(x: Tensor) -> Backend:
+    """The implementation for a tensor, by where it is."""
+    chosen = _chosen[-1]
+    if chosen == "auto" and x.is_cpu:
+        return found("cpu")
+    if on_gpu(x):
+        gpu = found("gpu")
+        return gpu if gpu.runs_on(x.device) else REFERENCE
+    return REFERENCE
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -55,44 +179,13 @@ def on_gpu(x: Tensor) -> bool:
     return _chosen[-1] == "triton" or (_chosen[-1] == "auto" and x.is_cuda)
 
 
-def gpu_module(x: Tensor, name: str = "ops.quantize.gpu") -> ModuleType | None:
-    """A module that puts work to Triton's kernels, if those run where x is."""
-    if not on_gpu(x):
-        return None
-    module, launch = _module(name), _module("kernels.launch")
-    return module if module is not None and launch is not None and launch.runs_on(x.device) else None
-
-
-def fast(x: Tensor, rule: Rule | None = None) -> ModuleType | None:
-    """`ops.quantize.gpu` or `.cpu`, whichever can take a tensor (and rule); None leaves it to plain torch."""
-    module = _module("ops.quantize.cpu") if _chosen[-1] == "auto" and x.is_cpu else gpu_module(x)
-    return module if module is not None and module.supports(x, rule) else None
-
-
-def cpu_loops(x: Tensor) -> Any:
-    """`ops.quantize.cpu`, if its loops over float32 as it lies in memory take this tensor (and rounding to nearest)."""
-    if not (x.is_cpu and x.dtype == torch.float32 and _chosen[-1] == "auto" and is_dense(x)):
-        return None
-    loops = _module("ops.quantize.cpu")
-    return loops if loops is not None and loops.supports(x, None) else None
-
-
-def cpu_module(x: Tensor, name: str) -> Any:
-    """A module of compiled loops, if those run where x is; not for an empty tensor."""
-    return _module(name) if x.is_cpu and _chosen[-1] == "auto" and x.numel() else None
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether x's elements lie in memory without gaps: contiguous or channels_last."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def lies_last(x: Tensor) -> bool:
-    """Whether torch takes x for channels_last: its strides are those, and not a contiguous tensor's, too."""
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous()
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The order in which an operand is rounded and kept: its own if that is channels_last, else contiguous."""
-    return torch.channels_last if x.dim() == 4 and lies_last(x) else torch.contiguous_format
+@cache
+def found(name: str) -> Backend:
+    """The implementation that needs Numba or Triton, imported when it is first of use; plain torch without those."""
+    try:
+        backend: Backend = importlib.import_module(f"lnpu_torch.ops.{name}").BACKEND
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("numba", "llvmlite", "triton"):
+            raise
+        return REFERENCE
+    return backend

@@ -56,6 +56,10 @@ def conv_grad_weight(big: Tensor, small: Tensor, geometry: ConvShape, form: Form
     return product.reshape(geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel)
 
 
+PRODUCTS = {"conv_forward": conv_forward, "conv_grad_input": conv_grad_input, "conv_grad_weight": conv_grad_weight}
+"""By name."""
+
+
 def _columns(big: Tensor, geometry: ConvShape) -> Tensor:
     """im2col for any number of dimensions: [N, C, *big] -> [g, N * positions, C/g * offsets]."""
     dims = len(geometry.kernel)

@@ -12,8 +12,8 @@ from lnpu_torch.ops.lanes import cpu_loops
 from lnpu_torch.ops.parallel import team
 
 
-def profile_of(values: Tensor, joined: bool) -> Tensor:
-    """Of a contiguous or channels_last operand that is not empty, [N, C, *grid] or [rows, C]."""
+def lane_profile(values: Tensor, joined: bool) -> Tensor:
+    """`dispatch.Backend.lane_profile` of a dense operand that is not empty."""
     x = values.detach()
     if x.element_size() == 8:  # only zeros count
         x = (x != 0).float()

@@ -8,11 +8,14 @@ Lanes without a channel count neither as working nor as waiting: a chip that ski
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, LANES, RUN, SYNC_INTERVALS
+from lnpu_torch.ops.memory_format import lies_last
 
 
 def runs_of(values: Tensor) -> Tensor:
@@ -23,6 +26,18 @@ def runs_of(values: Tensor) -> Tensor:
     """
     positions = values.T[None] if values.dim() == 2 else values.flatten(2)
     return _joined(positions != 0, RUN, torch.uint8)
+
+
+def joined_runs(values: Tensor, runs_of: Callable[[Tensor], Tensor] = runs_of) -> Tensor:
+    """The runs of an operand [N, C, *grid] as if it were [rows, C]: they go on from sample to sample.
+
+    Args:
+        runs_of: counts them, as the function above.
+    """
+    if values.dim() == 2 or lies_last(values):
+        return runs_of(values.movedim(1, -1).flatten(0, -2))
+    channels = values.shape[1]
+    return runs_of(values.flatten(2).transpose(0, 1).reshape(channels, 1, values[:, 0].numel())).transpose(0, 1)
 
 
 def profile(runs: Tensor) -> Tensor:

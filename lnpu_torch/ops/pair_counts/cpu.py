@@ -1,10 +1,10 @@
-"""`counting`'s sums on a CPU: puts tensors and sizes to the compiled loops. The same integers."""
+"""`reference`'s sums on a CPU: puts tensors and sizes to the compiled loops. The same integers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH
 from lnpu_torch.ops.parallel import team
 
 Array = np.ndarray[Any, Any]
-Side = Literal["big", "small"]
 
 
 class Counters(NamedTuple):
@@ -44,9 +43,9 @@ def count_weight_step(
     weight: Tensor,
     profile: Tensor | None,
     packed: tuple[int, ...],
-    side: Side,
+    side: str,
 ) -> None:
-    """`torch_ops.count_weight_step`."""
+    """`dispatch.Backend.count_weight_step`."""
     call, shape, constants = _weight_step(packed, side)
     position, weight = position.contiguous(), weight.contiguous()
     lanes = 0 if profile is None else profile.data_ptr()
@@ -60,9 +59,9 @@ def count_grid_step(
     small: Sequence[Tensor],
     profiles: Sequence[Tensor | None],
     packed: tuple[int, ...],
-    first: Side,
+    first: str,
 ) -> None:
-    """`torch_ops.count_grid_step`; the profiles are of first and second operand."""
+    """`dispatch.Backend.count_grid_step`."""
     call, shapes, samples, constants = _grid_step(packed, first)
     few = big[1].dtype == small[1].dtype == torch.uint8
     grids, kept = [], []  # as long as their addresses are of use
@@ -76,7 +75,7 @@ def count_grid_step(
 
 
 @lru_cache(maxsize=4096)
-def _weight_step(packed: tuple[int, ...], side: Side) -> tuple[Any, ...]:
+def _weight_step(packed: tuple[int, ...], side: str) -> tuple[Any, ...]:
     """What the loops need to know of a geometry: sizes of the call, of the grid, and the rest in their order."""
     geometry = ConvShape.unpack(packed)
     missing = (1,) * (3 - len(geometry.kernel))
@@ -90,10 +89,10 @@ def _weight_step(packed: tuple[int, ...], side: Side) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _grid_step(packed: tuple[int, ...], first: Side) -> tuple[Any, ...]:
+def _grid_step(packed: tuple[int, ...], first: str) -> tuple[Any, ...]:
     """The same: sizes of the call, of both grids, the number of their samples, and the rest."""
     geometry = ConvShape.unpack(packed)
-    sides: tuple[Side, Side] = ("big", "small") if first == "big" else ("small", "big")
+    sides: tuple[str, str] = ("big", "small") if first == "big" else ("small", "big")
     others = (geometry.small_channels // geometry.groups, geometry.big_channels // geometry.groups)
     numbers = (geometry.macs, geometry.inside, *others, *(geometry.elements(side) for side in sides))
     strides = np.asarray((1,) * (3 - len(geometry.kernel)) + geometry.stride, np.int64)
@@ -102,14 +101,14 @@ def _grid_step(packed: tuple[int, ...], first: Side) -> tuple[Any, ...]:
     return geometry.call_sizes(*sides), shapes, geometry.batch * geometry.groups, (meets, numbers)
 
 
-def _solid(geometry: ConvShape, side: Side) -> tuple[int, int, int, int]:
+def _solid(geometry: ConvShape, side: str) -> tuple[int, int, int, int]:
     """A grid's channels, and exactly three dimensions after them."""
     _, channels, *grid = geometry.shape(side)
     depth, height, width = (*(1,) * (3 - len(grid)), *grid)
     return channels, depth, height, width
 
 
-def _meets(geometry: ConvShape, side: Side) -> Array:
+def _meets(geometry: ConvShape, side: str) -> Array:
     """For each of three dimensions and each kernel offset: the first position that it meets, and how many."""
     missing = 3 - len(geometry.kernel)
     meets = np.full((3, max((1, *geometry.kernel)), 2), -1, np.int64)

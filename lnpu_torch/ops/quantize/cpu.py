@@ -1,4 +1,4 @@
-"""Fast CPU implementations, compiled by Numba: rounding, group counts and thresholds in one pass over a tensor.
+"""Rounding, counts by group and thresholds in one pass over a tensor, by loops that Numba compiles.
 
 Bit-equal to `reference`. Work is split over `torch.get_num_threads()` threads; the compiled loops hold no lock and keep
 no state.
@@ -15,24 +15,23 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
-from lnpu_torch.ops.dispatch import is_dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.parallel import team
 from lnpu_torch.ops.quantize import cpu_loops, cpu_threshold_loops, reference
 from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY
 from lnpu_torch.ops.quantize.reference import Rounded, sample_step, tau, window_exponent
+from lnpu_torch.ops.reference import parsed
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
 CHANNELS = 2**15 - 1
 """The most over which one packed sum can reach: FP8 in its lower 16 bits, FP16 in its upper 15, without the sign."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def supports(x: Tensor, rule: Rule | None) -> bool:
-    """Whether this module takes a tensor (and rule): at most float32, not empty, rounded to nearest."""
-    nearest = rule is None or rule.rounding == "nearest"
-    fits_counter = x.dim() < 2 or x.shape[1] <= CHANNELS
-    return nearest and fits_counter and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0
+def supports(x: Tensor, seed: Tensor | None = None) -> bool:
+    """Whether this module takes a tensor: at most float32, not empty, rounded to nearest (without a seed)."""
+    return seed is None and x.dtype in DTYPES and x.numel() > 0 and (x.dim() < 2 or x.shape[1] <= CHANNELS)
 
 
 class CompiledRule:
@@ -50,6 +49,10 @@ class CompiledRule:
         self.choice = self._choice.ctypes.data if rule.adaptive else 0
         self._parameters: dict[int, tuple[float, ...]] = {}
 
+    def choose(self, x: Tensor, current: int) -> int:
+        """The threshold for x, by plain torch."""
+        return int(reference.choose_threshold(x, self.rule, _scalar(current)))
+
     def parameters(self, threshold: int) -> tuple[float, ...]:
         """What `cpu_loops.rounded` needs to know of the rule and a threshold: bit patterns, exponents, limits."""
         if threshold not in self._parameters:
@@ -60,7 +63,7 @@ class CompiledRule:
 @lru_cache(maxsize=256)
 def compiled_rule(text: str) -> CompiledRule:
     """Of a rule as JSON."""
-    return CompiledRule(Rule.model_validate_json(text))
+    return CompiledRule(parsed(text))
 
 
 def quantize_operand(
@@ -70,77 +73,68 @@ def quantize_operand(
     layout: Sequence[int],
     wanted: Sequence[bool],
     joined: bool,
-    choosing: bool,
-) -> tuple[int, Rounded]:
+    choosing: bool = False,
+) -> tuple[Rounded, int]:
     """Round and count a dense float32 operand [N, C, *grid]; if `choosing`, also choose the threshold that x asks for.
 
     Args:
-        layout, wanted, joined: see `torch_ops.round_and_count`.
+        layout, wanted, joined: see `dispatch.Backend.round_and_count`.
     """
     shape, (share, groups) = x.shape, layout
     batch, channels, grid = shape[0], shape[1], shape[2:]
-    positions = prod(grid)
-    last = not x.is_contiguous()
-    half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else _NOTHING[torch.float16]
-    single = torch.empty_like(x) if wanted[0] else _NOTHING[torch.float32]
-    position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32, device="cpu")
     kind = sample_dtype(channels, groups)
-    sample = torch.empty((2, batch, groups, *grid), dtype=kind, device="cpu") if wanted[2] else _NOTHING[kind]
-    lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else _NOTHING[torch.int64]
-    address = sample.data_ptr()
+    single = torch.empty_like(x) if wanted[0] else None
+    half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else None
+    position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32, device="cpu")
+    sample = torch.empty((2, batch, groups, *grid), dtype=kind, device="cpu") if wanted[2] else None
+    lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else None
+    address = _address(sample)
     chosen = cpu_loops.quantize_operand(
         team(x.numel()),
         x.data_ptr(),
-        single.data_ptr(),
-        half.data_ptr(),
+        _address(single),
+        _address(half),
         position.data_ptr(),
         (address, 0) if kind == torch.uint8 else (0, address),
-        (lanes.data_ptr(), joined or not grid),
-        (batch, channels, positions, groups, share, last),
+        (_address(lanes), joined or not grid),
+        (batch, channels, prod(grid), groups, share, not x.is_contiguous()),
         rule.parameters(threshold),
         (sample_step(x.numel()) if choosing else 1, rule.choice if choosing else 0, threshold),
     )
-    return chosen, Rounded(single, half, position, sample, lanes)
+    return Rounded(single, half, position, sample, lanes, threshold), chosen
 
 
 def quantize(
     x: Tensor, rule: CompiledRule, threshold: int, want_groups: bool, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    """Values in float32 (in `out`, if it is given, which lies as x does), groups, and the elements of each group."""
-    dense = x.detach().float()
-    dense = dense if is_dense(dense) else dense.contiguous()
-    values = torch.empty_like(dense) if out is None else out
-    groups = torch.empty_like(dense, dtype=torch.uint8) if want_groups else _NOTHING[torch.uint8]
-    places = (dense.data_ptr(), values.data_ptr(), groups.data_ptr())
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dispatch.Backend.quantize`, of a dense float32 tensor; `out`, if it is given, takes the values and lies as x."""
+    values = torch.empty_like(x) if out is None else out
+    groups = torch.empty_like(x, dtype=torch.uint8) if want_groups else None
+    places = (x.data_ptr(), values.data_ptr(), _address(groups))
     fp8, wide = cpu_loops.quantize_flat(team(x.numel()), *places, x.numel(), rule.parameters(threshold))
-    return values, groups, (x.numel() - fp8 - wide, fp8, wide)
+    empty = x.new_empty(0, dtype=torch.uint8)
+    return values, empty if groups is None else groups, torch.tensor([x.numel() - fp8 - wide, fp8, wide], device="cpu")
 
 
-def round_half(x: Tensor) -> Tensor:
+def round_half(x: Tensor) -> None:
     """Round a dense float32 tensor to binary16, in place."""
     cpu_loops.round_half(team(x.numel()), x.data_ptr(), x.numel())
-    return x
 
 
 def choose_threshold(x: Tensor, rule: CompiledRule, current: int) -> int:
-    """`reference.choose_threshold`; compiled for a dense float32 tensor and a rule that looks at its histogram."""
-    if not (rule.rule.adaptive and has_histogram(x)):
-        return int(reference.choose_threshold(x, rule.rule, _scalar(current)))
+    """`reference.choose_threshold` by a histogram of a dense float32 tensor."""
     choosing = (sample_step(x.numel()), rule.choice, current)
     return int(cpu_threshold_loops.threshold_of(team(x.numel()), x.data_ptr(), x.numel(), choosing, _turned(x)))
 
 
 def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
-    """`reference.histogram`; compiled for a dense float32 tensor."""
-    if not has_histogram(x):
-        return reference.histogram(x, rule.rule)
+    """`reference.histogram` of a dense float32 tensor."""
     arguments = (x.data_ptr(), x.numel(), sample_step(x.numel()), rule.first, rule.last, _turned(x))
     return torch.from_numpy(cpu_threshold_loops.histogram(team(x.numel()), *arguments))
 
 
-def has_histogram(x: Tensor) -> bool:
-    """Whether a tensor's histogram is made by a compiled loop."""
-    return x.dtype == torch.float32 and is_dense(x)
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _turned(x: Tensor) -> tuple[int, int]:
@@ -150,13 +144,6 @@ def _turned(x: Tensor) -> tuple[int, int]:
 
 def _scalar(threshold: int) -> Tensor:
     return torch.scalar_tensor(threshold, dtype=torch.int32, device="cpu")
-
-
-_NOTHING = {
-    dtype: torch.empty(0, dtype=dtype, device="cpu")
-    for dtype in (torch.float32, torch.float16, torch.uint8, torch.int32, torch.int64)
-}
-"""What is not wanted; its address is 0."""
 
 
 def _parameters(rule: Rule, threshold: int) -> tuple[float, ...]:

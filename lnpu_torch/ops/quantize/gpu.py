@@ -8,24 +8,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lnpu_torch.kernels import launch, thresholds
 from lnpu_torch.kernels import quantize as kernels
+from lnpu_torch.kernels import thresholds
 from lnpu_torch.ops.lanes import gpu as gpu_lanes
 from lnpu_torch.ops.quantize.reference import Rounded
 from lnpu_torch.quant.precision import Rule
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def supports(x: Tensor, rule: Rule | None) -> bool:
-    """Whether this module takes a tensor (and any rule): at most float32, neither empty nor too large."""
-    return x.dtype in DTYPES and 0 < x.numel() < launch.INT32
 
 
 def quantize_flat(
     x: Tensor, rule: Rule, threshold: Tensor, seed: Tensor | None, stream: int, want_groups: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.quantize`."""
+    """`dispatch.Backend.quantize`."""
     values, groups, totals = kernels.quantize(
         x,
         threshold,
@@ -37,7 +30,7 @@ def quantize_flat(
         groups=want_groups,
         totals=True,
     )
-    return values, _or_empty(groups, x, torch.uint8), _or_empty(totals, x, torch.int64)
+    return values, x.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
 
 def quantize(
@@ -49,7 +42,7 @@ def quantize(
     layout: Sequence[int],
     wanted: Sequence[bool],
 ) -> Rounded:
-    """`ops.round_and_count`."""
+    """`dispatch.Backend.round_and_count`."""
     rounded = kernels.quantize_grid(
         x,
         threshold,
@@ -63,16 +56,19 @@ def quantize(
         seed=seed,
         stream=stream,
     )
-    values = _or_empty(rounded.single, x, torch.float32), _or_empty(rounded.half, x, torch.float16)
-    runs = gpu_lanes.runs_of(values[wanted[1]]) if wanted[3] and x.dim() == 2 else rounded.runs
-    profile = None if runs is None else gpu_lanes.profile(runs)
-    sample = _or_empty(rounded.sample, x, torch.int32)
-    sample = sample.clone() if sample.data_ptr() % 16 else sample  # as compilers expect of results
-    return Rounded(*values, rounded.position, sample, _or_empty(profile, x, torch.int64))
+    runs = rounded.runs
+    if wanted[3] and x.dim() == 2:
+        values = rounded.single if rounded.half is None else rounded.half
+        assert values is not None
+        runs = gpu_lanes.runs_of(values)
+    profile, sample = None if runs is None else gpu_lanes.profile(runs), rounded.sample
+    if sample is not None and sample.data_ptr() % 16:
+        sample = sample.clone()  # as compilers expect of results
+    return Rounded(rounded.single, rounded.half, rounded.position, sample, profile, threshold)
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
-    """`ops.next_threshold`."""
+    """`dispatch.Backend.next_threshold`."""
     used: Tensor = thresholds.choose(x, choice(rule), states, row, training)
     return used
 
@@ -90,7 +86,3 @@ def choice(rule: Rule) -> thresholds.Choice:
     return thresholds.Choice.of(
         rule.low, rule.high, max_error=rule.max_error, fp16_share=rule.fp16_share, threshold=rule.threshold
     )
-
-
-def _or_empty(x: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(0, dtype=dtype) if x is None else x

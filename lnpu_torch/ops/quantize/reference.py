@@ -24,18 +24,24 @@ cases, and else its neighbour; with four times as many in 94 %.
 """
 
 
+Threshold = Tensor | int
+"""T, as int32 [] or, where the host knows it, as a number."""
+
+
 class Rounded(NamedTuple):
-    """An operand [N, C, *grid], rounded and counted. What was not asked for is empty.
+    """An operand [N, C, *grid], rounded and counted. What was not asked for is None.
 
     `single` and `half`: its values in `compute_dtype` and in binary16. `position` and `sample`: its elements of each
-    group over samples and over channels, as `pair_counts` needs them. `lanes`: its lane profile.
+    group over samples and over channels, as `pair_counts` needs them. `lanes`: its lane profile. `threshold`: T by
+    which it was rounded, if it was.
     """
 
-    single: Tensor
-    half: Tensor
+    single: Tensor | None
+    half: Tensor | None
     position: Tensor
-    sample: Tensor
-    lanes: Tensor
+    sample: Tensor | None
+    lanes: Tensor | None
+    threshold: Threshold | None = None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

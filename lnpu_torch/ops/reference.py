@@ -1,0 +1,194 @@
+"""The operations in plain torch, on any device: the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lnpu_torch.ops.gemm import half_precision
+from lnpu_torch.ops.gemm import reference as gemm
+from lnpu_torch.ops.lanes import reference as lane_profiles
+from lnpu_torch.ops.memory_format import dense
+from lnpu_torch.ops.pair_counts import reference as pair_counts
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
+from lnpu_torch.ops.quantize import reference as quantize
+from lnpu_torch.ops.quantize.reference import UNSET, Rounded, Threshold
+from lnpu_torch.quant.formats import FORMATS
+from lnpu_torch.quant.precision import Rule
+
+
+class ReferenceBackend:
+    """See `dispatch.Backend`. Others derive from it, and leave to it what they do not take."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        return True
+
+    def quantize(
+        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        random = None if seed is None else quantize.random_bits(x.shape, seed, stream)
+        values, groups = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
+        totals = torch.stack([(groups == group).sum() for group in (0, 8, 16)])
+        return values, groups if want_groups else groups.new_empty(0), totals
+
+    def round_and_count(
+        self,
+        x: Tensor,
+        threshold: Threshold,
+        seed: Tensor | None,
+        rule: str,
+        stream: int,
+        layout: Sequence[int],
+        wanted: Sequence[bool],
+        joined: bool = False,
+    ) -> Rounded:
+        x = dense(x)
+        random = None if seed is None else quantize.random_bits(x.shape, seed, stream)
+        values, groups = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
+        single, half, sampled, lanes = wanted
+        return Rounded(
+            values if single else None,
+            values.half() if half else None,
+            pair_counts.per_position(groups, layout[0]),
+            self._per_sample(groups, layout[1]) if sampled else None,
+            self.lane_profile(values, joined) if lanes else None,
+            threshold,
+        )
+
+    def quantize_operand(
+        self,
+        x: Tensor,
+        states: Tensor,
+        seed: Tensor | None,
+        rule: str,
+        row: int,
+        layout: Sequence[int],
+        wanted: Sequence[bool],
+        joined: bool,
+        training: bool,
+    ) -> Rounded:
+        threshold = self.next_threshold(x, states, row, rule, training)
+        return self.round_and_count(x, threshold, seed, rule, row, layout, wanted, joined)
+
+    def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
+        current = states[row, 0]
+        chosen = quantize.choose_threshold(x, parsed(rule), current)
+        used = torch.where(current == UNSET, chosen, current)
+        if training:
+            states[row] = torch.stack((used, chosen))
+        return torch.where(used == UNSET, parsed(rule).threshold_range[0], used)
+
+    def histogram(self, x: Tensor, rule: str) -> Tensor | None:
+        chosen = parsed(rule)
+        if chosen.adaptive:
+            return quantize.histogram(x, chosen)
+        return quantize.largest_bin(x, chosen) if chosen.threshold is None and chosen.high is None else None
+
+    def count_float(self, x: Tensor, layout: Sequence[int], sampled: bool) -> tuple[Tensor, Tensor | None]:
+        groups = quantize.float_groups(x)
+        return pair_counts.per_position(groups, layout[0]), self._per_sample(groups, layout[1]) if sampled else None
+
+    def _per_sample(self, groups: Tensor, channel_groups: int) -> Tensor:
+        return pair_counts.per_sample(groups, channel_groups, self.sample_dtype(groups.shape[1], channel_groups))
+
+    def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
+        return pair_counts.sample_dtype(channels, groups)
+
+    def lane_profile(self, values: Tensor, joined: bool = False) -> Tensor:
+        runs = lane_profiles.joined_runs(values) if joined else lane_profiles.runs_of(values)
+        return lane_profiles.profile(runs)
+
+    def count_weight_step(
+        self,
+        counters: Tensor,
+        sizes: Tensor,
+        lanes: Tensor,
+        step: int,
+        position: Tensor,
+        weight: Tensor,
+        profile: Tensor | None,
+        geometry: Sequence[int],
+        side: str,
+    ) -> None:
+        row = pair_counts.row_of(sizes[step], _call_sizes(tuple(geometry), side, "weight"))
+        self.add_weight_step(counters[step, row], position, weight, geometry, side)
+        _add_lanes(lanes[step], profile)
+
+    def count_grid_step(
+        self,
+        counters: Tensor,
+        sizes: Tensor,
+        lanes: Tensor,
+        step: int,
+        big: Sequence[Tensor],
+        small: Sequence[Tensor],
+        profiles: Sequence[Tensor | None],
+        geometry: Sequence[int],
+        first: str,
+    ) -> None:
+        second = "small" if first == "big" else "big"
+        row = pair_counts.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
+        self.add_grid_step(counters[step, row], big, small, geometry, first)
+        _add_lanes(lanes[step], *profiles)
+
+    def add_weight_step(
+        self, counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
+    ) -> None:
+        """Add a `weight_step` to a counter."""
+        counter += pair_counts.weight_step(position, weight, ConvShape.unpack(geometry), side)
+
+    def add_grid_step(
+        self, counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+    ) -> None:
+        """Add a `grid_step` to a counter."""
+        counter += pair_counts.grid_step(big, small, ConvShape.unpack(geometry), first)
+
+    def accumulate(self, product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+        compute = torch.promote_types(quantize.compute_dtype(a), quantize.compute_dtype(b))
+        operands = a.to(compute), b.to(compute), ConvShape.unpack(geometry)
+        return gemm.PRODUCTS[product](*operands, FORMATS[form], chunk).contiguous()
+
+    def half_convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        geometry: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        output_padding: Sequence[int],
+        groups: int,
+        transposed: bool,
+    ) -> Tensor:
+        lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+        return half_precision.half_convolution(x, weight, bias, lists)
+
+    def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
+        x.copy_(quantize.round_to(x.to(quantize.compute_dtype(x)), FORMATS[form]))
+        return x if x.dtype == dtype else x.to(dtype)
+
+
+@lru_cache(maxsize=256)
+def parsed(rule: str) -> Rule:
+    """A rule, of its JSON."""
+    return Rule.model_validate_json(rule)
+
+
+@lru_cache(maxsize=1024)
+def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, int, int]:
+    return ConvShape.unpack(geometry).call_sizes(first, second)
+
+
+def _add_lanes(lanes: Tensor, *profiles: Tensor | None) -> None:
+    for operand, profile in enumerate(profiles):
+        if profile is not None:
+            lanes[operand].add_(profile)
+
+
+def _on(threshold: Threshold, x: Tensor) -> Tensor:
+    """A threshold as a tensor, int32 [], where x is."""
+    return torch.as_tensor(threshold, dtype=torch.int32, device=x.device)
