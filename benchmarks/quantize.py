@@ -34,7 +34,7 @@ def main() -> None:
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     x = torch.randn(SIZE, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(x)
-    ours = partial(cpu.quantize, x, cpu.CompiledRule(Rule()), 1, False)
+    ours = partial(cpu.quantize, x, Rule().model_dump_json(), 1, False)
     fresh: dict[str, Operation] = {"clone": x.clone, "fgmp, fresh output": ours}
     fresh |= {f"peer: {name}": partial(cast, x) for name, cast in installed(options.peers).items()}
     reused: dict[str, Operation] = {"copy_": lambda: out.copy_(x), "fgmp, reused output": lambda: ours(out=out)}

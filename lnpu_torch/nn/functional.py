@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -149,22 +150,40 @@ def convolution(
     dims = weight.dim() - 2
     if input.dim() not in (dims + 1, dims + 2):
         raise ValueError(f"expected {dims + 1}D (unbatched) or {dims + 2}D input, got {list(input.shape)}")
-    strides, dilations = _sizes(stride, dims), _sizes(dilation, dims)
+    sizes = (stride, padding, dilation, output_padding)
+    product = _convolution(tuple(weight.shape[2:]), *map(_hashable, sizes), groups, transposed)
     batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
-    margin = (0,) * dims
-    if isinstance(padding, str):
-        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:], strict=True)]
-        padding, margin = tuple(total // 2 for total in totals), tuple(total % 2 for total in totals)
-        batched = F.pad(batched, [side for cut in reversed(margin) for side in (0, cut)]) if any(margin) else batched
-    paddings = _sizes(padding, dims), _sizes(output_padding, dims)
+    if any(product.margin):
+        batched = F.pad(batched, [side for cut in reversed(product.margin) for side in (0, cut)])
     output: Tensor
-    if not batched.shape[1]:  # nothing is multiplied, and torch gives the result no channels either
-        lists = [list(sizes) for sizes in (strides, paddings[0], dilations)]
-        output = torch.ops.aten.convolution(batched, weight, bias, *lists, transposed, list(paddings[1]), groups)
-    else:
-        product = Convolution(strides, paddings[0], dilations, groups, transposed, paddings[1], margin)
+    if batched.shape[1]:
         output = _emulate(batched, weight, bias, product, emulation)
+    else:  # nothing is multiplied, and torch gives the result no channels either
+        output = torch.ops.aten.convolution(batched, weight, bias, *product.arguments)
     return output if input.dim() == dims + 2 else output.squeeze(0)
+
+
+def _hashable(size: str | int | Sequence[int]) -> Any:
+    return size if isinstance(size, str | int) else tuple(size)
+
+
+@lru_cache(maxsize=1024)
+def _convolution(
+    kernel: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    output_padding: Any,
+    groups: int,
+    transposed: bool,
+) -> Convolution:
+    """A convolution from sizes as torch takes them."""
+    sizes = _ntuple(len(kernel))
+    dilations, margin = sizes(dilation), (0,) * len(kernel)
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+        padding, margin = tuple(total // 2 for total in totals), tuple(total % 2 for total in totals)
+    return Convolution(sizes(stride), sizes(padding), dilations, groups, transposed, sizes(output_padding), margin)
 
 
 def _emulate(input: Tensor, weight: Tensor, bias: Tensor | None, product: Product, emulation: LayerState) -> Tensor:
@@ -206,11 +225,6 @@ def _is_transformed(x: Tensor) -> bool:
     return torch._C._functorch.maybe_current_level() is not None or (
         forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
     )
-
-
-def _sizes(size: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """A size for each dimension; layers have tuples already, and torch is slow to see it."""
-    return size if type(size) is tuple else _ntuple(dims)(size)
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -173,7 +173,7 @@ class Convolution:
         grid = [self._output(x.shape[2 + d], weight.shape[2 + d], d) for d in range(len(self.stride))]
         fits = x.shape[1] == inputs and weight.shape[0] % self.groups == 0 and min((*grid, *x.shape[2:])) > 0
         if not fits or (bias is not None and bias.shape != (results,)):
-            torch.ops.aten.convolution(x, weight, bias, *self._arguments)
+            torch.ops.aten.convolution(x, weight, bias, *self.arguments)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
         bias = by.bias(bias, x)
@@ -182,7 +182,7 @@ class Convolution:
             lists = (self.stride, self.padding, self.dilation, self.output_padding)
             return backend_of(x).half_convolution(x, weight, bias, geometry, *lists, self.groups, self.transposed)
         if by.form == "fp32":
-            return torch.ops.aten.convolution(x, weight, bias, *self._arguments)  # type: ignore[no-any-return]
+            return torch.ops.aten.convolution(x, weight, bias, *self.arguments)  # type: ignore[no-any-return]
         product = "conv_grad_input" if self.transposed else "conv_forward"
         out = by(product, x, weight, geometry=self.geometry(x.shape, weight.shape, margin=False))
         return out if bias is None else out + bias.reshape(-1, *(1 for _ in self.stride))
@@ -260,8 +260,9 @@ class Convolution:
             return (size - 1) * self.stride[d] - 2 * self.padding[d] + reach + self.output_padding[d] + 1
         return (size + 2 * self.padding[d] - reach - 1) // self.stride[d] + 1
 
-    @property
-    def _arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    @cached_property
+    def arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        """Of `aten.convolution`, after the bias."""
         lists = (list(self.stride), list(self.padding), list(self.dilation))
         return *lists, self.transposed, list(self.output_padding), self.groups
 
@@ -275,7 +276,7 @@ class Convolution:
     ) -> list[Tensor]:
         """The gradients that the mask asks for, as `half_precision.gradients` has them."""
         operands = (error, x, weight, like.shape, like.form, [error.shape[1]] if mask[2] else None)
-        return half_precision.gradients(*operands, self._arguments, mask)
+        return half_precision.gradients(*operands, self.arguments, mask)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
 from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
-from lnpu_torch.nn.layer_state import LayerState, counting_lock
+from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
-from lnpu_torch.ops.dispatch import backend_of, on_gpu
+from lnpu_torch.ops.dispatch import Backend, backend_of, on_gpu
 from lnpu_torch.ops.gemm.half_precision import alike
 from lnpu_torch.ops.memory_format import memory_format
 from lnpu_torch.ops.quantize.reference import Rounded, Threshold, compute_dtype
@@ -112,14 +112,14 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Saved]:
     """The first step. `wants` says which gradients will be asked for: input, weight, bias."""
-    product, grid = plan.product, plan.product.grid(input)
-    xs = [(use, state.quantize(grid, use, seed)) for use in plan.input[wants[1]]]
+    product, grid, backend = plan.product, plan.product.grid(input), backend_of(input)
+    xs = [(use, state.quantize(grid, use, seed, backend)) for use in plan.input[wants[1]]]
     (use, x), by = xs[0], plan.weight["forward"]
-    ws = state.quantize(weight, by, seed)
+    ws = state.quantize(weight, by, seed, backend)
     operands = alike(_values(x, input, use, use.half_now), _values(ws, weight, by, by.half_now))
     output = product.forward(*operands, bias, plan.accumulators["forward"])
     if plan.counting:
-        _count(state, plan, "forward", x, ws, product.input_side)
+        _count(state, plan, "forward", x, ws, product.input_side, backend)
     saved = Saved()
     if wants[1]:
         use, kept = xs[-1]
@@ -129,7 +129,7 @@ def forward(
         threshold = ws.threshold if plan.same_weight else state.choose(weight, plan.weight["grad_input"])
         saved = saved._replace(threshold=_tensor(threshold, weight))
     del xs, x, ws, operands  # the result may lie where they did
-    return state.result("forward", output, dtype), saved
+    return state.result("forward", output, dtype, backend), saved
 
 
 def backward(
@@ -149,20 +149,20 @@ def backward(
     """
     grads: list[Tensor | None] = [None, None, None]
     product, (input, weight_like, bias) = plan.product, likes
-    now = wants[0], wants[1] or wants[2]
+    now, backend = (wants[0], wants[1] or wants[2]), backend_of(grad_output)
     errors: dict[str, tuple[Rounded, Tensor]] = {}
     grid = product.grid(grad_output)
     for use in plan.grad_output[now]:
-        error = state.quantize(grid, use, seed)
+        error = state.quantize(grid, use, seed, backend)
         errors |= dict.fromkeys(use.steps, (error, _values(error, grad_output, use, use.half_now)))
     if wants[0] and weight is not None:
         (error, values), use = errors["grad_input"], plan.weight["grad_input"]
-        ws = state.quantize(weight, use, seed, saved.threshold)  # anew, which costs less than to keep it
+        ws = state.quantize(weight, use, seed, backend, saved.threshold)  # anew, which costs less than to keep it
         operands = alike(values, _values(ws, weight, use, use.half_now))
         values = product.grad_input(*operands, input, plan.accumulators["grad_input"])
         if plan.counting:
-            _count(state, plan, "grad_input", error, ws, product.output_side)
-        grads[0] = state.result("grad_input", values, input.dtype)
+            _count(state, plan, "grad_input", error, ws, product.output_side, backend)
+        grads[0] = state.result("grad_input", values, input.dtype, backend)
         del ws, operands, values
     elif plan.counting:
         state.not_run("grad_input", plan.macs)
@@ -172,10 +172,10 @@ def backward(
         operands, by = alike(values, x), plan.accumulators["grad_weight"]
         results = product.grad_weight(*operands, weight_like, wants[1:], by)
         if wants[1] and saved.position is not None and plan.counting:
-            _count_grids(state, plan, error, saved)
+            _count_grids(state, plan, error, saved, backend)
         for place, (result, dtype) in enumerate(zip(results, (weight_like.dtype, bias), strict=True), start=1):
             if result is not None:
-                grads[place] = state.result("grad_weight", result, dtype or result.dtype)
+                grads[place] = state.result("grad_weight", result, dtype or result.dtype, backend)
     if plan.counting and not wants[1]:
         state.not_run("grad_weight", plan.macs)
     state.commit_thresholds()
@@ -195,25 +195,27 @@ def _tensor(threshold: Threshold | None, like: Tensor) -> Tensor | None:
     return None if threshold is None else torch.as_tensor(threshold, dtype=torch.int32, device=like.device)
 
 
-def _count(state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str) -> None:
+def _count(
+    state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str, backend: Backend
+) -> None:
     """Count forward or grad_input, the product of a weight and the grid on one side."""
     position = grid.position.squeeze(1)
     position = plan.product.cut(position) if step == "forward" else position
     # a weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]
     counts = weight.position.flatten(1, 2) if weight.sample is None else weight.sample.squeeze(2)
-    with counting_lock(state):
-        backend_of(position).count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
+    with state.lock:
+        backend.count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
 
 
-def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved) -> None:
+def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved, backend: Backend) -> None:
     """Count grad_weight, the product of the error and the input."""
     product, first = plan.product, plan.product.input_side
     assert saved.position is not None and saved.sample is not None and error.sample is not None
     kept = product.cut(saved.position.squeeze(1)), product.cut(saved.sample)
     profiles = saved.lanes, error.lanes
     sides = {first: kept, product.output_side: (error.position.squeeze(1), error.sample)}
-    with counting_lock(state):
-        backend_of(error.position).count_grid_step(
+    with state.lock:
+        backend.count_grid_step(
             *state.counter("grad_weight"), sides["big"], sides["small"], profiles, plan.sizes, first
         )
 

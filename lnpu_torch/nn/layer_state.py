@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.reads import READS, STEPS, OperandPlan, precision_plan
-from lnpu_torch.ops.dispatch import backend_of
+from lnpu_torch.ops.dispatch import Backend, backend_of
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.quantize.reference import UNSET, Rounded, Threshold
 from lnpu_torch.ops.quantize.torch_ops import draw_seed
@@ -137,7 +136,7 @@ class LayerState:
     def not_run(self, step: str, macs: int) -> None:
         """Count a step that nobody asked for."""
         row = self.counters[STEPS.index(step), counting.NOT_RUN]
-        with counting_lock(self):
+        with self.lock:
             row[:1] += 1  # by numbers, for which a GPU need not be waited for
             row[1:4:2] += macs
 
@@ -165,14 +164,19 @@ class LayerState:
         return draw_seed(x) if self.plan.stochastic else None
 
     def quantize(
-        self, x: Tensor, plan: OperandPlan, seed: Tensor | None, threshold: Threshold | None = None
+        self,
+        x: Tensor,
+        plan: OperandPlan,
+        seed: Tensor | None,
+        backend: Backend,
+        threshold: Threshold | None = None,
     ) -> Rounded:
         """An operand [N, C, *grid] as the plan's steps read it; in training also chooses the threshold to come.
 
         Args:
             threshold: one that it was read by before, to be read so again.
         """
-        backend, wanted = backend_of(x), plan.wanted
+        wanted = plan.wanted
         if plan.rule is None:
             counts = backend.count_float(x, plan.layout, wanted[2])
             return Rounded(x, None, *counts, backend.lane_profile(x, plan.joined) if wanted[3] else None)
@@ -181,7 +185,8 @@ class LayerState:
         random = seed if plan.stochastic else None
         if threshold is not None:
             return backend.round_and_count(x, threshold, random, plan.rule, plan.row, plan.layout, wanted, plan.joined)
-        self._note(x, plan)
+        if self.histograms is not None:
+            self._note(x, plan)
         return backend.quantize_operand(
             x, self.thresholds, random, plan.rule, plan.row, plan.layout, wanted, plan.joined, self.training
         )
@@ -205,15 +210,10 @@ class LayerState:
         if self.training:
             self.thresholds[..., 0] = self.thresholds[..., 1]
 
-    def result(self, step: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def result(self, step: str, x: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
         form = self.plan.result
         exact = form == "fp32" or (x.dtype == torch.float16 and form == "fp16")
         if exact or step not in self.plan.emulated:
             return x if x.dtype == dtype else x.to(dtype)
-        return backend_of(x).round_result(x, form, dtype)
-
-
-def counting_lock(emulation: LayerState) -> AbstractContextManager[Any]:
-    """What to count a step in. Compiled code takes no locks."""
-    return nullcontext() if torch.compiler.is_compiling() else emulation.lock
+        return backend.round_result(x, form, dtype)

@@ -18,12 +18,16 @@ from lnpu_torch.ops.reference import ReferenceBackend
 class CpuBackend(ReferenceBackend):
     """See `dispatch.Backend`."""
 
+    count_weight_step = staticmethod(pair_counts.count_weight_step)
+    count_grid_step = staticmethod(pair_counts.count_grid_step)
+
     def quantize(
         self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not loops.supports(x, seed):
+        values = loops.taken(x.detach(), seed)
+        if values is None:
             return super().quantize(x, threshold, seed, rule, stream, want_groups)
-        return loops.quantize(dense(x.detach()).float(), loops.compiled_rule(rule), int(threshold), want_groups)
+        return loops.quantize(values, rule, int(threshold), want_groups)
 
     def round_and_count(
         self,
@@ -32,14 +36,14 @@ class CpuBackend(ReferenceBackend):
         seed: Tensor | None,
         rule: str,
         stream: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool = False,
     ) -> Rounded:
-        if not loops.supports(x, seed):
+        values = loops.taken(x, seed)
+        if values is None:
             return super().round_and_count(x, threshold, seed, rule, stream, layout, wanted, joined)
-        compiled = loops.compiled_rule(rule)
-        return loops.quantize_operand(dense(x).float(), compiled, int(threshold), layout, wanted, joined)[0]
+        return loops.quantize_operand(values, rule, int(threshold), layout, wanted, joined)[0]
 
     def quantize_operand(
         self,
@@ -48,17 +52,17 @@ class CpuBackend(ReferenceBackend):
         seed: Tensor | None,
         rule: str,
         row: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool,
         training: bool,
     ) -> Rounded:
-        compiled, state = loops.compiled_rule(rule), states.numpy()[row]
+        values, state = loops.taken(x, seed), states.numpy()[row]
         current = int(state[0])
-        chooses = training and compiled.choice == 0  # by another way than a histogram
-        if current == UNSET or chooses or not loops.supports(x, seed):
+        chooses = training and loops.compiled_rule(rule).choice == 0  # by another way than a histogram
+        if values is None or current == UNSET or chooses:
             return super().quantize_operand(x, states, seed, rule, row, layout, wanted, joined, training)
-        rounded, chosen = loops.quantize_operand(dense(x).float(), compiled, current, layout, wanted, joined, training)
+        rounded, chosen = loops.quantize_operand(values, rule, current, layout, wanted, joined, training)
         if training:
             state[1] = chosen
         return rounded
@@ -67,10 +71,8 @@ class CpuBackend(ReferenceBackend):
         compiled, state = loops.compiled_rule(rule), states.numpy()[row]
         now = int(state[0])
         if now == UNSET or training:
-            if compiled.choice and loops.supports(x):
-                chosen = loops.choose_threshold(dense(x).float(), compiled, now)
-            else:
-                chosen = compiled.choose(x, now)
+            values = loops.taken(x) if compiled.choice else None
+            chosen = compiled.choose(x, now) if values is None else loops.choose_threshold(values, compiled, now)
             now = chosen if now == UNSET else now
             if training:
                 state[:] = now, chosen
@@ -78,46 +80,11 @@ class CpuBackend(ReferenceBackend):
 
     def histogram(self, x: Tensor, rule: str) -> Tensor | None:
         compiled = loops.compiled_rule(rule)
-        if compiled.choice and loops.supports(x):
-            return loops.histogram(dense(x).float(), compiled)
-        return super().histogram(x, rule)
+        values = loops.taken(x) if compiled.choice else None
+        return super().histogram(x, rule) if values is None else loops.histogram(values, compiled)
 
     def lane_profile(self, values: Tensor, joined: bool = False) -> Tensor:
         return lane_profile(dense(values), joined) if values.numel() else super().lane_profile(values, joined)
-
-    def count_weight_step(
-        self,
-        counters: Tensor,
-        sizes: Tensor,
-        lanes: Tensor,
-        step: int,
-        position: Tensor,
-        weight: Tensor,
-        profile: Tensor | None,
-        geometry: Sequence[int],
-        side: str,
-    ) -> None:
-        if not position.numel():
-            return super().count_weight_step(counters, sizes, lanes, step, position, weight, profile, geometry, side)
-        state = pair_counts.Counters(counters, sizes, lanes, step)
-        return pair_counts.count_weight_step(state, position, weight, profile, tuple(geometry), side)
-
-    def count_grid_step(
-        self,
-        counters: Tensor,
-        sizes: Tensor,
-        lanes: Tensor,
-        step: int,
-        big: Sequence[Tensor],
-        small: Sequence[Tensor],
-        profiles: Sequence[Tensor | None],
-        geometry: Sequence[int],
-        first: str,
-    ) -> None:
-        if not big[0].numel():
-            return super().count_grid_step(counters, sizes, lanes, step, big, small, profiles, geometry, first)
-        state = pair_counts.Counters(counters, sizes, lanes, step)
-        return pair_counts.count_grid_step(state, big, small, profiles, tuple(geometry), first)
 
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
         if not (form == "fp16" and x.dtype == torch.float32 and x.numel() and is_dense(x)):

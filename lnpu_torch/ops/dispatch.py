@@ -42,7 +42,7 @@ class Backend(Protocol):
         seed: Tensor | None,
         rule: str,
         stream: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool = False,
     ) -> Rounded:
@@ -61,7 +61,7 @@ class Backend(Protocol):
         seed: Tensor | None,
         rule: str,
         row: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool,
         training: bool,
@@ -78,7 +78,7 @@ class Backend(Protocol):
     def histogram(self, x: Tensor, rule: str) -> Tensor | None:
         """What the choice of x's threshold rests on: counts of magnitudes, or `largest_bin`; None if it is fixed."""
 
-    def count_float(self, x: Tensor, layout: Sequence[int], sampled: bool) -> tuple[Tensor, Tensor | None]:
+    def count_float(self, x: Tensor, layout: tuple[int, int], sampled: bool) -> tuple[Tensor, Tensor | None]:
         """Counts of an operand left in float, as of `round_and_count`: its non-zeros are in the wide group."""
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:

@@ -46,7 +46,7 @@ class GpuBackend(ReferenceBackend):
         seed: Tensor | None,
         rule: str,
         stream: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool = False,
     ) -> Rounded:

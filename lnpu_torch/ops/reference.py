@@ -41,7 +41,7 @@ class ReferenceBackend:
         seed: Tensor | None,
         rule: str,
         stream: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool = False,
     ) -> Rounded:
@@ -65,7 +65,7 @@ class ReferenceBackend:
         seed: Tensor | None,
         rule: str,
         row: int,
-        layout: Sequence[int],
+        layout: tuple[int, int],
         wanted: Sequence[bool],
         joined: bool,
         training: bool,
@@ -87,7 +87,7 @@ class ReferenceBackend:
             return quantize.histogram(x, chosen)
         return quantize.largest_bin(x, chosen) if chosen.threshold is None and chosen.high is None else None
 
-    def count_float(self, x: Tensor, layout: Sequence[int], sampled: bool) -> tuple[Tensor, Tensor | None]:
+    def count_float(self, x: Tensor, layout: tuple[int, int], sampled: bool) -> tuple[Tensor, Tensor | None]:
         groups = quantize.float_groups(x)
         return pair_counts.per_position(groups, layout[0]), self._per_sample(groups, layout[1]) if sampled else None
 

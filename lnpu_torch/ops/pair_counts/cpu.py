@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,59 +19,56 @@ from lnpu_torch.ops.parallel import team
 Array = np.ndarray[Any, Any]
 
 
-class Counters(NamedTuple):
-    """Where a step is counted: a layer's counters, call sizes and lane profiles, and the step's place in them."""
-
-    counters: Tensor
-    sizes: Tensor
-    lanes: Tensor
-    step: int
-
-    def addresses(self) -> tuple[int, int, int]:
-        """Of the step's part of each."""
-        counters, sizes, lanes, step = self
-        return (
-            counters.data_ptr() + 8 * step * ROWS * WIDTH,
-            sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
-            lanes.data_ptr() + 8 * step * 2 * len(LANE_CONFIGS),
-        )
-
-
 def count_weight_step(
-    state: Counters,
+    counters: Tensor,
+    sizes: Tensor,
+    lanes: Tensor,
+    step: int,
     position: Tensor,
     weight: Tensor,
     profile: Tensor | None,
-    packed: tuple[int, ...],
+    geometry: Sequence[int],
     side: str,
 ) -> None:
     """`dispatch.Backend.count_weight_step`."""
-    call, shape, constants = _weight_step(packed, side)
+    call, shape, constants = _weight_step(tuple(geometry), side)
+    counting = (*_addresses(counters, sizes, lanes, step), call)
     position, weight = position.contiguous(), weight.contiguous()
-    lanes = 0 if profile is None else profile.data_ptr()
-    places = (position.data_ptr(), weight.data_ptr(), shape, lanes)
-    cpu_loops.add_weight_step(team(position.numel()), (*state.addresses(), call), *places, *constants)
+    places = (position.data_ptr(), weight.data_ptr(), shape, 0 if profile is None else profile.data_ptr())
+    cpu_loops.add_weight_step(team(position.numel()), counting, *places, *constants)
 
 
 def count_grid_step(
-    state: Counters,
+    counters: Tensor,
+    sizes: Tensor,
+    lanes: Tensor,
+    step: int,
     big: Sequence[Tensor],
     small: Sequence[Tensor],
     profiles: Sequence[Tensor | None],
-    packed: tuple[int, ...],
+    geometry: Sequence[int],
     first: str,
 ) -> None:
     """`dispatch.Backend.count_grid_step`."""
-    call, shapes, samples, constants = _grid_step(packed, first)
+    call, shapes, samples, constants = _grid_step(tuple(geometry), first)
+    counting = (*_addresses(counters, sizes, lanes, step), call)
     few = big[1].dtype == small[1].dtype == torch.uint8
     grids, kept = [], []  # as long as their addresses are of use
-    for (position, sample), shape, lanes in zip(
-        (big, small), shapes, profiles[:: 1 if first == "big" else -1], strict=True
-    ):
+    ordered = profiles if first == "big" else (profiles[1], profiles[0])
+    for (position, sample), shape, profile in zip((big, small), shapes, ordered, strict=True):
         kept += [position.contiguous(), sample.contiguous() if few else sample.to(torch.int32).contiguous()]
-        place = 0 if lanes is None else lanes.data_ptr()
+        place = 0 if profile is None else profile.data_ptr()
         grids.append((kept[-2].data_ptr(), shape, kept[-1].data_ptr(), samples, few, place))
-    cpu_loops.add_grid_step(team(small[1].numel()), (*state.addresses(), call), *grids, *constants, first == "small")
+    cpu_loops.add_grid_step(team(small[1].numel()), counting, *grids, *constants, first == "small")
+
+
+def _addresses(counters: Tensor, sizes: Tensor, lanes: Tensor, step: int) -> tuple[int, int, int]:
+    """Of a step's counters, of the sizes of call that their rows stand for, and of its lane profiles."""
+    return (
+        counters.data_ptr() + 8 * step * ROWS * WIDTH,
+        sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
+        lanes.data_ptr() + 8 * step * 2 * len(LANE_CONFIGS),
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
+from lnpu_torch.ops.memory_format import dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.parallel import team
 from lnpu_torch.ops.quantize import cpu_loops, cpu_threshold_loops, reference
@@ -29,9 +31,14 @@ CHANNELS = 2**15 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def supports(x: Tensor, seed: Tensor | None = None) -> bool:
-    """Whether this module takes a tensor: at most float32, not empty, rounded to nearest (without a seed)."""
-    return seed is None and x.dtype in DTYPES and x.numel() > 0 and (x.dim() < 2 or x.shape[1] <= CHANNELS)
+def taken(x: Tensor, seed: Tensor | None = None) -> Tensor | None:
+    """A tensor as this module takes it, dense and in float32; None if it does not.
+
+    It takes at most float32, not empty, and rounds to nearest (without a seed).
+    """
+    if seed is not None or x.dtype not in DTYPES or x.numel() == 0 or (x.dim() > 1 and x.shape[1] > CHANNELS):
+        return None
+    return (x if x.is_contiguous() else dense(x)).float()
 
 
 class CompiledRule:
@@ -47,17 +54,10 @@ class CompiledRule:
         choice = (share, (rule.max_error or 0.0) ** 2, *formats, self.first, self.last)
         self._choice = np.asarray(choice, np.float64)
         self.choice = self._choice.ctypes.data if rule.adaptive else 0
-        self._parameters: dict[int, tuple[float, ...]] = {}
 
     def choose(self, x: Tensor, current: int) -> int:
         """The threshold for x, by plain torch."""
         return int(reference.choose_threshold(x, self.rule, _scalar(current)))
-
-    def parameters(self, threshold: int) -> tuple[float, ...]:
-        """What `cpu_loops.rounded` needs to know of the rule and a threshold: bit patterns, exponents, limits."""
-        if threshold not in self._parameters:
-            self._parameters[threshold] = _parameters(self.rule, threshold)
-        return self._parameters[threshold]
 
 
 @lru_cache(maxsize=256)
@@ -68,9 +68,9 @@ def compiled_rule(text: str) -> CompiledRule:
 
 def quantize_operand(
     x: Tensor,
-    rule: CompiledRule,
+    rule: str,
     threshold: int,
-    layout: Sequence[int],
+    layout: tuple[int, int],
     wanted: Sequence[bool],
     joined: bool,
     choosing: bool = False,
@@ -80,38 +80,36 @@ def quantize_operand(
     Args:
         layout, wanted, joined: see `dispatch.Backend.round_and_count`.
     """
-    shape, (share, groups) = x.shape, layout
-    batch, channels, grid = shape[0], shape[1], shape[2:]
-    kind = sample_dtype(channels, groups)
+    kind, positions, samples, sizes, step = _shapes(x.shape, layout)
     single = torch.empty_like(x) if wanted[0] else None
     half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else None
-    position = torch.empty((2, batch // share, channels, *grid), dtype=torch.int32, device="cpu")
-    sample = torch.empty((2, batch, groups, *grid), dtype=kind, device="cpu") if wanted[2] else None
+    position = torch.empty(positions, dtype=torch.int32, device="cpu")
+    sample = torch.empty(samples, dtype=kind, device="cpu") if wanted[2] else None
     lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else None
-    address = _address(sample)
+    address = 0 if sample is None else sample.data_ptr()
     chosen = cpu_loops.quantize_operand(
         team(x.numel()),
         x.data_ptr(),
-        _address(single),
-        _address(half),
+        0 if single is None else single.data_ptr(),
+        0 if half is None else half.data_ptr(),
         position.data_ptr(),
         (address, 0) if kind == torch.uint8 else (0, address),
-        (_address(lanes), joined or not grid),
-        (batch, channels, prod(grid), groups, share, not x.is_contiguous()),
-        rule.parameters(threshold),
-        (sample_step(x.numel()) if choosing else 1, rule.choice if choosing else 0, threshold),
+        (0 if lanes is None else lanes.data_ptr(), joined or len(positions) == 3),
+        (*sizes, not x.is_contiguous()),
+        parameters(rule, threshold),
+        (step, compiled_rule(rule).choice if choosing else 0, threshold),
     )
     return Rounded(single, half, position, sample, lanes, threshold), chosen
 
 
 def quantize(
-    x: Tensor, rule: CompiledRule, threshold: int, want_groups: bool, out: Tensor | None = None
+    x: Tensor, rule: str, threshold: int, want_groups: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch.Backend.quantize`, of a dense float32 tensor; `out`, if it is given, takes the values and lies as x."""
     values = torch.empty_like(x) if out is None else out
     groups = torch.empty_like(x, dtype=torch.uint8) if want_groups else None
-    places = (x.data_ptr(), values.data_ptr(), _address(groups))
-    fp8, wide = cpu_loops.quantize_flat(team(x.numel()), *places, x.numel(), rule.parameters(threshold))
+    places = (x.data_ptr(), values.data_ptr(), 0 if groups is None else groups.data_ptr())
+    fp8, wide = cpu_loops.quantize_flat(team(x.numel()), *places, x.numel(), parameters(rule, threshold))
     empty = x.new_empty(0, dtype=torch.uint8)
     return values, empty if groups is None else groups, torch.tensor([x.numel() - fp8 - wide, fp8, wide], device="cpu")
 
@@ -133,8 +131,15 @@ def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
     return torch.from_numpy(cpu_threshold_loops.histogram(team(x.numel()), *arguments))
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+@lru_cache(maxsize=4096)
+def _shapes(shape: torch.Size, layout: tuple[int, int]) -> tuple[Any, ...]:
+    """Of counts by sample the dtype, shapes of counts by position and by sample, sizes as the loops take them, the step
+    of a sample.
+    """
+    (share, groups), (batch, channels, *grid) = layout, shape
+    positions, samples = (2, batch // share, channels, *grid), (2, batch, groups, *grid)
+    sizes = (batch, channels, prod(grid), groups, share)
+    return sample_dtype(channels, groups), positions, samples, sizes, sample_step(shape.numel())
 
 
 def _turned(x: Tensor) -> tuple[int, int]:
@@ -146,7 +151,10 @@ def _scalar(threshold: int) -> Tensor:
     return torch.scalar_tensor(threshold, dtype=torch.int32, device="cpu")
 
 
-def _parameters(rule: Rule, threshold: int) -> tuple[float, ...]:
+@lru_cache(maxsize=4096)
+def parameters(text: str, threshold: int) -> tuple[float, ...]:
+    """What `cpu_loops._rounding` takes of a rule (its JSON) and a threshold: bit patterns, exponents, limits."""
+    rule = parsed(text)
     t, wide = _scalar(threshold), rule.wide
     last = -1  # the bits of the largest magnitude that is FP8's: none
     low_mantissa, low_least, low_max = wide.mantissa, wide.min_exponent, float("inf")
