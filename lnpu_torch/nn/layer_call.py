@@ -256,23 +256,8 @@ def layer_forward(
 
 
 @fake("layer_forward")
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    thresholds: Tensor,
-    counters: Tensor,
-    call_sizes: Tensor,
-    lanes: Tensor,
-    histograms: Tensor | None,
-    seed: Tensor | None,
-    product: Sequence[int],
-    precision: str,
-    wants: Sequence[bool],
-    training: bool,
-    counting: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(input: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    product, precision, wants, _, counting, dtype = others[-6:]
     of, chosen = product_of(product), precision_plan(precision)
     output = input.new_empty(of.output_shape(input.shape, weight.shape), dtype=dtype)
     if output.dim() == 4 and torch.channels_last in (memory_format(input), memory_format(weight)):
@@ -333,26 +318,8 @@ def layer_backward(
 
 
 @fake("layer_backward")
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    saved: Sequence[Tensor],
-    thresholds: Tensor,
-    counters: Tensor,
-    call_sizes: Tensor,
-    lanes: Tensor,
-    histograms: Tensor | None,
-    seed: Tensor | None,
-    product: Sequence[int],
-    precision: str,
-    wants: Sequence[bool],
-    training: bool,
-    counting: bool,
-    shape: Sequence[int],
-    last: bool,
-    dtype: torch.dtype,
-    bias: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_output: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    product, _, wants, _, _, shape, last, dtype, bias = others[-9:]
     grads = [grad_output.new_empty(0) for _ in wants]
     if wants[0]:
         grads[0] = grad_output.new_empty(shape, dtype=dtype)
