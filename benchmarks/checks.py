@@ -5,6 +5,7 @@ All memory that the kernels allocate is full of NaN (or 77) before they write it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -162,28 +163,33 @@ def count(place: Place) -> Verdicts:
     from lnpu_torch.kernels import pair_counts as kernels
 
     for name, g in sizes(place).geometries.items():
-        big, small, weights = count_operands(g, place)
+        conv_input, conv_output, weights = count_operands(g, place)
         counter = torch.zeros(kernels.WIDTH, dtype=torch.int64, device=place.device)
-        kernels.add_weight_step(counter, big[0], weights[0], g.pack(), "big")
-        kernels.add_weight_step(counter, small[0], weights[1], g.pack(), "small")
-        kernels.add_grid_step(counter, big, small, g.pack(), "small")
-        expected = counting.weight_step(big[0], weights[0], g, "big")
-        expected = expected + counting.weight_step(small[0], weights[1], g, "small")
-        yield f"count {name}", torch.equal(counter, expected + counting.grid_step(big, small, g, "small"))
+        kernels.add_weight_step(counter, conv_input[0], weights[0], g.pack(), "conv_input")
+        kernels.add_weight_step(counter, conv_output[0], weights[1], g.pack(), "conv_output")
+        kernels.add_grid_step(counter, conv_input, conv_output, g.pack(), "conv_output")
+        expected = counting.weight_step(conv_input[0], weights[0], g, "conv_input")
+        expected = expected + counting.weight_step(conv_output[0], weights[1], g, "conv_output")
+        yield (
+            f"count {name}",
+            torch.equal(counter, expected + counting.grid_step(conv_input, conv_output, g, "conv_output")),
+        )
 
 
 def count_operands(g: ConvShape, place: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Counts of the big grid, of the small one, and of the weight as it meets each of them."""
+    """Counts of the input grid, of the output grid, and of the weight as it meets each of them."""
     choices = torch.tensor([0, 8, 16], dtype=torch.uint8, device=place.device)
 
     def groups(*shape: int) -> Tensor:
         return choices[torch.randint(0, 3, shape, device=place.device)]
 
-    grids = [groups(g.batch, g.big_channels, *g.big), groups(g.batch, g.small_channels, *g.small)]
-    weight = groups(g.small_channels, g.big_channels // g.groups, *g.kernel)
-    big, small = ([counting.per_position(x, g.batch).squeeze(1), counting.per_sample(x, g.groups)] for x in grids)
-    of_big = counting.per_position(weight, g.small_channels // g.groups).flatten(1, 2)
-    return big, small, [of_big, counting.per_sample(weight, 1).squeeze(2)]
+    grids = [groups(g.batch, g.in_channels, *g.conv_input), groups(g.batch, g.out_channels, *g.conv_output)]
+    weight = groups(g.out_channels, g.in_channels // g.groups, *g.kernel)
+    conv_input, conv_output = (
+        [counting.per_position(x, g.batch).squeeze(1), counting.per_sample(x, g.groups)] for x in grids
+    )
+    of_big = counting.per_position(weight, g.out_channels // g.groups).flatten(1, 2)
+    return conv_input, conv_output, [of_big, counting.per_sample(weight, 1).squeeze(2)]
 
 
 def matmul(place: Place) -> Verdicts:
@@ -218,14 +224,17 @@ def convolution(place: Place, step: str) -> Verdicts:
 
 
 def few_samples(g: ConvShape) -> ConvShape:
-    return ConvShape(min(2, g.batch), g.big_channels, g.small_channels, g.groups, g.big, g.small, g.kernel, g.stride,
-                    g.padding, g.dilation)  # fmt: skip
+    return dataclasses.replace(g, batch=min(2, g.batch))
 
 
 def step_operands(g: ConvShape, make: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    big, small = make(g.batch, g.big_channels, *g.big), make(g.batch, g.small_channels, *g.small)
-    weight = make(g.small_channels, g.big_channels // g.groups, *g.kernel)
-    return {"conv_forward": (big, weight), "conv_grad_input": (small, weight), "conv_grad_weight": (big, small)}
+    conv_input, conv_output = make(g.batch, g.in_channels, *g.conv_input), make(g.batch, g.out_channels, *g.conv_output)
+    weight = make(g.out_channels, g.in_channels // g.groups, *g.kernel)
+    return {
+        "conv_forward": (conv_input, weight),
+        "conv_grad_input": (conv_output, weight),
+        "conv_grad_weight": (conv_input, conv_output),
+    }
 
 
 def layers(place: Place) -> Verdicts:

@@ -125,13 +125,13 @@ def count(place: Place) -> Rows:
     from lnpu_torch.kernels import pair_counts as kernels
 
     for name, g in sizes(place).geometries.items():
-        big, small, weights = checks.count_operands(g, place)
+        conv_input, conv_output, weights = checks.count_operands(g, place)
         counter, packed = torch.zeros(kernels.WIDTH, dtype=torch.int64, device=place.device), g.pack()
-        ours: Operation = partial(kernels.add_weight_step, counter, big[0], weights[0], packed, "big")
-        plain: Operation = partial(counting.weight_step, big[0], weights[0], g, "big")
+        ours: Operation = partial(kernels.add_weight_step, counter, conv_input[0], weights[0], packed, "conv_input")
+        plain: Operation = partial(counting.weight_step, conv_input[0], weights[0], g, "conv_input")
         yield {"name": f"weight_step {name}", **compare(ours, plain, place, "ratio_to_torch")}
-        ours = partial(kernels.add_grid_step, counter, big, small, packed, "big")
-        plain = partial(counting.grid_step, big, small, g, "big")
+        ours = partial(kernels.add_grid_step, counter, conv_input, conv_output, packed, "conv_input")
+        plain = partial(counting.grid_step, conv_input, conv_output, g, "conv_input")
         yield {"name": f"grid_step {name}", **compare(ours, plain, place, "ratio_to_torch")}
 
 
@@ -163,13 +163,15 @@ def convolution(place: Place) -> Rows:
                 yield {"name": label, **compare(ours, plain, place, "ratio_to_torch")}
 
 
-def torch_convolution(step: str, g: ConvShape, big: Tensor, weight: Tensor, small: Tensor | None) -> Operation:
+def torch_convolution(
+    step: str, g: ConvShape, conv_input: Tensor, weight: Tensor, conv_output: Tensor | None
+) -> Operation:
     """Torch's own way to do a convolution's step."""
     lists = (list(g.stride), list(g.padding), list(g.dilation))
     if step == "conv_forward":
-        return partial(F.conv2d, big, weight, None, *lists, g.groups)
+        return partial(F.conv2d, conv_input, weight, None, *lists, g.groups)
     mask = [step == "conv_grad_input", step == "conv_grad_weight", False]
-    arguments: tuple[Any, ...] = (small, big, weight, None, *lists, False, [0, 0], g.groups, mask)
+    arguments: tuple[Any, ...] = (conv_output, conv_input, weight, None, *lists, False, [0, 0], g.groups, mask)
     return partial(torch.ops.aten.convolution_backward, *arguments)
 
 

@@ -23,9 +23,9 @@ from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, 
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 MATMUL = tl.constexpr(0)  # a [m, k] by b [k, n]
-FORWARD = tl.constexpr(1)  # the small grid from the big one (a) and the weight (b)
-GRAD_INPUT = tl.constexpr(2)  # the big grid from the small one (a) and the weight (b)
-GRAD_WEIGHT = tl.constexpr(3)  # the weight from the small grid (a) and the big one (b)
+FORWARD = tl.constexpr(1)  # the output grid from the input grid (a) and the weight (b)
+GRAD_INPUT = tl.constexpr(2)  # the input grid from the output grid (a) and the weight (b)
+GRAD_WEIGHT = tl.constexpr(3)  # the weight from the output grid (a) and the input grid (b)
 DEPTH = 64
 """Products along a tile."""
 
@@ -131,22 +131,24 @@ def _tap(first, lane, channels, kernel, CHANNELS_INNER: tl.constexpr, ONE_TAP: t
 
 @triton.jit
 def _big_offsets(n, c, p, q, r, s, geometry, strides):
-    """Where the big grid's elements lie that offset (r, s) joins with small position (p, q), and if they are inside."""
-    big, _, _, stride, padding, dilation = geometry
+    """Where the input's elements lie that offset (r, s) joins with output position (p, q), and if they are inside."""
+    conv_input, _, _, stride, padding, dilation = geometry
     h = p * stride[0] - padding[0] + r * dilation[0]
     w = q * stride[1] - padding[1] + s * dilation[1]
-    inside = (h >= 0) & (h < big[0]) & (w >= 0) & (w < big[1])
+    inside = (h >= 0) & (h < conv_input[0]) & (w >= 0) & (w < conv_input[1])
     return n * strides[0] + c * strides[1] + h * strides[2] + w * strides[3], inside
 
 
 @triton.jit
 def _small_offsets(n, k, h, w, r, s, geometry, strides):
-    """Where the small grid's elements lie that offset (r, s) joins with big position (h, w), and if there are any."""
-    _, small, _, stride, padding, dilation = geometry
+    """Where the output's elements lie that offset (r, s) joins with input position (h, w), and if there are any."""
+    _, conv_output, _, stride, padding, dilation = geometry
     y = h + padding[0] - r * dilation[0]
     x = w + padding[1] - s * dilation[1]
     p, q = y // stride[0], x // stride[1]
-    there = (y >= 0) & (y == p * stride[0]) & (p < small[0]) & (x >= 0) & (x == q * stride[1]) & (q < small[1])
+    there = (
+        (y >= 0) & (y == p * stride[0]) & (p < conv_output[0]) & (x >= 0) & (x == q * stride[1]) & (q < conv_output[1])
+    )
     return n * strides[0] + k * strides[1] + p * strides[2] + q * strides[3], there
 
 
@@ -158,8 +160,8 @@ def _load_a(
     lane,
     inside,
     group,
-    big_channels,
-    small_channels,
+    in_channels,
+    out_channels,
     geometry,
     strides,
     STEP: tl.constexpr,
@@ -171,18 +173,18 @@ def _load_a(
         at = rows * strides[0] + (first + lane) * strides[1]
     elif STEP == FORWARD:
         n, p, q = _pixel(rows, geometry[1])
-        c, r, s = _tap(first, lane, big_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
-        at, there = _big_offsets(n, group * big_channels + c, p, q, r, s, geometry, strides)
+        c, r, s = _tap(first, lane, in_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        at, there = _big_offsets(n, group * in_channels + c, p, q, r, s, geometry, strides)
         inside = inside & there
     elif STEP == GRAD_INPUT:
         n, h, w = _pixel(rows, geometry[0])
-        c, r, s = _tap(first, lane, small_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        c, r, s = _tap(first, lane, out_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
         r, s = geometry[2][0] - 1 - r, geometry[2][1] - 1 - s  # mirrored, as `accumulate` walks it
-        at, there = _small_offsets(n, group * small_channels + c, h, w, r, s, geometry, strides)
+        at, there = _small_offsets(n, group * out_channels + c, h, w, r, s, geometry, strides)
         inside = inside & there
     else:
         n, p, q = _pixel(first + lane, geometry[1])
-        at = n * strides[0] + (group * small_channels + rows) * strides[1] + p * strides[2] + q * strides[3]
+        at = n * strides[0] + (group * out_channels + rows) * strides[1] + p * strides[2] + q * strides[3]
     return tl.load(ptr + at, mask=inside, other=0.0)
 
 
@@ -194,8 +196,8 @@ def _load_b(
     lane,
     inside,
     group,
-    big_channels,
-    small_channels,
+    in_channels,
+    out_channels,
     geometry,
     strides,
     STEP: tl.constexpr,
@@ -206,16 +208,16 @@ def _load_b(
     if STEP == MATMUL:
         at = (first + lane) * strides[0] + columns * strides[1]
     elif STEP == FORWARD:
-        c, r, s = _tap(first, lane, big_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
-        at = (group * small_channels + columns) * strides[0] + c * strides[1] + r * strides[2] + s * strides[3]
+        c, r, s = _tap(first, lane, in_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        at = (group * out_channels + columns) * strides[0] + c * strides[1] + r * strides[2] + s * strides[3]
     elif STEP == GRAD_INPUT:
-        c, r, s = _tap(first, lane, small_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
+        c, r, s = _tap(first, lane, out_channels, geometry[2], CHANNELS_INNER, ONE_TAP)
         r, s = geometry[2][0] - 1 - r, geometry[2][1] - 1 - s
-        at = (group * small_channels + c) * strides[0] + columns * strides[1] + r * strides[2] + s * strides[3]
+        at = (group * out_channels + c) * strides[0] + columns * strides[1] + r * strides[2] + s * strides[3]
     else:
         n, p, q = _pixel(first + lane, geometry[1])
-        c, r, s = _tap(0, columns, big_channels, geometry[2], CHANNELS_INNER, False)
-        at, there = _big_offsets(n, group * big_channels + c, p, q, r, s, geometry, strides)
+        c, r, s = _tap(0, columns, in_channels, geometry[2], CHANNELS_INNER, False)
+        at, there = _big_offsets(n, group * in_channels + c, p, q, r, s, geometry, strides)
         inside = inside & there
     return tl.load(ptr + at, mask=inside, other=0.0)
 
@@ -229,8 +231,8 @@ def _product_kernel(
     m,
     n,
     k,
-    big_channels,
-    small_channels,
+    in_channels,
+    out_channels,
     geometry,
     a_strides,
     b_strides,
@@ -249,9 +251,9 @@ def _product_kernel(
 ):
     """A matrix product [m, k] by [k, n] for each channel group, or a convolution's step that is one.
 
-    bias: of each output channel, added to the float32 result, or None. big_channels, small_channels: of one group.
-    geometry: pairs (big, small, kernel, stride, padding, dilation). ROUND: round the accumulator to binary16 after each
-    chunk. SPLITS: parts of the reduction, each its own program, whose results lie split_stride apart.
+    bias: of each output channel, added to the float32 result, or None. in_channels, out_channels: of one group.
+    geometry: pairs (conv_input, conv_output, kernel, stride, padding, dilation). ROUND: round the accumulator to
+    binary16 after each chunk. SPLITS: parts of the reduction, each its own program, their results split_stride apart.
     """
     group = tl.program_id(1)
     tiles_m, tiles_n = tl.cdiv(m, TILE_M), tl.cdiv(n, TILE_N)
@@ -278,11 +280,11 @@ def _product_kernel(
             a_mask = (rows < m) & inside[None, :]
             b_mask = inside[:, None] & (columns < n)
             a = _load_a(
-                a_ptr, rows, first, lane[None, :], a_mask, group, big_channels, small_channels, geometry, a_strides,
+                a_ptr, rows, first, lane[None, :], a_mask, group, in_channels, out_channels, geometry, a_strides,
                 STEP, CHANNELS_INNER, ONE_TAP,
             )  # fmt: skip
             b = _load_b(
-                b_ptr, columns, first, lane[:, None], b_mask, group, big_channels, small_channels, geometry, b_strides,
+                b_ptr, columns, first, lane[:, None], b_mask, group, in_channels, out_channels, geometry, b_strides,
                 STEP, CHANNELS_INNER, ONE_TAP,
             )  # fmt: skip
             total, part = _dot(a, b, total, part, ROUND)
@@ -290,16 +292,16 @@ def _product_kernel(
             total = (total + part).to(tl.float16).to(tl.float32)
 
     if bias_ptr is not None:
-        output_channels = n if STEP == MATMUL else small_channels if STEP == FORWARD else big_channels
+        output_channels = n if STEP == MATMUL else out_channels if STEP == FORWARD else in_channels
         total += tl.load(bias_ptr + group * output_channels + columns, mask=columns < n, other=0.0).to(tl.float32)
     if STEP == MATMUL:
         at = rows * out_strides[0] + columns * out_strides[1]
     elif STEP == GRAD_WEIGHT:
-        c, r, s = _tap(0, columns, big_channels, geometry[2], CHANNELS_INNER, False)
-        at = (group * small_channels + rows) * out_strides[0] + c * out_strides[1]
+        c, r, s = _tap(0, columns, in_channels, geometry[2], CHANNELS_INNER, False)
+        at = (group * out_channels + rows) * out_strides[0] + c * out_strides[1]
         at += r * out_strides[2] + s * out_strides[3]
     else:
-        grid, channels = (geometry[1], small_channels) if STEP == FORWARD else (geometry[0], big_channels)
+        grid, channels = (geometry[1], out_channels) if STEP == FORWARD else (geometry[0], in_channels)
         sample, y, x = _pixel(rows, grid)
         at = sample * out_strides[0] + (group * channels + columns) * out_strides[1]
         at += y * out_strides[2] + x * out_strides[3]
@@ -318,8 +320,8 @@ class Problem(NamedTuple):
     a_strides: tuple[int, ...]
     b_strides: tuple[int, ...]
     groups: int = 1
-    big_channels: int = 1
-    small_channels: int = 1
+    in_channels: int = 1
+    out_channels: int = 1
     geometry: tuple[tuple[int, int], ...] = ((1, 1),) * 6
     channels_inner: bool = False
 
@@ -334,7 +336,7 @@ class Problem(NamedTuple):
 
     def reduction(self, tiles: Tiles) -> dict[str, Any]:
         """The options by which the reduction is walked."""
-        channels = self.big_channels if self.step == FORWARD.value else self.small_channels
+        channels = self.in_channels if self.step == FORWARD.value else self.out_channels
         return {
             "STEP": self.step,
             "CHANNELS_INNER": self.channels_inner,
@@ -375,8 +377,8 @@ def _plan(problem: Problem, chunk: int | None, device: torch.device, configs: Co
         problem.m,
         problem.n,
         problem.k,
-        problem.big_channels,
-        problem.small_channels,
+        problem.in_channels,
+        problem.out_channels,
         problem.geometry,
         problem.a_strides,
         problem.b_strides,
@@ -449,7 +451,7 @@ def matmul(
 
 
 def conv_forward(
-    big: Tensor,
+    conv_input: Tensor,
     weight: Tensor,
     geometry: Sequence[int],
     *,
@@ -460,27 +462,27 @@ def conv_forward(
     """A convolution's forward (a transposed one's grad_input), as `accumulate.conv_forward` walks it.
 
     Args:
-        big: float16 [N, C, *big], contiguous or channels_last.
+        conv_input: float16 [N, C, *conv_input], contiguous or channels_last.
         weight: float16 [K, C / groups, *kernel].
         geometry: `ConvShape.pack()`, of at most two dimensions.
         bias: float32 or float16 [K], added in float32; or None.
         chunk, dtype: as in `matmul`.
 
     Returns:
-        [N, K, *small]; channels_last if `big` is and the accumulator is not rounded.
+        [N, K, *output]; channels_last if `conv_input` is and the accumulator is not rounded.
 
     Raises:
         As `matmul`; ValueError also if a tensor does not fit the geometry, or that has three dimensions.
     """
     shape = _Shape.of(geometry)
-    big, weight = shape.fit(big=big, weight=weight)
-    inner = chunk is None and _channels_last(big)
-    problem = shape.problem(FORWARD, big, weight, "small", inner)
-    return shape.unpadded(_run(problem, big, weight, chunk, dtype, bias))
+    conv_input, weight = shape.fit(conv_input=conv_input, weight=weight)
+    inner = chunk is None and _channels_last(conv_input)
+    problem = shape.problem(FORWARD, conv_input, weight, "conv_output", inner)
+    return shape.unpadded(_run(problem, conv_input, weight, chunk, dtype, bias))
 
 
 def conv_grad_input(
-    small: Tensor,
+    conv_output: Tensor,
     weight: Tensor,
     geometry: Sequence[int],
     *,
@@ -491,23 +493,23 @@ def conv_grad_input(
     """A convolution's grad_input (a transposed one's forward), as `accumulate.conv_grad_input` walks it.
 
     Args:
-        small: float16 [N, K, *small], contiguous or channels_last.
+        conv_output: float16 [N, K, *conv_output], contiguous or channels_last.
         weight, geometry, chunk, dtype: as in `conv_forward`.
         bias: float32 or float16 [C], added in float32; or None.
 
     Returns:
-        [N, C, *big]; channels_last if `small` is and the accumulator is not rounded.
+        [N, C, *input]; channels_last if `conv_output` is and the accumulator is not rounded.
     """
     shape = _Shape.of(geometry)
-    small, weight = shape.fit(small=small, weight=weight)
-    inner = chunk is None and _channels_last(small)
-    problem = shape.problem(GRAD_INPUT, small, weight, "big", inner)
-    return shape.unpadded(_run(problem, small, weight, chunk, dtype, bias))
+    conv_output, weight = shape.fit(conv_output=conv_output, weight=weight)
+    inner = chunk is None and _channels_last(conv_output)
+    problem = shape.problem(GRAD_INPUT, conv_output, weight, "conv_input", inner)
+    return shape.unpadded(_run(problem, conv_output, weight, chunk, dtype, bias))
 
 
 def conv_grad_weight(
-    big: Tensor,
-    small: Tensor,
+    conv_input: Tensor,
+    conv_output: Tensor,
     geometry: Sequence[int],
     *,
     chunk: int | None = None,
@@ -516,16 +518,16 @@ def conv_grad_weight(
     """The grad_weight of either convolution, as `accumulate.conv_grad_weight` walks it.
 
     Args:
-        big, small, geometry, chunk, dtype: as in `conv_forward` and `conv_grad_input`.
+        conv_input, conv_output, geometry, chunk, dtype: as in `conv_forward` and `conv_grad_input`.
 
     Returns:
-        [K, C / groups, *kernel]; channels_last if `big` is.
+        [K, C / groups, *kernel]; channels_last if `conv_input` is.
     """
     shape = _Shape.of(geometry)
-    big, small = shape.fit(big=big, small=small)
-    inner = _channels_last(big)  # the reduction is over positions, so that this order is free
-    problem = shape.problem(GRAD_WEIGHT, small, big, "weight", inner)
-    return shape.unpadded(_run(problem, small, big, chunk, dtype))
+    conv_input, conv_output = shape.fit(conv_input=conv_input, conv_output=conv_output)
+    inner = _channels_last(conv_input)  # the reduction is over positions, so that this order is free
+    problem = shape.problem(GRAD_WEIGHT, conv_output, conv_input, "weight", inner)
+    return shape.unpadded(_run(problem, conv_output, conv_input, chunk, dtype))
 
 
 class _Shape(NamedTuple):
@@ -542,14 +544,14 @@ class _Shape(NamedTuple):
     def problem(self, step: tl.constexpr, a: Tensor, b: Tensor, result: str, inner: bool) -> Problem:
         """One of the steps as a product; `result` is the tensor that it makes."""
         g = self.geometry
-        channels = g.big_channels // g.groups, g.small_channels // g.groups
-        big, small, offsets = g.batch * prod(g.big), g.batch * prod(g.small), prod(g.kernel)
+        channels = g.in_channels // g.groups, g.out_channels // g.groups
+        conv_input, conv_output, offsets = g.batch * prod(g.conv_input), g.batch * prod(g.conv_output), prod(g.kernel)
         mnk = {
-            "small": (small, channels[1], channels[0] * offsets),
-            "big": (big, channels[0], channels[1] * offsets),
-            "weight": (channels[1], channels[0] * offsets, small),
+            "conv_output": (conv_output, channels[1], channels[0] * offsets),
+            "conv_input": (conv_input, channels[0], channels[1] * offsets),
+            "weight": (channels[1], channels[0] * offsets, conv_output),
         }[result]
-        pairs = g.big, g.small, g.kernel, g.stride, g.padding, g.dilation
+        pairs = g.conv_input, g.conv_output, g.kernel, g.stride, g.padding, g.dilation
         return Problem(step.value, g.shape(result), *mnk, a.stride(), b.stride(), g.groups, *channels, pairs, inner)
 
     def unpadded(self, x: Tensor) -> Tensor:

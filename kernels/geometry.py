@@ -18,5 +18,5 @@ def in_dims(packed: tuple[int, ...], dims: int) -> ConvShape:
     if rest or not 0 <= own <= dims:
         raise ValueError(f"{len(packed)} numbers are not the packed geometry of 0 to {dims} dimensions")
     lists = [packed[4 + i * own : 4 + (i + 1) * own] for i in range(6)]
-    fill = (1, 1, 1, 1, 0, 1)  # big, small, kernel, stride, padding, dilation
+    fill = (1, 1, 1, 1, 0, 1)  # conv_input, conv_output, kernel, stride, padding, dilation
     return ConvShape(*packed[:4], *((value,) * (dims - own) + part for value, part in zip(fill, lists, strict=True)))

@@ -33,14 +33,14 @@ def _split(index, grid):
 
 
 @triton.jit
-def _overlap(p0, p1, p2, offset, big, kernel, stride, padding, dilation):
-    """The row-major big position that a kernel offset joins with small position (p0, p1, p2); and if it is inside."""
+def _overlap(p0, p1, p2, offset, conv_input, kernel, stride, padding, dilation):
+    """The row-major input position that an offset joins with output position (p0, p1, p2); and if it is inside."""
     r0, r1, r2 = _split(offset, kernel)
     h0 = p0 * stride[0] - padding[0] + r0 * dilation[0]
     h1 = p1 * stride[1] - padding[1] + r1 * dilation[1]
     h2 = p2 * stride[2] - padding[2] + r2 * dilation[2]
-    inside = (h0 >= 0) & (h0 < big[0]) & (h1 >= 0) & (h1 < big[1]) & (h2 >= 0) & (h2 < big[2])
-    return (h0 * big[1] + h1) * big[2] + h2, inside
+    inside = (h0 >= 0) & (h0 < conv_input[0]) & (h1 >= 0) & (h1 < conv_input[1]) & (h2 >= 0) & (h2 < conv_input[2])
+    return (h0 * conv_input[1] + h1) * conv_input[2] + h2, inside
 
 
 @triton.jit
@@ -125,8 +125,8 @@ def _weight_kernel(
     channels,
     others,
     batch,
-    big,
-    small,
+    conv_input,
+    conv_output,
     kernel,
     stride,
     padding,
@@ -135,23 +135,23 @@ def _weight_kernel(
     weight_count,
     macs,
     inside,
-    OF_BIG: tl.constexpr,
+    OF_INPUT: tl.constexpr,
     STEPS: tl.constexpr,
     POSITION_STEPS: tl.constexpr,
     WEIGHT_STEPS: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_P: tl.constexpr,
 ):
-    """position [2, channels, *grid] by weight [2, channels, *kernel]; the grid is the big one or the small one.
+    """position [2, channels, *grid] by weight [2, channels, *kernel]; the grid is the input or the output.
 
-    A tile is some channels by some small positions under one kernel offset. POSITION_STEPS, WEIGHT_STEPS: see `_share`.
+    A tile is some channels by some output positions under one offset. POSITION_STEPS, WEIGHT_STEPS: see `_share`.
     """
     pid, programs = tl.program_id(0), tl.num_programs(0)
     offsets = kernel[0] * kernel[1] * kernel[2]
-    positions = small[0] * small[1] * small[2]
+    positions = conv_output[0] * conv_output[1] * conv_output[2]
     grid = positions
-    if OF_BIG:
-        grid = big[0] * big[1] * big[2]
+    if OF_INPUT:
+        grid = conv_input[0] * conv_input[1] * conv_input[2]
     position_tiles = tl.cdiv(positions, TILE_P)
     zero = tl.zeros((TILE_C,), tl.int64)
     b88, b8x, bx8, bxx = zero, zero, zero, zero
@@ -161,10 +161,10 @@ def _weight_kernel(
         p = tile % position_tiles * TILE_P + tl.arange(0, TILE_P)
         offset = tile // position_tiles % offsets
         c = tile // (position_tiles * offsets) * TILE_C + tl.arange(0, TILE_C)
-        p0, p1, p2 = _split(p, small)
-        at, met = _overlap(p0, p1, p2, offset, big, kernel, stride, padding, dilation)
+        p0, p1, p2 = _split(p, conv_output)
+        at, met = _overlap(p0, p1, p2, offset, conv_input, kernel, stride, padding, dilation)
         met = met & (p < positions)
-        if not OF_BIG:
+        if not OF_INPUT:
             at = p
         mask = (c < channels)[:, None] & met[None, :]
         from_grid = position_ptr + c[:, None] * grid + at[None, :]
@@ -198,43 +198,43 @@ def _weight_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["big_count", "small_count", "macs", "inside"])
+@triton.jit(do_not_specialize=["input_count", "output_count", "macs", "inside"])
 def _grid_kernel(
     counter_ptr,
-    big_position_ptr,
-    big_sample_ptr,
-    small_position_ptr,
-    small_sample_ptr,
+    input_position_ptr,
+    input_sample_ptr,
+    output_position_ptr,
+    output_sample_ptr,
     rows,
-    big_channels,
-    small_channels,
+    in_channels,
+    out_channels,
     groups,
-    big,
-    small,
+    conv_input,
+    conv_output,
     kernel,
     stride,
     padding,
     dilation,
-    big_count,
-    small_count,
+    input_count,
+    output_count,
     macs,
     inside,
-    SMALL_FIRST: tl.constexpr,
+    OUTPUT_FIRST: tl.constexpr,
     OFFSETS: tl.constexpr,
     STEPS: tl.constexpr,
-    BIG_STEPS: tl.constexpr,
-    SMALL_STEPS: tl.constexpr,
+    INPUT_STEPS: tl.constexpr,
+    OUTPUT_STEPS: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_P: tl.constexpr,
 ):
-    """big_sample [2, rows, *big] by small_sample [2, rows, *small], a row being a channel group of a sample.
+    """input_sample [2, rows, *input] by output_sample [2, rows, *output], a row being a channel group of a sample.
 
-    A tile is some rows by some small positions. What all kernel offsets find in the big grid is summed before it is
-    multiplied, since the small grid's element is the same under every offset. BIG_STEPS, SMALL_STEPS: see `_share`.
+    A tile is some rows by some output positions. What all kernel offsets find in the input is summed before it is
+    multiplied, since the output's element is the same under every offset. INPUT_STEPS, OUTPUT_STEPS: see `_share`.
     """
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    positions = small[0] * small[1] * small[2]
-    grid = big[0] * big[1] * big[2]
+    positions = conv_output[0] * conv_output[1] * conv_output[2]
+    grid = conv_input[0] * conv_input[1] * conv_input[2]
     position_tiles = tl.cdiv(positions, TILE_P)
     zero = tl.zeros((TILE_P,), tl.int64)
     b88, b8x, bx8, bxx = zero, zero, zero, zero
@@ -243,22 +243,22 @@ def _grid_kernel(
         tile = pid * STEPS + step
         p = tile % position_tiles * TILE_P + tl.arange(0, TILE_P)
         row = tile // position_tiles * TILE_R + tl.arange(0, TILE_R)
-        p0, p1, p2 = _split(p, small)
+        p0, p1, p2 = _split(p, conv_output)
         seen8 = tl.zeros((TILE_R, TILE_P), tl.int32)
         seenx = tl.zeros((TILE_R, TILE_P), tl.int32)
         times = tl.zeros((TILE_P,), tl.int32)
         for offset in range(OFFSETS):
-            at, met = _overlap(p0, p1, p2, offset, big, kernel, stride, padding, dilation)
+            at, met = _overlap(p0, p1, p2, offset, conv_input, kernel, stride, padding, dilation)
             met = met & (p < positions)
             mask = (row < rows)[:, None] & met[None, :]
-            from_big = big_sample_ptr + row[:, None] * grid + at[None, :]
-            seen8 += tl.load(from_big, mask=mask, other=0)
-            seenx += tl.load(from_big + rows * grid, mask=mask, other=0)
+            from_input = input_sample_ptr + row[:, None] * grid + at[None, :]
+            seen8 += tl.load(from_input, mask=mask, other=0)
+            seenx += tl.load(from_input + rows * grid, mask=mask, other=0)
             times += met.to(tl.int32)
         mask = (row < rows)[:, None] & (p < positions)[None, :]
-        from_small = small_sample_ptr + row[:, None] * positions + p[None, :]
-        d8 = tl.load(from_small, mask=mask, other=0).to(tl.int64)
-        dx = tl.load(from_small + rows * positions, mask=mask, other=0).to(tl.int64)
+        from_output = output_sample_ptr + row[:, None] * positions + p[None, :]
+        d8 = tl.load(from_output, mask=mask, other=0).to(tl.int64)
+        dx = tl.load(from_output + rows * positions, mask=mask, other=0).to(tl.int64)
         b88 += tl.sum(seen8 * d8, axis=0)
         b8x += tl.sum(seen8 * dx, axis=0)
         bx8 += tl.sum(seenx * d8, axis=0)
@@ -267,31 +267,31 @@ def _grid_kernel(
         fx += tl.sum(seenx.to(tl.int64), axis=0)
         s8 += tl.sum(d8, axis=0) * times
         sx += tl.sum(dx, axis=0) * times
-    small_others = small_channels // groups
-    big_others = big_channels // groups
+    output_others = out_channels // groups
+    input_others = in_channels // groups
     _add(
         counter_ptr,
         pid,
         (tl.sum(b88), tl.sum(b8x), tl.sum(bx8), tl.sum(bxx)),
-        (tl.sum(f8) * small_others, tl.sum(fx) * small_others),
-        (tl.sum(s8) * big_others, tl.sum(sx) * big_others),
-        _sums(big_position_ptr, big_channels * grid, pid, programs, BIG_STEPS, 1024),
-        _sums(small_position_ptr, small_channels * positions, pid, programs, SMALL_STEPS, 1024),
-        big_count,
-        small_count,
+        (tl.sum(f8) * output_others, tl.sum(fx) * output_others),
+        (tl.sum(s8) * input_others, tl.sum(sx) * input_others),
+        _sums(input_position_ptr, in_channels * grid, pid, programs, INPUT_STEPS, 1024),
+        _sums(output_position_ptr, out_channels * positions, pid, programs, OUTPUT_STEPS, 1024),
+        input_count,
+        output_count,
         macs,
         inside,
-        SMALL_FIRST,
+        OUTPUT_FIRST,
     )
 
 
 @lru_cache(maxsize=1024)
 def _weight_launch(packed: tuple[int, ...], side: str, device: torch.device) -> Launch:
     g = in_dims(packed, 3)
-    channels, others, grid = g.big_channels, g.small_channels // g.groups, prod(g.big)
-    if side == "small":
-        channels, others, grid = g.small_channels, g.big_channels // g.groups, prod(g.small)
-    positions, offsets = prod(g.small), prod(g.kernel)
+    channels, others, grid = g.in_channels, g.out_channels // g.groups, prod(g.conv_input)
+    if side == "conv_output":
+        channels, others, grid = g.out_channels, g.in_channels // g.groups, prod(g.conv_output)
+    positions, offsets = prod(g.conv_output), prod(g.kernel)
     tile_p = min(TILE, power_of_2(positions))
     tile_c = min(TILE // tile_p, power_of_2(channels))
     programs, steps = _programs(triton.cdiv(channels, tile_c) * offsets * triton.cdiv(positions, tile_p))
@@ -307,7 +307,7 @@ def _weight_launch(packed: tuple[int, ...], side: str, device: torch.device) -> 
         g.elements("weight"),
         g.macs,
         g.inside,
-        OF_BIG=side == "big",
+        OF_INPUT=side == "conv_input",
         STEPS=steps,
         POSITION_STEPS=_share(channels * grid, programs),
         WEIGHT_STEPS=_share(channels * offsets, programs),
@@ -319,7 +319,7 @@ def _weight_launch(packed: tuple[int, ...], side: str, device: torch.device) -> 
 @lru_cache(maxsize=1024)
 def _grid_launch(packed: tuple[int, ...], first: str, device: torch.device) -> Launch:
     g = in_dims(packed, 3)
-    rows, positions = g.batch * g.groups, prod(g.small)
+    rows, positions = g.batch * g.groups, prod(g.conv_output)
     tile_p = min(TILE, power_of_2(positions))
     tile_r = min(TILE // tile_p, power_of_2(rows))
     programs, steps = _programs(triton.cdiv(rows, tile_r) * triton.cdiv(positions, tile_p))
@@ -328,26 +328,26 @@ def _grid_launch(packed: tuple[int, ...], first: str, device: torch.device) -> L
         _grid_kernel,
         (programs,),
         rows,
-        g.big_channels,
-        g.small_channels,
+        g.in_channels,
+        g.out_channels,
         g.groups,
         *_walk(g),
-        g.elements("big"),
-        g.elements("small"),
+        g.elements("conv_input"),
+        g.elements("conv_output"),
         g.macs,
         g.inside,
-        SMALL_FIRST=first == "small",
+        OUTPUT_FIRST=first == "conv_output",
         OFFSETS=prod(g.kernel),
         STEPS=steps,
-        BIG_STEPS=_share(g.big_channels * prod(g.big), programs),
-        SMALL_STEPS=_share(g.small_channels * positions, programs),
+        INPUT_STEPS=_share(g.in_channels * prod(g.conv_input), programs),
+        OUTPUT_STEPS=_share(g.out_channels * positions, programs),
         TILE_R=tile_r,
         TILE_P=tile_p,
     )
 
 
 def _walk(g: ConvShape) -> tuple[tuple[int, ...], ...]:
-    return g.big, g.small, g.kernel, g.stride, g.padding, g.dilation
+    return g.conv_input, g.conv_output, g.kernel, g.stride, g.padding, g.dilation
 
 
 def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
@@ -358,45 +358,47 @@ def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry:
         position: int32 [2, channels, *grid], the grid's elements of each group over the batch.
         weight: int32 [2, channels, *kernel], the weight's over the other side's channels.
         geometry: `ConvShape.pack()`.
-        side: which grid it is, "big" or "small".
+        side: which grid it is, "conv_input" or "conv_output".
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or side; RuntimeError: not on a GPU.
     """
     _check_side("side", side)
     g = in_dims(tuple(geometry), 3)
-    channels, grid = (g.big_channels, prod(g.big)) if side == "big" else (g.small_channels, prod(g.small))
+    channels, grid = (
+        (g.in_channels, prod(g.conv_input)) if side == "conv_input" else (g.out_channels, prod(g.conv_output))
+    )
     _check(counter, position=(position, 2 * channels * grid), weight=(weight, 2 * channels * prod(g.kernel)))
     _weight_launch(tuple(geometry), side, counter.device)(counter, position.contiguous(), weight.contiguous())
 
 
 def add_grid_step(
-    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+    counter: Tensor, conv_input: Sequence[Tensor], conv_output: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
     """Add a step that multiplies the two grids (grad_weight) to a counter, in one launch.
 
     Args:
         counter: int64 [WIDTH].
-        big, small: of each grid int32 [2, channels, *grid], its elements of each group over the batch, and int32
-            [2, N, g, *grid], over a channel group.
+        conv_input, conv_output: of each grid int32 [2, channels, *grid], its elements of each group over the batch, and
+            int32 [2, N, g, *grid], over a channel group.
         geometry: `ConvShape.pack()`.
-        first: which grid is the step's first operand, "big" or "small".
+        first: which grid is the step's first operand, "conv_input" or "conv_output".
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices or side; RuntimeError: not on a GPU.
     """
     _check_side("first", first)
     g = in_dims(tuple(geometry), 3)
-    rows, grids = g.batch * g.groups, (prod(g.big), prod(g.small))
+    rows, grids = g.batch * g.groups, (prod(g.conv_input), prod(g.conv_output))
     _check(
         counter,
-        big_position=(big[0], 2 * g.big_channels * grids[0]),
-        big_sample=(big[1], 2 * rows * grids[0]),
-        small_position=(small[0], 2 * g.small_channels * grids[1]),
-        small_sample=(small[1], 2 * rows * grids[1]),
+        input_position=(conv_input[0], 2 * g.in_channels * grids[0]),
+        input_sample=(conv_input[1], 2 * rows * grids[0]),
+        output_position=(conv_output[0], 2 * g.out_channels * grids[1]),
+        output_sample=(conv_output[1], 2 * rows * grids[1]),
     )
     launch = _grid_launch(tuple(geometry), first, counter.device)
-    launch(counter, *(part.contiguous() for side in (big, small) for part in side))
+    launch(counter, *(part.contiguous() for side in (conv_input, conv_output) for part in side))
 
 
 def _programs(tiles: int) -> tuple[int, int]:
@@ -411,8 +413,8 @@ def _share(count: int, programs: int) -> int:
 
 
 def _check_side(name: str, side: str) -> None:
-    if side not in ("big", "small"):
-        raise ValueError(f"{name} is 'big' or 'small', not {side!r}")
+    if side not in ("conv_input", "conv_output"):
+        raise ValueError(f"{name} is 'conv_input' or 'conv_output', not {side!r}")
 
 
 def _check(counter: Tensor, **operands: tuple[Tensor, int]) -> None:

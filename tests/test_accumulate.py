@@ -11,30 +11,30 @@ from lnpu_torch.quant.formats import FORMATS
 FP32, FP16 = FORMATS["fp32"], FORMATS["fp16"]
 
 
-def torch_steps(g, big, small, weight):
+def torch_steps(g, conv_input, conv_output, weight):
     if not g.kernel:
-        return big @ weight.T, small @ weight, small.T @ big
+        return conv_input @ weight.T, conv_output @ weight, conv_output.T @ conv_input
     args = (list(g.stride), list(g.padding), list(g.dilation), False, [0] * len(g.kernel), g.groups)
-    forward = torch.ops.aten.convolution(big, weight, None, *args)
-    return forward, *torch.ops.aten.convolution_backward(small, big, weight, None, *args, [True, True, False])[:2]
+    forward = torch.ops.aten.convolution(conv_input, weight, None, *args)
+    return forward, *torch.ops.aten.convolution_backward(
+        conv_output, conv_input, weight, None, *args, [True, True, False]
+    )[:2]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_steps_are_torchs(geometry):
     """In float64 with a float32 accumulator over everything at once, only one rounding is left."""
     g, generator = geometry, torch.Generator().manual_seed(0)
-    big = torch.randn(g.batch, g.big_channels, *g.big, generator=generator, dtype=torch.float64)
-    small = torch.randn(g.batch, g.small_channels, *g.small, generator=generator, dtype=torch.float64)
-    weight = torch.randn(
-        g.small_channels, g.big_channels // g.groups, *g.kernel, generator=generator, dtype=torch.float64
-    )
+    conv_input = torch.randn(g.batch, g.in_channels, *g.conv_input, generator=generator, dtype=torch.float64)
+    conv_output = torch.randn(g.batch, g.out_channels, *g.conv_output, generator=generator, dtype=torch.float64)
+    weight = torch.randn(g.out_channels, g.in_channels // g.groups, *g.kernel, generator=generator, dtype=torch.float64)
     everything = 10**6
     ours = (
-        accumulate.conv_forward(big, weight, g, FP32, everything),
-        accumulate.conv_grad_input(small, weight, g, FP32, everything),
-        accumulate.conv_grad_weight(big, small, g, FP32, everything),
+        accumulate.conv_forward(conv_input, weight, g, FP32, everything),
+        accumulate.conv_grad_input(conv_output, weight, g, FP32, everything),
+        accumulate.conv_grad_weight(conv_input, conv_output, g, FP32, everything),
     )
-    for mine, theirs in zip(ours, torch_steps(g, big, small, weight), strict=True):
+    for mine, theirs in zip(ours, torch_steps(g, conv_input, conv_output, weight), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 

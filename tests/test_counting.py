@@ -11,12 +11,14 @@ from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 
-def make(batch, big_channels, small_channels, groups, big, kernel, stride, padding, dilation):
-    small = tuple(
+def make(batch, in_channels, out_channels, groups, conv_input, kernel, stride, padding, dilation):
+    conv_output = tuple(
         (h + 2 * p - d * (r - 1) - 1) // s + 1
-        for h, r, s, p, d in zip(big, kernel, stride, padding, dilation, strict=True)
+        for h, r, s, p, d in zip(conv_input, kernel, stride, padding, dilation, strict=True)
     )
-    return ConvShape(batch, big_channels, small_channels, groups, big, small, kernel, stride, padding, dilation)
+    return ConvShape(
+        batch, in_channels, out_channels, groups, conv_input, conv_output, kernel, stride, padding, dilation
+    )
 
 
 GEOMETRIES = {
@@ -48,28 +50,28 @@ def random_groups(generator, *shape):
 
 def operands(g):
     generator = torch.Generator().manual_seed(len(g.kernel) + g.macs)
-    big = random_groups(generator, g.batch, g.big_channels, *g.big)
-    small = random_groups(generator, g.batch, g.small_channels, *g.small)
-    weight = random_groups(generator, g.small_channels, g.big_channels // g.groups, *g.kernel)
-    return big, small, weight
+    conv_input = random_groups(generator, g.batch, g.in_channels, *g.conv_input)
+    conv_output = random_groups(generator, g.batch, g.out_channels, *g.conv_output)
+    weight = random_groups(generator, g.out_channels, g.in_channels // g.groups, *g.kernel)
+    return conv_input, conv_output, weight
 
 
-def brute_force(g, big, small, weight):
-    """Walk all macs; tables big by weight, small by weight, big by small, and the number outside the big grid."""
+def brute_force(g, conv_input, conv_output, weight):
+    """Walk all macs; tables input by weight, output by weight, input by output, and how many lie outside the input."""
     tables, outside = torch.zeros(3, 3, 3, dtype=torch.int64), 0
     index = {0: 0, 8: 1, 16: 2}
-    ranges = [range(g.batch), range(g.small_channels), range(g.big_channels // g.groups)]
+    ranges = [range(g.batch), range(g.out_channels), range(g.in_channels // g.groups)]
     for n, k, c in itertools.product(*ranges):
-        channel = k // (g.small_channels // g.groups) * (g.big_channels // g.groups) + c
-        for p in itertools.product(*map(range, g.small)):
+        channel = k // (g.out_channels // g.groups) * (g.in_channels // g.groups) + c
+        for p in itertools.product(*map(range, g.conv_output)):
             for r in itertools.product(*map(range, g.kernel)):
                 h = tuple(p[d] * g.stride[d] - g.padding[d] + r[d] * g.dilation[d] for d in range(len(p)))
-                if any(not 0 <= h[d] < g.big[d] for d in range(len(p))):
+                if any(not 0 <= h[d] < g.conv_input[d] for d in range(len(p))):
                     outside += 1
                     continue
                 x, d, w = (
-                    index[int(big[(n, channel, *h)])],
-                    index[int(small[(n, k, *p)])],
+                    index[int(conv_input[(n, channel, *h)])],
+                    index[int(conv_output[(n, k, *p)])],
                     index[int(weight[(k, c, *r)])],
                 )
                 tables[0, x, w] += 1
@@ -91,28 +93,28 @@ def over_big(weight):
 
 
 def test_pair_tables(geometry):
-    big, small, weight = operands(geometry)
-    expected, outside = brute_force(geometry, big, small, weight)
+    conv_input, conv_output, weight = operands(geometry)
+    expected, outside = brute_force(geometry, conv_input, conv_output, weight)
     groups = geometry.groups
-    grids = [(per_position(grid), counting.per_sample(grid, groups)) for grid in (big, small)]
+    grids = [(per_position(grid), counting.per_sample(grid, groups)) for grid in (conv_input, conv_output)]
     steps = (
-        counting.weight_step(grids[0][0], over_small(weight, groups), geometry, "big"),
-        counting.weight_step(grids[1][0], over_big(weight), geometry, "small"),
-        counting.grid_step(*grids, geometry, "big"),
+        counting.weight_step(grids[0][0], over_small(weight, groups), geometry, "conv_input"),
+        counting.weight_step(grids[1][0], over_big(weight), geometry, "conv_output"),
+        counting.grid_step(*grids, geometry, "conv_input"),
     )
     assert torch.equal(torch.stack([step[4:13].reshape(3, 3) for step in steps]), expected)
     assert all(step[:4].tolist() == [1, geometry.macs, outside, 0] for step in steps)
-    turned = counting.grid_step(*grids, geometry, "small")
+    turned = counting.grid_step(*grids, geometry, "conv_output")
     assert torch.equal(turned[4:13].reshape(3, 3), expected[2].T)
     assert torch.equal(turned[13:], steps[2][13:].roll(3))
     assert geometry.macs == expected[0].sum() + outside
 
 
 def test_elements(geometry):
-    big, _, weight = operands(geometry)
+    conv_input, _, weight = operands(geometry)
     for groups, partial in (
-        (big, per_position(big)),
-        (big, counting.per_sample(big, geometry.groups)),
+        (conv_input, per_position(conv_input)),
+        (conv_input, counting.per_sample(conv_input, geometry.groups)),
         (weight, over_small(weight, geometry.groups)),
         (weight, over_big(weight)),
     ):
@@ -124,24 +126,34 @@ ODD = 2**16 + 1
 """Elements, whose square neither 32 bits nor a float32 can hold."""
 
 
-def assert_large_counts(module, batch, big, small):
+def assert_large_counts(module, batch, conv_input, conv_output):
     """A linear layer's steps of so many rows and channels, all of whose values are FP16, are added exactly."""
 
     def alike(elements, *shape):
         return torch.stack((torch.zeros(shape), torch.full(shape, elements))).int()
 
-    packed = make(batch, big, small, 1, (), (), (), (), ()).pack()
-    grids = [(alike(batch, channels), alike(channels, batch, 1)) for channels in (big, small)]
+    packed = make(batch, conv_input, conv_output, 1, (), (), (), (), ()).pack()
+    grids = [(alike(batch, channels), alike(channels, batch, 1)) for channels in (conv_input, conv_output)]
     for add, arguments, first, second in (
-        (module.add_weight_step, (grids[0][0], alike(small, big), packed, "big"), batch * big, big * small),
-        (module.add_weight_step, (grids[1][0], alike(big, small), packed, "small"), batch * small, big * small),
-        (module.add_grid_step, (*grids, packed, "big"), batch * big, batch * small),
-        (module.add_grid_step, (*grids, packed, "small"), batch * small, batch * big),
+        (
+            module.add_weight_step,
+            (grids[0][0], alike(conv_output, conv_input), packed, "conv_input"),
+            batch * conv_input,
+            conv_input * conv_output,
+        ),
+        (
+            module.add_weight_step,
+            (grids[1][0], alike(conv_input, conv_output), packed, "conv_output"),
+            batch * conv_output,
+            conv_input * conv_output,
+        ),
+        (module.add_grid_step, (*grids, packed, "conv_input"), batch * conv_input, batch * conv_output),
+        (module.add_grid_step, (*grids, packed, "conv_output"), batch * conv_output, batch * conv_input),
     ):
         before = torch.arange(100, 100 + counting.WIDTH)
         counter, added = before.clone(), torch.zeros_like(before)
         add(counter, *arguments)
-        macs = batch * big * small
+        macs = batch * conv_input * conv_output
         added[[0, 1, 12, 15, 18]] = torch.tensor((1, macs, macs, first, second))
         assert torch.equal(counter - before, added)
 
@@ -154,8 +166,8 @@ class Compiled:
         _counted(counter, cpu_counting.count_weight_step, position, weight, None, tuple(packed), side)
 
     @staticmethod
-    def add_grid_step(counter, big, small, packed, first):
-        _counted(counter, cpu_counting.count_grid_step, big, small, (None, None), tuple(packed), first)
+    def add_grid_step(counter, conv_input, conv_output, packed, first):
+        _counted(counter, cpu_counting.count_grid_step, conv_input, conv_output, (None, None), tuple(packed), first)
 
 
 def _counted(counter, count, *arguments):
@@ -175,6 +187,6 @@ def test_large_counts_are_exact(module, sizes):
 def test_counts_beyond_int32():
     g = make(2**12, 2**11, 2**11, 1, (), (), (), (), ())
     ones = torch.full((1, 1), 16, dtype=torch.uint8)
-    big, weight = ones.expand(g.batch, g.big_channels), ones.expand(g.small_channels, g.big_channels)
-    step = counting.weight_step(per_position(big), over_small(weight, 1), g, "big")
+    conv_input, weight = ones.expand(g.batch, g.in_channels), ones.expand(g.out_channels, g.in_channels)
+    step = counting.weight_step(per_position(conv_input), over_small(weight, 1), g, "conv_input")
     assert step[12] == g.macs == 2**34

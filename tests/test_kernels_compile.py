@@ -149,8 +149,8 @@ def test_threshold(compiled, options):
 @pytest.mark.parametrize("dims", [0, 2])
 def test_count(compiled, dims):
     geometry = make(32, 64, 96, 2, *((value,) * dims for value in (14, 3, 2, 1, 1)))
-    shapes = {"big": geometry.big, "small": geometry.small}
-    channels = {"big": 64, "small": 96}
+    shapes = {"conv_input": geometry.conv_input, "conv_output": geometry.conv_output}
+    channels = {"conv_input": 64, "conv_output": 96}
     counts = {
         side: [torch.empty(2, channels[side], *grid).int(), torch.empty(2, 32, 2, *grid).int()]
         for side, grid in shapes.items()
@@ -159,7 +159,7 @@ def test_count(compiled, dims):
     for side in shapes:
         weight = torch.empty(2, channels[side], *geometry.kernel).int()
         pair_counts.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
-        pair_counts.add_grid_step(counter, counts["big"], counts["small"], geometry.pack(), side)
+        pair_counts.add_grid_step(counter, counts["conv_input"], counts["conv_output"], geometry.pack(), side)
     assert compiled.keys() == {"_weight_kernel", "_grid_kernel"}
 
 
@@ -191,12 +191,12 @@ def test_matmul(compiled, chunk):
 def test_convolution(compiled, layout, chunk):
     geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1))
     format_ = torch.channels_last if layout == "last" else torch.contiguous_format
-    big, small, weight = (
+    conv_input, conv_output, weight = (
         torch.empty(shape, dtype=torch.float16).to(memory_format=format_)
         for shape in ((16, 64, 32, 32), (16, 128, 16, 16), (128, 64, 3, 3))
     )
-    steps = (gemm.conv_forward, big, weight), (gemm.conv_grad_input, small, weight)
-    for step, *operands in (*steps, (gemm.conv_grad_weight, big, small)):
+    steps = (gemm.conv_forward, conv_input, weight), (gemm.conv_grad_input, conv_output, weight)
+    for step, *operands in (*steps, (gemm.conv_grad_weight, conv_input, conv_output)):
         compiled.clear()
         step(*operands, geometry.pack(), chunk=chunk)
         kernel = compiled["_product_kernel"]

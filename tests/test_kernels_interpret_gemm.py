@@ -1,6 +1,6 @@
 """The product kernels in Triton's interpreter, against `accumulate`.
 
-Operands are small integers, so that every sum within a chunk is exact in float32 whatever its order: neither the
+Operands are conv_output integers, so that every sum within a chunk is exact in float32 whatever its order: neither the
 interpreter nor a tensor core adds in the order of the reference. The rounding between chunks is not exact, and is what
 is tested.
 """
@@ -76,17 +76,17 @@ def check_splits(kernels, monkeypatch):
 
 
 STEPS = {
-    "conv_forward": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "weight"))),
-    "conv_grad_input": lambda g: (integers(*grid(g, "small")), integers(*grid(g, "weight"))),
-    "conv_grad_weight": lambda g: (integers(*grid(g, "big")), integers(*grid(g, "small"))),
+    "conv_forward": lambda g: (integers(*grid(g, "conv_input")), integers(*grid(g, "weight"))),
+    "conv_grad_input": lambda g: (integers(*grid(g, "conv_output")), integers(*grid(g, "weight"))),
+    "conv_grad_weight": lambda g: (integers(*grid(g, "conv_input")), integers(*grid(g, "conv_output"))),
 }
 
 
 def grid(geometry, name):
     return {
-        "big": (geometry.batch, geometry.big_channels, *geometry.big),
-        "small": (geometry.batch, geometry.small_channels, *geometry.small),
-        "weight": (geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel),
+        "conv_input": (geometry.batch, geometry.in_channels, *geometry.conv_input),
+        "conv_output": (geometry.batch, geometry.out_channels, *geometry.conv_output),
+        "weight": (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel),
     }[name]
 
 
@@ -107,7 +107,7 @@ def check_convolution(kernels, step, geometry):
 @pytest.mark.parametrize("step", ["conv_forward", "conv_grad_input"])
 def check_bias(kernels, step, geometry):
     operands = STEPS[step](geometry)
-    channels = geometry.small_channels if step == "conv_forward" else geometry.big_channels
+    channels = geometry.out_channels if step == "conv_forward" else geometry.in_channels
     bias = torch.randn(channels, generator=torch.Generator().manual_seed(1)) * 9
     for chunk in (None, 16):
         form = FORMATS["fp32" if chunk is None else "fp16"]
@@ -148,5 +148,5 @@ def check_what_is_refused(kernels):
         kernels.matmul(a, a.T, chunk=0)
     with pytest.raises(ValueError, match="0 to 2 dimensions"):
         kernels.conv_forward(a, a, GEOMETRIES["3d"].pack())
-    with pytest.raises(ValueError, match="big is \\[4, 6\\]; the geometry says"):
+    with pytest.raises(ValueError, match="conv_input is \\[4, 6\\]; the geometry says"):
         kernels.conv_forward(a, a, GEOMETRIES["3x3"].pack())

@@ -30,11 +30,12 @@ def kernels(request, monkeypatch):
 
 
 def sums(geometry):
-    """Per grid its counts by position and by sample; and the weight's, as they meet the big and the small grid."""
-    big, small, weight = operands(geometry)
-    groups, share = geometry.groups, geometry.small_channels // geometry.groups
+    """Per grid its counts by position and by sample; and the weight's, as they meet the input and the output grid."""
+    conv_input, conv_output, weight = operands(geometry)
+    groups, share = geometry.groups, geometry.out_channels // geometry.groups
     grids = [
-        (counting.per_position(x, geometry.batch).squeeze(1), counting.per_sample(x, groups)) for x in (big, small)
+        (counting.per_position(x, geometry.batch).squeeze(1), counting.per_sample(x, groups))
+        for x in (conv_input, conv_output)
     ]
     weights = counting.per_position(weight, share).flatten(1, 2), counting.per_sample(weight, 1).squeeze(2)
     return *grids, *weights
@@ -42,16 +43,19 @@ def sums(geometry):
 
 @pytest.mark.parametrize("geometry", [*GEOMETRIES.values(), *MORE.values()], ids=[*GEOMETRIES, *MORE])
 def check_steps(kernels, geometry):
-    big, small, weight_of_big, weight_of_small = sums(geometry)
+    conv_input, conv_output, weight_of_big, weight_of_small = sums(geometry)
     start = torch.arange(100, 100 + kernels.WIDTH)
-    for side, grid, weight in (("big", big, weight_of_big), ("small", small, weight_of_small)):
+    for side, grid, weight in (
+        ("conv_input", conv_input, weight_of_big),
+        ("conv_output", conv_output, weight_of_small),
+    ):
         counter = start.clone()
         kernels.add_weight_step(counter, grid[0], weight, geometry.pack(), side)
         assert torch.equal(counter - start, counting.weight_step(grid[0], weight, geometry, side))
-    for first in ("big", "small"):
+    for first in ("conv_input", "conv_output"):
         counter = start.clone()
-        kernels.add_grid_step(counter, big, small, geometry.pack(), first)
-        assert torch.equal(counter - start, counting.grid_step(big, small, geometry, first))
+        kernels.add_grid_step(counter, conv_input, conv_output, geometry.pack(), first)
+        assert torch.equal(counter - start, counting.grid_step(conv_input, conv_output, geometry, first))
 
 
 def check_counts_beyond_int32(kernels):
@@ -59,7 +63,7 @@ def check_counts_beyond_int32(kernels):
     position, weight = (torch.zeros(2, 2**11, dtype=torch.int32) for _ in range(2))
     position[1], weight[1] = 2**12, 2**11
     counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)
-    kernels.add_weight_step(counter, position, weight, geometry.pack(), "big")
+    kernels.add_weight_step(counter, position, weight, geometry.pack(), "conv_input")
     assert counter[12] == geometry.macs == 2**34
 
 
@@ -73,17 +77,17 @@ def check_width(kernels):
 
 def check_what_is_refused(kernels):
     geometry = GEOMETRIES["3x3"]
-    big, small, weight, _ = sums(geometry)
+    conv_input, conv_output, weight, _ = sums(geometry)
     counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)
-    with pytest.raises(ValueError, match="side is 'big' or 'small'"):
-        kernels.add_weight_step(counter, big[0], weight, geometry.pack(), "input")
-    with pytest.raises(ValueError, match="first is 'big' or 'small'"):
-        kernels.add_grid_step(counter, big, small, geometry.pack(), "input")
+    with pytest.raises(ValueError, match="side is 'conv_input' or 'conv_output'"):
+        kernels.add_weight_step(counter, conv_input[0], weight, geometry.pack(), "input")
+    with pytest.raises(ValueError, match="first is 'conv_input' or 'conv_output'"):
+        kernels.add_grid_step(counter, conv_input, conv_output, geometry.pack(), "input")
     with pytest.raises(ValueError, match=r"position .* does not fit the geometry"):
-        kernels.add_weight_step(counter, small[0], weight, geometry.pack(), "big")
+        kernels.add_weight_step(counter, conv_output[0], weight, geometry.pack(), "conv_input")
     with pytest.raises(ValueError, match="19 integers"):
-        kernels.add_weight_step(counter[1:], big[0], weight, geometry.pack(), "big")
+        kernels.add_weight_step(counter[1:], conv_input[0], weight, geometry.pack(), "conv_input")
     with pytest.raises(TypeError, match="weight is torch"):
-        kernels.add_weight_step(counter, big[0], weight.long(), geometry.pack(), "big")
+        kernels.add_weight_step(counter, conv_input[0], weight.long(), geometry.pack(), "conv_input")
     with pytest.raises(ValueError, match="0 to 3 dimensions"):
-        kernels.add_weight_step(counter, big[0], weight, geometry.pack()[1:], "big")
+        kernels.add_weight_step(counter, conv_input[0], weight, geometry.pack()[1:], "conv_input")

@@ -19,14 +19,14 @@ from lnpu_torch.quant.formats import FORMATS
 RULE = Rule(threshold=0)
 STATIC = Precision(input=RULE, weight=RULE, grad_output=RULE)
 few = settings(max_examples=20, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-small = st.integers(1, 3)
+conv_output = st.integers(1, 3)
 
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     """A convolution of any kind, and an input that fits it, with zeros in it."""
     dims, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.integers(1, 2))
-    several = st.tuples(*[small] * dims)
+    several = st.tuples(*[conv_output] * dims)
     kernel, stride, dilation = draw(several), draw(several), draw(several)
     padding = tuple(draw(st.integers(0, d * (k - 1))) for k, d in zip(kernel, dilation, strict=True))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
@@ -38,13 +38,13 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     channels = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     layer = kind(*channels, kernel, bias=draw(st.booleans()), **options)
-    return layer, torch.randn(draw(small), channels[0], *grid)
+    return layer, torch.randn(draw(conv_output), channels[0], *grid)
 
 
 @st.composite
 def linears(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     inputs, outputs = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    shape = draw(st.lists(small, max_size=3))
+    shape = draw(st.lists(conv_output, max_size=3))
     return nn.Linear(inputs, outputs, bias=draw(st.booleans())), torch.randn(*shape, inputs)
 
 
@@ -89,12 +89,14 @@ def run(layer: nn.Module, x: Tensor, error: Tensor) -> list[Tensor]:
 def walked(layer: nn.Module, x: Tensor, error: Tensor, weight: Tensor) -> tuple[list[Tensor], int]:
     """The tables of the three steps, zeros against the rest, and the macs outside the image: every slot walked."""
     if isinstance(layer, nn.Linear):
-        big, small = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
-        geometry = make(len(big), big.shape[1], small.shape[1], 1, *[()] * 5)
+        conv_input, conv_output = x.reshape(-1, x.shape[-1]), error.reshape(-1, error.shape[-1])
+        geometry = make(len(conv_input), conv_input.shape[1], conv_output.shape[1], 1, *[()] * 5)
     else:
-        big, small = (error, x) if layer.transposed else (x, error)
+        conv_input, conv_output = (error, x) if layer.transposed else (x, error)
         options = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-        geometry = make(len(x), big.shape[1], small.shape[1], layer.groups, tuple(big.shape[2:]), *options)
-    tables, outside = brute_force(geometry, *map(float_groups, (big, small, weight)))
+        geometry = make(
+            len(x), conv_input.shape[1], conv_output.shape[1], layer.groups, tuple(conv_input.shape[2:]), *options
+        )
+    tables, outside = brute_force(geometry, *map(float_groups, (conv_input, conv_output, weight)))
     transposed = not isinstance(layer, nn.Linear) and layer.transposed
     return [tables[1], tables[0], tables[2].T] if transposed else list(tables), outside

@@ -166,13 +166,13 @@ def test_counts_by_brute_force(case):
     )
     grids = {product.input_side: product.cut(product.grid(input)), product.output_side: product.grid(shaped)}
     tables, outside = brute_force(
-        geometry, float_groups(grids["big"]), float_groups(grids["small"]), float_groups(weight)
+        geometry, float_groups(grids["conv_input"]), float_groups(grids["conv_output"]), float_groups(weight)
     )
-    by_side = {"big": tables[0], "small": tables[1]}
+    by_side = {"conv_input": tables[0], "conv_output": tables[1]}
     expected = {
         "forward": by_side[product.input_side],
         "grad_input": by_side[product.output_side],
-        "grad_weight": tables[2] if product.input_side == "big" else tables[2].T,
+        "grad_weight": tables[2] if product.input_side == "conv_input" else tables[2].T,
     }
     assert [entry.step for entry in cost.counts.steps] == list(expected)
     for entry in cost.counts.steps:

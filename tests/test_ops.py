@@ -136,9 +136,10 @@ def test_threads_do_not_change_the_result(threads):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_counted_steps(geometry):
-    big, small, weight = operands(geometry)
+    conv_input, conv_output, weight = operands(geometry)
     grids = [
-        (per_position(groups), counting.per_sample(groups, geometry.groups).contiguous()) for groups in (big, small)
+        (per_position(groups), counting.per_sample(groups, geometry.groups).contiguous())
+        for groups in (conv_input, conv_output)
     ]
     counters = []
     for name in ("auto", "reference"):
@@ -153,9 +154,9 @@ def test_counted_steps(geometry):
                 torch.arange(2 * len(LANE_CONFIGS)).view(2, -1),
             )
             ops_of = backend_of(table[0])
-            ops_of.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "big")
-            ops_of.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "small")
-            ops_of.count_grid_step(*table, 2, grids[0], grids[1], [*profiles], packed, "small")
+            ops_of.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "conv_input")
+            ops_of.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "conv_output")
+            ops_of.count_grid_step(*table, 2, grids[0], grids[1], [*profiles], packed, "conv_output")
         nothing = torch.zeros_like(profiles[0])
         expected = torch.stack((profiles[1], nothing, nothing, nothing, *profiles))
         assert torch.equal(held, expected.view_as(held))

@@ -69,10 +69,10 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Linear:
-    """input [*, in], weight [out, in] -> output [*, out]. In `ConvShape`'s terms the input is the big grid."""
+    """input [*, in], weight [out, in] -> output [*, out]. In `ConvShape`'s terms, a convolution without dimensions."""
 
-    input_side: str = "big"
-    output_side: str = "small"
+    input_side: str = "conv_input"
+    output_side: str = "conv_output"
 
     def check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Raises torch's own error if these do not fit together, before anything is kept of them."""
@@ -160,11 +160,11 @@ class Convolution:
 
     @property
     def input_side(self) -> str:
-        return "small" if self.transposed else "big"
+        return "conv_output" if self.transposed else "conv_input"
 
     @property
     def output_side(self) -> str:
-        return "big" if self.transposed else "small"
+        return "conv_input" if self.transposed else "conv_output"
 
     def check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Raises torch's own error if these do not fit together, before anything is kept of them."""
@@ -210,9 +210,9 @@ class Convolution:
         if wanted[0] and by.form == "fp32":  # for a bias, oneDNN takes several times as long as a sum on its own
             (weight_grad,) = self._backward(error, x, None, like, [False, True, False])
         elif wanted[0]:
-            big, small = (error, x) if self.transposed else (x, error)
+            conv_input, conv_output = (error, x) if self.transposed else (x, error)
             geometry = self.geometry(x.shape, like.shape, margin=False)
-            weight_grad = by("conv_grad_weight", big, small, geometry=geometry)
+            weight_grad = by("conv_grad_weight", conv_input, conv_output, geometry=geometry)
         return weight_grad, error.sum((0, *range(2, error.dim()))) if wanted[1] else None
 
     def grid(self, x: Tensor) -> Tensor:
@@ -226,18 +226,18 @@ class Convolution:
     def geometry(self, shape: torch.Size, weight: torch.Size, margin: bool = True) -> ConvShape:
         """Of an input and weight shape; with `margin`, padding put there beforehand counts as padding."""
         sizes = [self._output(shape[2 + d], weight[2 + d], d) for d in range(len(self.stride))]
-        small_channels, big_channels = weight[0], weight[1] * self.groups
+        out_channels, in_channels = weight[0], weight[1] * self.groups
         cut = self.margin if margin else (0,) * len(self.stride)
         inner = tuple(size - c for size, c in zip(shape[2:], cut, strict=True))
-        big, small = (tuple(sizes), inner) if self.transposed else (inner, tuple(sizes))
+        conv_input, conv_output = (tuple(sizes), inner) if self.transposed else (inner, tuple(sizes))
         kernel = tuple(weight[2:])
         return ConvShape(
             shape[0],
-            big_channels,
-            small_channels,
+            in_channels,
+            out_channels,
             self.groups,
-            big,
-            small,
+            conv_input,
+            conv_output,
             kernel,
             self.stride,
             self.padding,

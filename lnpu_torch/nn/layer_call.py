@@ -64,7 +64,7 @@ class LayerPlan:
         self.sizes, self.macs = tuple(geometry.pack()), geometry.macs
         self.counting = counting
         # the runs of lanes go on from sample to sample; where samples are whole runs they end there in either case
-        joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.big) % SYNC_INTERVALS[-1] != 0
+        joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.conv_input) % SYNC_INTERVALS[-1] != 0
         grid = partial(
             precision.operands,
             layout=(geometry.batch, geometry.groups),
@@ -72,9 +72,9 @@ class LayerPlan:
             lanes=counting,
             joined=joined,
         )
-        rows = geometry.small_channels // geometry.groups
+        rows = geometry.out_channels // geometry.groups
         kernel = partial(precision.operands, "weight", layout=(rows, 1), halves=halves)
-        sampled = {"forward": product.input_side == "small", "grad_input": product.output_side == "small"}
+        sampled = {"forward": product.input_side == "conv_output", "grad_input": product.output_side == "conv_output"}
         self.input = {later: grid("input", ("forward",), STEPS[2:] if later else ()) for later in (False, True)}
         self.weight = {step: kernel((step,), sampled=sampled[step])[0] for step in STEPS[:2]}
         steps = {now: tuple(step for step, run in zip(STEPS[1:], now, strict=True) if run) for now in PAIRS}
@@ -216,7 +216,7 @@ def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Save
     sides = {first: kept, product.output_side: (error.position.squeeze(1), error.sample)}
     with state.lock:
         backend.count_grid_step(
-            *state.counter("grad_weight"), sides["big"], sides["small"], profiles, plan.sizes, first
+            *state.counter("grad_weight"), sides["conv_input"], sides["conv_output"], profiles, plan.sizes, first
         )
 
 

@@ -85,9 +85,16 @@ class GpuBackend(ReferenceBackend):
         pair_count_kernels.add_weight_step(counter, position, weight, geometry, side)
 
     def add_grid_step(
-        self, counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+        self,
+        counter: Tensor,
+        conv_input: Sequence[Tensor],
+        conv_output: Sequence[Tensor],
+        geometry: Sequence[int],
+        first: str,
     ) -> None:
-        grids = ([position, sample.to(torch.int32)] for position, sample in (big, small))  # bytes, counted on a CPU
+        grids = (
+            [position, sample.to(torch.int32)] for position, sample in (conv_input, conv_output)
+        )  # bytes, counted on a CPU
         pair_count_kernels.add_grid_step(counter, *grids, geometry, first)
 
     def accumulate(self, product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:

@@ -123,15 +123,15 @@ class ReferenceBackend:
         sizes: Tensor,
         lanes: Tensor,
         step: int,
-        big: Sequence[Tensor],
-        small: Sequence[Tensor],
+        conv_input: Sequence[Tensor],
+        conv_output: Sequence[Tensor],
         profiles: Sequence[Tensor | None],
         geometry: Sequence[int],
         first: str,
     ) -> None:
-        second = "small" if first == "big" else "big"
+        second = "conv_output" if first == "conv_input" else "conv_input"
         row = pair_counts.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
-        self.add_grid_step(counters[step, row], big, small, geometry, first)
+        self.add_grid_step(counters[step, row], conv_input, conv_output, geometry, first)
         _add_lanes(lanes[step], *profiles)
 
     def add_weight_step(
@@ -141,10 +141,15 @@ class ReferenceBackend:
         counter += pair_counts.weight_step(position, weight, ConvShape.unpack(geometry), side)
 
     def add_grid_step(
-        self, counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+        self,
+        counter: Tensor,
+        conv_input: Sequence[Tensor],
+        conv_output: Sequence[Tensor],
+        geometry: Sequence[int],
+        first: str,
     ) -> None:
         """Add a `grid_step` to a counter."""
-        counter += pair_counts.grid_step(big, small, ConvShape.unpack(geometry), first)
+        counter += pair_counts.grid_step(conv_input, conv_output, ConvShape.unpack(geometry), first)
 
     def accumulate(self, product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
         compute = torch.promote_types(quantize.compute_dtype(a), quantize.compute_dtype(b))

@@ -23,21 +23,21 @@ def reduce(a: Tensor, b: Tensor, form: Format, chunk: int) -> Tensor:
     return total
 
 
-def conv_forward(big: Tensor, weight: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
-    """A convolution's forward (a transposed one's grad_input): reduces over big channel, then kernel offset."""
-    columns = _columns(big, geometry)  # [g, N * positions, C/g * offsets]
-    kernels = weight.reshape(geometry.groups, geometry.small_channels // geometry.groups, columns.shape[-1])
-    return _to_grid(reduce(columns, kernels.mT, form, chunk), geometry.batch, geometry.small)
+def conv_forward(conv_input: Tensor, weight: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
+    """A convolution's forward (a transposed one's grad_input): reduces over input channel, then kernel offset."""
+    columns = _columns(conv_input, geometry)  # [g, N * positions, C/g * offsets]
+    kernels = weight.reshape(geometry.groups, geometry.out_channels // geometry.groups, columns.shape[-1])
+    return _to_grid(reduce(columns, kernels.mT, form, chunk), geometry.batch, geometry.conv_output)
 
 
-def conv_grad_input(small: Tensor, weight: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
-    """A convolution's grad_input (a transposed one's forward): reduces over small channel, then kernel offset.
+def conv_grad_input(conv_output: Tensor, weight: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
+    """A convolution's grad_input (a transposed one's forward): reduces over output channel, then kernel offset.
 
-    The small grid is spread out by the stride, which turns the step into a convolution by the mirrored kernel.
+    The output grid is spread out by the stride, which turns the step into a convolution by the mirrored kernel.
     """
     mirrored = _mirrored(geometry)
-    spread = small.new_zeros(*small.shape[:2], *mirrored.big)
-    part(spread, [slice(None, None, stride) for stride in geometry.stride]).copy_(small)
+    spread = conv_output.new_zeros(*conv_output.shape[:2], *mirrored.conv_input)
+    part(spread, [slice(None, None, stride) for stride in geometry.stride]).copy_(conv_output)
     kernels = (
         weight.flip(tuple(range(2, weight.dim())))
         .unflatten(0, (geometry.groups, len(weight) // geometry.groups))
@@ -46,35 +46,37 @@ def conv_grad_input(small: Tensor, weight: Tensor, geometry: ConvShape, form: Fo
     return conv_forward(spread, kernels.flatten(0, 1), mirrored, form, chunk)
 
 
-def conv_grad_weight(big: Tensor, small: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
+def conv_grad_weight(conv_input: Tensor, conv_output: Tensor, geometry: ConvShape, form: Format, chunk: int) -> Tensor:
     """The grad_weight of either: reduces over batch, then position."""
-    columns = _columns(big, geometry)
+    columns = _columns(conv_input, geometry)
     errors = (
-        small.unflatten(1, (geometry.groups, small.shape[1] // geometry.groups)).movedim(0, 2).flatten(2)
+        conv_output.unflatten(1, (geometry.groups, conv_output.shape[1] // geometry.groups)).movedim(0, 2).flatten(2)
     )  # [g, K/g, N * positions]
     product = reduce(errors, columns, form, chunk)
-    return product.reshape(geometry.small_channels, geometry.big_channels // geometry.groups, *geometry.kernel)
+    return product.reshape(geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
 
 
 PRODUCTS = {"conv_forward": conv_forward, "conv_grad_input": conv_grad_input, "conv_grad_weight": conv_grad_weight}
 """By name."""
 
 
-def _columns(big: Tensor, geometry: ConvShape) -> Tensor:
-    """im2col for any number of dimensions: [N, C, *big] -> [g, N * positions, C/g * offsets]."""
+def _columns(conv_input: Tensor, geometry: ConvShape) -> Tensor:
+    """im2col for any number of dimensions: [N, C, *input] -> [g, N * positions, C/g * offsets]."""
     dims = len(geometry.kernel)
     for dim in range(dims):
-        size, stride, dilation = geometry.small[dim], geometry.stride[dim], geometry.dilation[dim]
+        size, stride, dilation = geometry.conv_output[dim], geometry.stride[dim], geometry.dilation[dim]
         kernel, before = geometry.kernel[dim], geometry.padding[dim]
-        after = (size - 1) * stride + (kernel - 1) * dilation + 1 - before - geometry.big[dim]
+        after = (size - 1) * stride + (kernel - 1) * dilation + 1 - before - geometry.conv_input[dim]
         axis = 2 + 2 * dim
-        pads = [0, 0] * (big.dim() - axis - 1) + [before, after]
-        starts = torch.arange(size, device=big.device)[:, None] * stride
-        index = starts + torch.arange(kernel, device=big.device) * dilation
-        big = F.pad(big, pads).index_select(axis, index.flatten()).unflatten(axis, (size, kernel))
-    big = big.unflatten(1, (geometry.groups, big.shape[1] // geometry.groups))  # [N, g, C/g, P, R, Q, S, ...]
+        pads = [0, 0] * (conv_input.dim() - axis - 1) + [before, after]
+        starts = torch.arange(size, device=conv_input.device)[:, None] * stride
+        index = starts + torch.arange(kernel, device=conv_input.device) * dilation
+        conv_input = F.pad(conv_input, pads).index_select(axis, index.flatten()).unflatten(axis, (size, kernel))
+    conv_input = conv_input.unflatten(
+        1, (geometry.groups, conv_input.shape[1] // geometry.groups)
+    )  # [N, g, C/g, P, R, Q, S, ...]
     positions, offsets = [3 + 2 * dim for dim in range(dims)], [4 + 2 * dim for dim in range(dims)]
-    return big.permute(1, 0, *positions, 2, *offsets).flatten(1 + dims + 1).flatten(1, 1 + dims)
+    return conv_input.permute(1, 0, *positions, 2, *offsets).flatten(1 + dims + 1).flatten(1, 1 + dims)
 
 
 def _to_grid(rows: Tensor, batch: int, grid: tuple[int, ...]) -> Tensor:
@@ -84,15 +86,17 @@ def _to_grid(rows: Tensor, batch: int, grid: tuple[int, ...]) -> Tensor:
 
 
 def _mirrored(geometry: ConvShape) -> ConvShape:
-    """The convolution that computes the big grid from the small one spread out by the stride."""
+    """The convolution that computes the input grid from the output grid spread out by the stride."""
     dims = range(len(geometry.kernel))
     return ConvShape(
         batch=geometry.batch,
-        big_channels=geometry.small_channels,
-        small_channels=geometry.big_channels,
+        in_channels=geometry.out_channels,
+        out_channels=geometry.in_channels,
         groups=geometry.groups,
-        big=tuple((size - 1) * stride + 1 for size, stride in zip(geometry.small, geometry.stride, strict=True)),
-        small=geometry.big,
+        conv_input=tuple(
+            (size - 1) * stride + 1 for size, stride in zip(geometry.conv_output, geometry.stride, strict=True)
+        ),
+        conv_output=geometry.conv_input,
         kernel=geometry.kernel,
         stride=(1,) * len(geometry.kernel),
         padding=tuple((geometry.kernel[d] - 1) * geometry.dilation[d] - geometry.padding[d] for d in dims),

@@ -1,8 +1,8 @@
 """Which elements of a convolution's two grids its kernel brings together. Integers only, no values.
 
-A convolution joins a *big* grid (its input; a transposed convolution's output), a *small* grid (its output; a
-transposed convolution's input) and a weight [small channels, big channels / groups, *kernel]. Along each dimension,
-kernel offset r joins small position p with big position h = p * stride - padding + r * dilation.
+A convolution joins its input grid, its output grid and a weight [out_channels, in_channels / groups, *kernel]. A
+transposed convolution runs the other way: its own output is `conv_input` here, its own input is `conv_output`.
+Along each dimension, offset r joins output position p with input position h = p * stride - padding + r * dilation.
 A linear layer is the case without dimensions.
 """
 
@@ -25,14 +25,14 @@ def part(x: Tensor, index: Sequence[slice | int]) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Sizes of one convolution. `padding` is what lies before the big grid's first element in each dimension."""
+    """Sizes of one convolution. `padding` is what lies before the input's first element in each dimension."""
 
     batch: int
-    big_channels: int
-    small_channels: int
+    in_channels: int
+    out_channels: int
     groups: int
-    big: tuple[int, ...]
-    small: tuple[int, ...]
+    conv_input: tuple[int, ...]
+    conv_output: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -45,12 +45,12 @@ class ConvShape:
         There the end of a sample means nothing.
         """
         alone = not any(self.padding) and all(size == 1 for size in self.kernel)
-        return alone and self.big == self.small
+        return alone and self.conv_input == self.conv_output
 
     @property
     def per_offset(self) -> int:
-        """Multiplications for each kernel offset and small position."""
-        return self.batch * self.small_channels * (self.big_channels // self.groups)
+        """Multiplications for each kernel offset and output position."""
+        return self.batch * self.out_channels * (self.in_channels // self.groups)
 
     @property
     def macs(self) -> int:
@@ -58,56 +58,56 @@ class ConvShape:
 
         Torch's own flop count / 2, but for the backward of grouped convolutions, which torch takes for dense ones.
         """
-        return self.per_offset * prod(self.kernel) * prod(self.small)
+        return self.per_offset * prod(self.kernel) * prod(self.conv_output)
 
     @property
     def inside(self) -> int:
-        """Slots whose big position lies inside the big grid."""
+        """Slots whose input position lies inside the input grid."""
         return self.per_offset * sum(self.overlaps())
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of the "big" grid, the "small" grid or the "weight"."""
+        """Shape of the "conv_input" grid, the "conv_output" grid or the "weight"."""
         if tensor == "weight":
-            return (self.small_channels, self.big_channels // self.groups, *self.kernel)
-        if tensor == "big":
-            return (self.batch, self.big_channels, *self.big)
-        return (self.batch, self.small_channels, *self.small)
+            return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+        if tensor == "conv_input":
+            return (self.batch, self.in_channels, *self.conv_input)
+        return (self.batch, self.out_channels, *self.conv_output)
 
     def elements(self, tensor: str) -> int:
-        """Elements of the "big" grid, the "small" grid or the "weight"."""
+        """Elements of the "conv_input" grid, the "conv_output" grid or the "weight"."""
         return prod(self.shape(tensor))
 
     def call_sizes(self, first: str, second: str) -> tuple[int, int, int]:
         """Elements of a step's two operands and of its result, which is the tensor that is left."""
-        (result,) = {"big", "small", "weight"} - {first, second}
+        (result,) = {"conv_input", "conv_output", "weight"} - {first, second}
         return self.elements(first), self.elements(second), self.elements(result)
 
     def pack(self) -> list[int]:
         """The sizes as one list, for the signature of an op; `unpack` is its inverse."""
-        grids = (self.big, self.small, self.kernel, self.stride, self.padding, self.dilation)
-        return [self.batch, self.big_channels, self.small_channels, self.groups, *itertools.chain(*grids)]
+        grids = (self.conv_input, self.conv_output, self.kernel, self.stride, self.padding, self.dilation)
+        return [self.batch, self.in_channels, self.out_channels, self.groups, *itertools.chain(*grids)]
 
     @classmethod
     def unpack(cls, sizes: Sequence[int]) -> ConvShape:
         dims = (len(sizes) - 4) // 6
-        batch, big, small, groups, *rest = sizes
-        return cls(batch, big, small, groups, *(tuple(rest[i * dims : (i + 1) * dims]) for i in range(6)))
+        batch, conv_input, conv_output, groups, *rest = sizes
+        return cls(batch, conv_input, conv_output, groups, *(tuple(rest[i * dims : (i + 1) * dims]) for i in range(6)))
 
     def overlap(self, dim: int) -> list[tuple[slice, slice]]:
-        """For each kernel offset along a dimension: the small positions it joins with big ones, and those big ones."""
+        """For each kernel offset along a dimension: the output positions that it joins with input ones, and those."""
         return [self._overlap(dim, offset) for offset in range(self.kernel[dim])]
 
     def overlaps(self) -> list[int]:
-        """For each kernel offset, row-major: how many small positions it joins with one inside the big grid."""
+        """For each kernel offset, row-major: how many output positions it joins with one inside the input grid."""
         dims = range(len(self.kernel))
-        per_dimension = [[small.stop - small.start for small, _ in self.overlap(dim)] for dim in dims]
+        per_dimension = [[conv_output.stop - conv_output.start for conv_output, _ in self.overlap(dim)] for dim in dims]
         return [prod(combination) for combination in itertools.product(*per_dimension)]
 
     def _overlap(self, dim: int, offset: int) -> tuple[slice, slice]:
         stride = self.stride[dim]
-        start = offset * self.dilation[dim] - self.padding[dim]  # big position of small position 0
+        start = offset * self.dilation[dim] - self.padding[dim]  # input position of output position 0
         first = max(0, -(start // stride))
-        count = min(self.small[dim], (self.big[dim] - 1 - start) // stride + 1) - first
+        count = min(self.conv_output[dim], (self.conv_input[dim] - 1 - start) // stride + 1) - first
         if count <= 0:
             return slice(0, 0), slice(0, 0)
         begin = start + first * stride

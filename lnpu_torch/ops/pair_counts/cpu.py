@@ -43,8 +43,8 @@ def count_grid_step(
     sizes: Tensor,
     lanes: Tensor,
     step: int,
-    big: Sequence[Tensor],
-    small: Sequence[Tensor],
+    conv_input: Sequence[Tensor],
+    conv_output: Sequence[Tensor],
     profiles: Sequence[Tensor | None],
     geometry: Sequence[int],
     first: str,
@@ -52,14 +52,14 @@ def count_grid_step(
     """`dispatch.Backend.count_grid_step`."""
     call, shapes, samples, constants = _grid_step(tuple(geometry), first)
     counting = (*_addresses(counters, sizes, lanes, step), call)
-    few = big[1].dtype == small[1].dtype == torch.uint8
+    few = conv_input[1].dtype == conv_output[1].dtype == torch.uint8
     grids, kept = [], []  # as long as their addresses are of use
-    ordered = profiles if first == "big" else (profiles[1], profiles[0])
-    for (position, sample), shape, profile in zip((big, small), shapes, ordered, strict=True):
+    ordered = profiles if first == "conv_input" else (profiles[1], profiles[0])
+    for (position, sample), shape, profile in zip((conv_input, conv_output), shapes, ordered, strict=True):
         kept += [position.contiguous(), sample.contiguous() if few else sample.to(torch.int32).contiguous()]
         place = 0 if profile is None else profile.data_ptr()
         grids.append((kept[-2].data_ptr(), shape, kept[-1].data_ptr(), samples, few, place))
-    cpu_loops.add_grid_step(team(small[1].numel()), counting, *grids, *constants, first == "small")
+    cpu_loops.add_grid_step(team(conv_output[1].numel()), counting, *grids, *constants, first == "conv_output")
 
 
 def _addresses(counters: Tensor, sizes: Tensor, lanes: Tensor, step: int) -> tuple[int, int, int]:
@@ -76,8 +76,8 @@ def _weight_step(packed: tuple[int, ...], side: str) -> tuple[Any, ...]:
     """What the loops need to know of a geometry: sizes of the call, of the grid, and the rest in their order."""
     geometry = ConvShape.unpack(packed)
     missing = (1,) * (3 - len(geometry.kernel))
-    strides = np.asarray(missing + geometry.stride if side == "big" else (1, 1, 1), np.int64)
-    others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
+    strides = np.asarray(missing + geometry.stride if side == "conv_input" else (1, 1, 1), np.int64)
+    others = (geometry.out_channels if side == "conv_input" else geometry.in_channels) // geometry.groups
     elements = (geometry.elements(side), geometry.elements("weight"))
     met = np.asarray(geometry.overlaps(), np.int64).reshape(missing + geometry.kernel)
     numbers = (geometry.macs, geometry.inside, others, geometry.batch, *elements)
@@ -89,12 +89,12 @@ def _weight_step(packed: tuple[int, ...], side: str) -> tuple[Any, ...]:
 def _grid_step(packed: tuple[int, ...], first: str) -> tuple[Any, ...]:
     """The same: sizes of the call, of both grids, the number of their samples, and the rest."""
     geometry = ConvShape.unpack(packed)
-    sides: tuple[str, str] = ("big", "small") if first == "big" else ("small", "big")
-    others = (geometry.small_channels // geometry.groups, geometry.big_channels // geometry.groups)
+    sides: tuple[str, str] = ("conv_input", "conv_output") if first == "conv_input" else ("conv_output", "conv_input")
+    others = (geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups)
     numbers = (geometry.macs, geometry.inside, *others, *(geometry.elements(side) for side in sides))
     strides = np.asarray((1,) * (3 - len(geometry.kernel)) + geometry.stride, np.int64)
-    meets = (_meets(geometry, "big"), _meets(geometry, "small"), strides)
-    shapes = (_solid(geometry, "big"), _solid(geometry, "small"))
+    meets = (_meets(geometry, "conv_input"), _meets(geometry, "conv_output"), strides)
+    shapes = (_solid(geometry, "conv_input"), _solid(geometry, "conv_output"))
     return geometry.call_sizes(*sides), shapes, geometry.batch * geometry.groups, (meets, numbers)
 
 
@@ -111,6 +111,9 @@ def _meets(geometry: ConvShape, side: str) -> Array:
     meets = np.full((3, max((1, *geometry.kernel)), 2), -1, np.int64)
     meets[:missing, 0] = (0, 1)
     for dim in range(len(geometry.kernel)):
-        for offset, (small, big) in enumerate(geometry.overlap(dim)):
-            meets[missing + dim, offset] = ((big if side == "big" else small).start, small.stop - small.start)
+        for offset, (conv_output, conv_input) in enumerate(geometry.overlap(dim)):
+            meets[missing + dim, offset] = (
+                (conv_input if side == "conv_input" else conv_output).start,
+                conv_output.stop - conv_output.start,
+            )
     return meets

@@ -134,43 +134,45 @@ def _reached(counts, start, height, meets, strides, row, sums):
 
 
 @compiled
-def _add_samples(share, shares, big, small, meets, partial):
+def _add_samples(share, shares, conv_input, conv_output, meets, partial):
     """Pairs of non-zeros of two grids [2, N, D, H, W] in some samples under all offsets, added to `partial[share]`.
 
-    What each small position's window holds of the big grid is summed up first: over depth and height into rows as long
-    as the big grid's, then along them.
+    What each output position's window holds of the input is summed up first: over depth and height into rows as long
+    as the convolution's input grid's, then along them.
     """
-    (big_windows, small_windows, strides), both = meets, partial[share]
-    samples = bounds(big.shape[1], share, shares)
-    offsets = (_offsets(big_windows[0]), _offsets(big_windows[1]), _offsets(big_windows[2]))
-    depth, height, width = small.shape[2:]
-    length, plane = big.shape[4], big.shape[3] * big.shape[4]
-    bigs, smalls, size = big.ravel(), small.ravel(), depth * height * width
+    (input_windows, output_windows, strides), both = meets, partial[share]
+    samples = bounds(conv_input.shape[1], share, shares)
+    offsets = (_offsets(input_windows[0]), _offsets(input_windows[1]), _offsets(input_windows[2]))
+    depth, height, width = conv_output.shape[2:]
+    length, plane = conv_input.shape[4], conv_input.shape[3] * conv_input.shape[4]
+    inputs, outputs, size = conv_input.ravel(), conv_output.ravel(), depth * height * width
     rows, seen = np.empty(depth * height * length, np.int32), np.empty((2, size), np.int32)
     for n in range(samples[0], samples[1]):
         for a in range(2):
             rows[:] = 0
             seen[a] = 0
             for r in range(offsets[0]):
-                for i in range(small_windows[0, r, 1]):
-                    source = (a * big.shape[1] + n) * big.shape[2] + big_windows[0, r, 0] + i * strides[0]
-                    target = (small_windows[0, r, 0] + i) * height * length
+                for i in range(output_windows[0, r, 1]):
+                    source = (
+                        (a * conv_input.shape[1] + n) * conv_input.shape[2] + input_windows[0, r, 0] + i * strides[0]
+                    )
+                    target = (output_windows[0, r, 0] + i) * height * length
                     for s in range(offsets[1]):
-                        first = target + small_windows[1, s, 0] * length
-                        start = source * plane + big_windows[1, s, 0] * length
+                        first = target + output_windows[1, s, 0] * length
+                        start = source * plane + input_windows[1, s, 0] * length
                         if strides[1] == 1:
-                            _add(rows, first, bigs, start, small_windows[1, s, 1] * length, 1)
+                            _add(rows, first, inputs, start, output_windows[1, s, 1] * length, 1)
                         else:
-                            for j in range(small_windows[1, s, 1]):
-                                _add(rows, first + j * length, bigs, start + j * strides[1] * length, length, 1)
+                            for j in range(output_windows[1, s, 1]):
+                                _add(rows, first + j * length, inputs, start + j * strides[1] * length, length, 1)
             for t in range(offsets[2]):
-                first, start, count = small_windows[2, t, 0], big_windows[2, t, 0], small_windows[2, t, 1]
+                first, start, count = output_windows[2, t, 0], input_windows[2, t, 0], output_windows[2, t, 1]
                 for j in range(depth * height):
                     _add(seen[a], j * width + first, rows, j * length + start, count, strides[2])
         for b in range(2):
-            start = (b * small.shape[1] + n) * size
+            start = (b * conv_output.shape[1] + n) * size
             for a in range(2):
-                both[a, b] += _products(seen[a], smalls, start)
+                both[a, b] += _products(seen[a], outputs, start)
 
 
 @inlined
@@ -214,42 +216,42 @@ def add_weight_step(team, counting, position, weight, shape, profile, meets, str
 
 
 @compiled
-def add_grid_step(team, counting, big, small, meets, sizes, small_first):
+def add_grid_step(team, counting, conv_input, conv_output, meets, sizes, output_first):
     """Count the step that multiplies two grids: `pair_counts.reference.grid_step`, and both lane profiles.
 
     Args:
         counting: as for `add_weight_step`.
-        big, small: address of counts by position int32 [2, *shape], shape, address of counts by sample
+        conv_input, conv_output: address of counts by position int32 [2, *shape], shape, address of counts by sample
             [2, samples, *grid], their number, whether they are uint8 instead of int32, address of a lane profile.
         meets: the windows of both grids as above, and the strides.
-        sizes: macs, inside, other channels of big and of small, elements of the first operand and of the second.
+        sizes: macs, inside, other channels of input and of output, elements of the first operand and of the second.
     """
     counters, known, lanes, call = counting
-    shape = big[1]
-    grids = array_at(big[0], (2, shape[0], shape[1], shape[2], shape[3]), int32)
-    both = np.zeros((shares_of(team, big[3]), 2, 2), np.int64)
+    shape = conv_input[1]
+    grids = array_at(conv_input[0], (2, shape[0], shape[1], shape[2], shape[3]), int32)
+    both = np.zeros((shares_of(team, conv_input[3]), 2, 2), np.int64)
     alone = np.zeros((2, 2, 2), np.int64)  # of each grid, its elements and how many are met
-    other = small[1]
-    others = array_at(small[0], (2, other[0], other[1], other[2], other[3]), int32)
+    other = conv_output[1]
+    others = array_at(conv_output[0], (2, other[0], other[1], other[2], other[3]), int32)
     _grid_totals(grids, meets[0], meets[2], alone[0])
     _grid_totals(others, meets[1], np.ones(3, np.int64), alone[1])
-    first, second = (2, big[3], shape[1], shape[2], shape[3]), (2, big[3], other[1], other[2], other[3])
-    if big[4]:
-        samples = (array_at(big[2], first, uint8), array_at(small[2], second, uint8))
+    first, second = (2, conv_input[3], shape[1], shape[2], shape[3]), (2, conv_input[3], other[1], other[2], other[3])
+    if conv_input[4]:
+        samples = (array_at(conv_input[2], first, uint8), array_at(conv_output[2], second, uint8))
         in_parallel(team, len(both), _add_samples, (*samples, meets, both))
     else:
-        samples = (array_at(big[2], first, int32), array_at(small[2], second, int32))
+        samples = (array_at(conv_input[2], first, int32), array_at(conv_output[2], second, int32))
         in_parallel(team, len(both), _add_samples, (*samples, meets, both))
-    bigs, smalls, pairs = alone[0, 1] * sizes[2], alone[1, 1] * sizes[3], both.sum(0)
+    inputs, outputs, pairs = alone[0, 1] * sizes[2], alone[1, 1] * sizes[3], both.sum(0)
     row = _row(counters, known, call)
-    if small_first:
-        _record(row, pairs.T.copy(), smalls, bigs, alone[1, 0], alone[0, 0], sizes)
-        _add_profile(lanes, small[5])
-        _add_profile(lanes + ENTRIES * 8, big[5])
+    if output_first:
+        _record(row, pairs.T.copy(), outputs, inputs, alone[1, 0], alone[0, 0], sizes)
+        _add_profile(lanes, conv_output[5])
+        _add_profile(lanes + ENTRIES * 8, conv_input[5])
     else:
-        _record(row, pairs, bigs, smalls, alone[0, 0], alone[1, 0], sizes)
-        _add_profile(lanes, big[5])
-        _add_profile(lanes + ENTRIES * 8, small[5])
+        _record(row, pairs, inputs, outputs, alone[0, 0], alone[1, 0], sizes)
+        _add_profile(lanes, conv_input[5])
+        _add_profile(lanes + ENTRIES * 8, conv_output[5])
 
 
 @compiled

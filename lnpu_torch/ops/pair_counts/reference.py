@@ -74,10 +74,10 @@ def weight_step(position: Tensor, weight: Tensor, geometry: ConvShape, side: str
     Args:
         position: int32 [2, channels, *grid], the grid's elements of each group over the batch.
         weight: int32 [2, channels, *kernel], the weight's over the other side's channels.
-        side: which grid it is, "big" or "small".
+        side: which grid it is, "conv_input" or "conv_output".
     """
     reached = _reached(position, geometry, side)
-    others = (geometry.small_channels if side == "big" else geometry.big_channels) // geometry.groups
+    others = (geometry.out_channels if side == "conv_input" else geometry.in_channels) // geometry.groups
     weights = _flat(weight).to(torch.int64)
     both = (reached[:, None] * weights[None]).sum((2, 3))
     weight_only = (weights * (_overlaps(geometry, weight.device) * geometry.batch)).sum((1, 2))
@@ -86,21 +86,28 @@ def weight_step(position: Tensor, weight: Tensor, geometry: ConvShape, side: str
     return torch.cat((head(geometry, table), table.flatten(), *counts))
 
 
-def grid_step(big: Sequence[Tensor], small: Sequence[Tensor], geometry: ConvShape, first: str) -> Tensor:
+def grid_step(conv_input: Sequence[Tensor], conv_output: Sequence[Tensor], geometry: ConvShape, first: str) -> Tensor:
     """The counts of a step that multiplies the two grids (grad_weight): int64 [WIDTH].
 
     Args:
-        big, small: each grid's elements of each group over the batch, int32 [2, channels, *grid], and over the
-            channels of a channel group, int32 (or `sample_dtype`) [2, N, g, *grid].
+        conv_input, conv_output: each grid's elements of each group over the batch, int32 [2, channels, *grid], and over
+            the channels of a channel group, int32 (or `sample_dtype`) [2, N, g, *grid].
         first: which grid is the step's first operand.
     """
-    seen = _seen(big[1].to(torch.int32), geometry).flatten(1).to(torch.float64)
-    both = (seen @ small[1].flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53
-    big_only = _reached(big[0], geometry, "big").sum((1, 2)) * (geometry.small_channels // geometry.groups)
-    small_only = _reached(small[0], geometry, "small").sum((1, 2)) * (geometry.big_channels // geometry.groups)
-    table = pair_table(both, big_only, small_only, geometry.inside)
-    counts = [elements(big[0], geometry.elements("big")), elements(small[0], geometry.elements("small"))]
-    if first == "small":
+    seen = _seen(conv_input[1].to(torch.int32), geometry).flatten(1).to(torch.float64)
+    both = (seen @ conv_output[1].flatten(1).to(torch.float64).T).to(torch.int64)  # exact: every sum is below 2^53
+    input_only = _reached(conv_input[0], geometry, "conv_input").sum((1, 2)) * (
+        geometry.out_channels // geometry.groups
+    )
+    output_only = _reached(conv_output[0], geometry, "conv_output").sum((1, 2)) * (
+        geometry.in_channels // geometry.groups
+    )
+    table = pair_table(both, input_only, output_only, geometry.inside)
+    counts = [
+        elements(conv_input[0], geometry.elements("conv_input")),
+        elements(conv_output[0], geometry.elements("conv_output")),
+    ]
+    if first == "conv_output":
         table, counts = table.T, counts[::-1]
     return torch.cat((head(geometry, table), table.flatten(), *counts))
 
@@ -111,10 +118,10 @@ def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry:
 
 
 def add_grid_step(
-    counter: Tensor, big: Sequence[Tensor], small: Sequence[Tensor], geometry: Sequence[int], first: str
+    counter: Tensor, conv_input: Sequence[Tensor], conv_output: Sequence[Tensor], geometry: Sequence[int], first: str
 ) -> None:
     """Add a `grid_step` to a counter, of a packed geometry."""
-    counter += grid_step(big, small, ConvShape.unpack(geometry), first)
+    counter += grid_step(conv_input, conv_output, ConvShape.unpack(geometry), first)
 
 
 def head(geometry: ConvShape, like: Tensor) -> Tensor:
@@ -144,23 +151,25 @@ def elements(position: Tensor, count: int) -> Tensor:
     return torch.cat((count - groups.sum(0, keepdim=True), groups))
 
 
-def _seen(big_sample: Tensor, geometry: ConvShape) -> Tensor:
-    """What each small position's window holds of the big grid: int32 [2, N, g, *small]. One dimension at a time."""
+def _seen(input_sample: Tensor, geometry: ConvShape) -> Tensor:
+    """What each output position's window holds of the input: int32 [2, N, g, *output]. One dimension at a time."""
     for dim in range(len(geometry.kernel)):
         axis = 3 + dim
-        shape = (*big_sample.shape[:axis], geometry.small[dim], *big_sample.shape[axis + 1 :])
-        sums = big_sample.new_zeros(shape)
-        for small, big in geometry.overlap(dim):
-            _along(sums, axis, small).add_(_along(big_sample, axis, big))
-        big_sample = sums
-    return big_sample
+        shape = (*input_sample.shape[:axis], geometry.conv_output[dim], *input_sample.shape[axis + 1 :])
+        sums = input_sample.new_zeros(shape)
+        for conv_output, conv_input in geometry.overlap(dim):
+            _along(sums, axis, conv_output).add_(_along(input_sample, axis, conv_input))
+        input_sample = sums
+    return input_sample
 
 
 def _reached(position: Tensor, geometry: ConvShape, side: str) -> Tensor:
     """How many elements of each group every kernel offset meets, by channel: int64 [2, channels, offsets]."""
     sums = position.to(torch.int64)
     for dim in range(len(geometry.kernel)):
-        windows = (big if side == "big" else small for small, big in geometry.overlap(dim))
+        windows = (
+            conv_input if side == "conv_input" else conv_output for conv_output, conv_input in geometry.overlap(dim)
+        )
         sums = torch.stack([_along(sums, 2 + dim, window).sum(2 + dim) for window in windows], 2 + dim)
     return _flat(sums)
 
