@@ -116,7 +116,7 @@ def test_more_rows_than_a_packed_counter_holds():
     x = torch.ones(70_000, 2)
     x[:, 1] = 100.0
     rounded = round_and_count(x, scalar(4), None, Rule().model_dump_json(), 0, (70_000, 1), EVERYTHING)
-    assert rounded.position.tolist() == [[[70_000, 0]], [[0, 70_000]]]
+    assert rounded.counts_over_batch.tolist() == [[[70_000, 0]], [[0, 70_000]]]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -41,8 +41,8 @@ class Saved(NamedTuple):
     """
 
     values: Tensor | None = None
-    position: Tensor | None = None
-    sample: Tensor | None = None
+    counts_over_batch: Tensor | None = None
+    counts_over_channels: Tensor | None = None
     lanes: Tensor | None = None
     threshold: Tensor | None = None
 
@@ -123,7 +123,9 @@ def forward(
     saved = Saved()
     if wants[1]:
         use, kept = xs[-1]
-        counts = (kept.position, kept.sample, kept.lanes) if plan.counting else (None, None, None)
+        counts = (
+            (kept.counts_over_batch, kept.counts_over_channels, kept.lanes) if plan.counting else (None, None, None)
+        )
         saved = Saved(_values(kept, input, use, use.half_kept), *counts)
     if wants[0]:
         threshold = ws.threshold if plan.same_weight else state.choose(weight, plan.weight["grad_input"])
@@ -171,7 +173,7 @@ def backward(
         x = values.new_empty(1).expand(input.shape) if saved.values is None else saved.values
         operands, by = alike(values, x), plan.accumulators["grad_weight"]
         results = product.grad_weight(*operands, weight_like, wants[1:], by)
-        if wants[1] and saved.position is not None and plan.counting:
+        if wants[1] and saved.counts_over_batch is not None and plan.counting:
             _count_grids(state, plan, error, saved, backend)
         for place, (result, dtype) in enumerate(zip(results, (weight_like.dtype, bias), strict=True), start=1):
             if result is not None:
@@ -199,10 +201,14 @@ def _count(
     state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str, backend: Backend
 ) -> None:
     """Count forward or grad_input, the product of a weight and the grid on one side."""
-    position = grid.position.squeeze(1)
+    position = grid.counts_over_batch.squeeze(1)
     position = plan.product.cut(position) if step == "forward" else position
     # a weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]
-    counts = weight.position.flatten(1, 2) if weight.sample is None else weight.sample.squeeze(2)
+    counts = (
+        weight.counts_over_batch.flatten(1, 2)
+        if weight.counts_over_channels is None
+        else weight.counts_over_channels.squeeze(2)
+    )
     with state.lock:
         backend.count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
 
@@ -210,10 +216,14 @@ def _count(
 def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved, backend: Backend) -> None:
     """Count grad_weight, the product of the error and the input."""
     product, first = plan.product, plan.product.input_side
-    assert saved.position is not None and saved.sample is not None and error.sample is not None
-    kept = product.cut(saved.position.squeeze(1)), product.cut(saved.sample)
+    assert (
+        saved.counts_over_batch is not None
+        and saved.counts_over_channels is not None
+        and error.counts_over_channels is not None
+    )
+    kept = product.cut(saved.counts_over_batch.squeeze(1)), product.cut(saved.counts_over_channels)
     profiles = saved.lanes, error.lanes
-    sides = {first: kept, product.output_side: (error.position.squeeze(1), error.sample)}
+    sides = {first: kept, product.output_side: (error.counts_over_batch.squeeze(1), error.counts_over_channels)}
     with state.lock:
         backend.count_grid_step(
             *state.counter("grad_weight"), sides["conv_input"], sides["conv_output"], profiles, plan.sizes, first

@@ -31,15 +31,14 @@ Threshold = Tensor | int
 class Rounded(NamedTuple):
     """An operand [N, C, *grid], rounded and counted. What was not asked for is None.
 
-    `single` and `half`: its values in `compute_dtype` and in binary16. `position` and `sample`: its elements of each
-    group over samples and over channels, as `pair_counts` needs them. `lanes`: its lane profile. `threshold`: T by
-    which it was rounded, if it was.
+    `single` and `half`: its values in `compute_dtype` and in binary16. The counts: its elements of each group, as
+    `pair_counts` needs them. `lanes`: its lane profile. `threshold`: T by which it was rounded, if it was.
     """
 
     single: Tensor | None
     half: Tensor | None
-    position: Tensor
-    sample: Tensor | None
+    counts_over_batch: Tensor
+    counts_over_channels: Tensor | None
     lanes: Tensor | None
     threshold: Threshold | None = None
 
