@@ -141,7 +141,7 @@ def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
     counts = kernels.grid_sums(groups, share, channel_groups)
     assert torch.equal(counts[0], position) and torch.equal(counts[1], sample)
     counts = kernels.grid_sums(x, share, channel_groups, sample=False)
-    assert torch.equal(counts[0], counting.per_position(reference.float_groups(x), share)) and counts[1] is None
+    assert torch.equal(counts[0], counting.per_position(reference.float_classes(x), share)) and counts[1] is None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

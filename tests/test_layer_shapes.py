@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.ops.quantize.reference import float_groups, round_to
+from lnpu_torch.ops.quantize.reference import float_classes, round_to
 from lnpu_torch.quant.formats import FORMATS
 
 RULE = Rule(threshold=0)
@@ -97,6 +97,6 @@ def walked(layer: nn.Module, x: Tensor, error: Tensor, weight: Tensor) -> tuple[
         geometry = make(
             len(x), conv_input.shape[1], conv_output.shape[1], layer.groups, tuple(conv_input.shape[2:]), *options
         )
-    tables, outside = brute_force(geometry, *map(float_groups, (conv_input, conv_output, weight)))
+    tables, outside = brute_force(geometry, *map(float_classes, (conv_input, conv_output, weight)))
     transposed = not isinstance(layer, nn.Linear) and layer.transposed
     return [tables[1], tables[0], tables[2].T] if transposed else list(tables), outside

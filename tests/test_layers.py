@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.ops.quantize.reference import float_groups, round_to
+from lnpu_torch.ops.quantize.reference import float_classes, round_to
 from lnpu_torch.quant.formats import FORMATS
 
 FLOAT = Precision()
@@ -166,7 +166,7 @@ def test_counts_by_brute_force(case):
     )
     grids = {product.input_side: product.cut(product.grid(input)), product.output_side: product.grid(shaped)}
     tables, outside = brute_force(
-        geometry, float_groups(grids["conv_input"]), float_groups(grids["conv_output"]), float_groups(weight)
+        geometry, float_classes(grids["conv_input"]), float_classes(grids["conv_output"]), float_classes(weight)
     )
     by_side = {"conv_input": tables[0], "conv_output": tables[1]}
     expected = {

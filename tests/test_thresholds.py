@@ -123,7 +123,7 @@ def test_threshold_out_of_range(t):
 
 def test_public_quantize():
     x = gaussian(1000).half().requires_grad_()
-    q, groups = lnpu.quantize(x, "fgmp", threshold=0, return_groups=True)
+    q, groups = lnpu.quantize(x, "fgmp", threshold=0, return_classes=True)
     assert q.dtype == torch.float16 and set(groups.tolist()) == {8, 16}
     assert torch.equal(groups == 16, x.detach().abs() >= 1)
     q.sum().backward()

@@ -29,7 +29,7 @@ def tau(threshold: int) -> float:
 
 
 def rounded(x: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
-    values, groups = lnpu.quantize(x, "fgmp", threshold=threshold, return_groups=True)
+    values, groups = lnpu.quantize(x, "fgmp", threshold=threshold, return_classes=True)
     return values, groups
 
 
@@ -171,7 +171,7 @@ def skipping() -> Any:
     )
     figure, axes = _axes(1, 3, (7.2, 2.6))
     for axis, (step, name, streamed, meets) in zip(axes, panels, strict=True):
-        groups = lnpu.quantize(streamed.detach(), "fgmp", return_groups=True)[1]
+        groups = lnpu.quantize(streamed.detach(), "fgmp", return_classes=True)[1]
         _squares(axis, groups)
         row = rows[step]
         told = f"each {name} meets\n{meets}\n{row.executed} of {row.macs} MACs executed,\n{row.skipped} skipped"

@@ -13,7 +13,7 @@ from lnpu_torch.quant.precision import PRESETS, Rule
 
 
 def quantize(
-    x: Tensor, rule: str | Rule = "fgmp", *, threshold: int | None = None, return_groups: bool = False
+    x: Tensor, rule: str | Rule = "fgmp", *, threshold: int | None = None, return_classes: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Round a tensor as an operand would be, by `reference.quantize`. Gradients pass straight through.
 
@@ -21,7 +21,7 @@ def quantize(
         x: any shape and floating dtype.
         rule: "fgmp", "fp8", "fp16", or a `Rule`.
         threshold: T, an integer; without it, the rule chooses one for x itself.
-        return_groups: also return each element's group (uint8: 0 zero, 8, 16).
+        return_classes: also return each element's precision class (uint8: 0 zero, 8 FP8, 16 FP16).
 
     Raises:
         ConfigError: no such rule.
@@ -43,18 +43,18 @@ def quantize(
             raise ValueError("a rule without FP8 has no threshold")
         rule.check_threshold(threshold)
         rule = Rule(low=rule.low, high=rule.high, threshold=threshold, rounding=rule.rounding)
-    values, groups = _StraightThrough.apply(x, rule, return_groups)  # type: ignore[no-untyped-call]
-    return (values, groups) if return_groups else values
+    values, classes = _StraightThrough.apply(x, rule, return_classes)  # type: ignore[no-untyped-call]
+    return (values, classes) if return_classes else values
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: Rule, want_groups: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rule: Rule, want_classes: bool) -> tuple[Tensor, Tensor]:
         text = rule.model_dump_json()
         seed = ops.draw_seed(x) if rule.rounding == "stochastic" else None
-        values, groups, _ = ops.quantize(x, ops.own_threshold(x, text), seed, text, 0, want_groups)
-        ctx.mark_non_differentiable(groups)
-        return values.to(x.dtype), groups
+        values, classes, _ = ops.quantize(x, ops.own_threshold(x, text), seed, text, 0, want_classes)
+        ctx.mark_non_differentiable(classes)
+        return values.to(x.dtype), classes
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:

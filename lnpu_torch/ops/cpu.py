@@ -22,12 +22,12 @@ class CpuBackend(ReferenceBackend):
     count_grid_step = staticmethod(pair_counts.count_grid_step)
 
     def quantize(
-        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = loops.taken(x.detach(), seed)
         if values is None:
-            return super().quantize(x, threshold, seed, rule, stream, want_groups)
-        return loops.quantize(values, rule, int(threshold), want_groups)
+            return super().quantize(x, threshold, seed, rule, stream, want_classes)
+        return loops.quantize(values, rule, int(threshold), want_classes)
 
     def round_and_count(
         self,

@@ -31,9 +31,9 @@ class Backend(Protocol):
         """Whether tensors on a device are taken."""
 
     def quantize(
-        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Round a tensor: values in `compute_dtype(x)`, groups (uint8, or empty), elements of each group [3]."""
+        """Round a tensor: values in `compute_dtype(x)`, precision classes (uint8, or empty), elements of each [3]."""
 
     def round_and_count(
         self,
@@ -46,7 +46,7 @@ class Backend(Protocol):
         wanted: Sequence[bool],
         joined: bool = False,
     ) -> Rounded:
-        """Round an operand [N, C, *grid] and count its groups, in one pass.
+        """Round an operand [N, C, *grid] and count its classes, in one pass.
 
         Args:
             layout: how many samples in a row share one count by position, and the number of channel groups.
@@ -79,7 +79,7 @@ class Backend(Protocol):
         """What the choice of x's threshold rests on: counts of magnitudes, or `largest_bin`; None if it is fixed."""
 
     def count_float(self, x: Tensor, layout: tuple[int, int], sampled: bool) -> tuple[Tensor, Tensor | None]:
-        """Counts of an operand left in float, as of `round_and_count`: its non-zeros are in the wide group."""
+        """Counts of an operand left in float, as of `round_and_count`: its non-zeros are FP16."""
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
         """Of counts by sample."""

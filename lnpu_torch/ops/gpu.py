@@ -33,11 +33,11 @@ class GpuBackend(ReferenceBackend):
         return runs
 
     def quantize(
-        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not _takes(x):
-            return super().quantize(x, threshold, seed, rule, stream, want_groups)
-        return quantize.quantize_flat(x, parsed(rule), _tensor(threshold, x), seed, stream, want_groups)
+            return super().quantize(x, threshold, seed, rule, stream, want_classes)
+        return quantize.quantize_flat(x, parsed(rule), _tensor(threshold, x), seed, stream, want_classes)
 
     def round_and_count(
         self,

@@ -15,7 +15,7 @@ from lnpu_torch.ops.memory_format import dense
 from lnpu_torch.ops.pair_counts import reference as pair_counts
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference as quantize
-from lnpu_torch.ops.quantize.reference import UNSET, Rounded, Threshold
+from lnpu_torch.ops.quantize.reference import CLASSES, UNSET, Rounded, Threshold
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
@@ -27,12 +27,12 @@ class ReferenceBackend:
         return True
 
     def quantize(
-        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+        self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         random = None if seed is None else quantize.random_bits(x.shape, seed, stream)
-        values, groups = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
-        totals = torch.stack([(groups == group).sum() for group in (0, 8, 16)])
-        return values, groups if want_groups else groups.new_empty(0), totals
+        values, classes = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
+        totals = torch.stack([(classes == each).sum() for each in CLASSES])
+        return values, classes if want_classes else classes.new_empty(0), totals
 
     def round_and_count(
         self,
@@ -47,13 +47,13 @@ class ReferenceBackend:
     ) -> Rounded:
         x = dense(x)
         random = None if seed is None else quantize.random_bits(x.shape, seed, stream)
-        values, groups = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
+        values, classes = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
         single, half, sampled, lanes = wanted
         return Rounded(
             values if single else None,
             values.half() if half else None,
-            pair_counts.per_position(groups, layout[0]),
-            self._per_sample(groups, layout[1]) if sampled else None,
+            pair_counts.per_position(classes, layout[0]),
+            self._per_sample(classes, layout[1]) if sampled else None,
             self.lane_profile(values, joined) if lanes else None,
             threshold,
         )
@@ -88,11 +88,11 @@ class ReferenceBackend:
         return quantize.largest_bin(x, chosen) if chosen.threshold is None and chosen.high is None else None
 
     def count_float(self, x: Tensor, layout: tuple[int, int], sampled: bool) -> tuple[Tensor, Tensor | None]:
-        groups = quantize.float_groups(x)
-        return pair_counts.per_position(groups, layout[0]), self._per_sample(groups, layout[1]) if sampled else None
+        classes = quantize.float_classes(x)
+        return pair_counts.per_position(classes, layout[0]), self._per_sample(classes, layout[1]) if sampled else None
 
-    def _per_sample(self, groups: Tensor, channel_groups: int) -> Tensor:
-        return pair_counts.per_sample(groups, channel_groups, self.sample_dtype(groups.shape[1], channel_groups))
+    def _per_sample(self, classes: Tensor, groups: int) -> Tensor:
+        return pair_counts.per_sample(classes, groups, self.sample_dtype(classes.shape[1], groups))
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
         return pair_counts.sample_dtype(channels, groups)

@@ -1,7 +1,6 @@
-"""Exact counts of the multiplications in each step, from the groups of the operands' elements, in plain torch.
+"""Exact counts of the multiplications in each step, from precision classes of the operands' elements, in plain torch.
 
 No mask is ever convolved. The masks are summed over one axis first, so that the rest is small; see `pair_table`.
-Groups are 0 (zero), 8 (FP8) and 16 (FP16, or left in float), as `reference.quantize` gives them.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape, part
+from lnpu_torch.ops.quantize.reference import FP8, FP16
 
 WIDTH = 19
 """Integers that describe one step: calls, macs, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
@@ -42,22 +42,21 @@ def row_of(sizes: Tensor, call: Sequence[int]) -> int:
     return MIXED
 
 
-def masks(groups: Tensor) -> Tensor:
-    """FP8 and FP16 masks [2, ...] of a tensor of groups [...]."""
-    return torch.stack((groups == 8, groups == 16))
+def masks(classes: Tensor) -> Tensor:
+    """FP8 and FP16 masks [2, ...] of a tensor of precision classes [...]."""
+    return torch.stack((classes == FP8, classes == FP16))
 
 
-def per_position(groups: Tensor, share: int) -> Tensor:
-    """Elements of each group over every `share` samples: [N, C, *grid] -> int32 [2, N / share, C, *grid]."""
-    shared = groups.unflatten(0, (-1, share) if groups.numel() else (1, len(groups)))
+def per_position(classes: Tensor, share: int) -> Tensor:
+    """Elements of each class over every `share` samples: [N, C, *grid] -> int32 [2, N / share, C, *grid]."""
+    shared = classes.unflatten(0, (-1, share) if classes.numel() else (1, len(classes)))
     return masks(shared).sum(2, dtype=torch.int32).contiguous()
 
 
-def per_sample(groups: Tensor, channel_groups: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Elements of each group over the channels of a channel group: [N, C, *grid] -> [2, N, g, *grid]."""
-    return (
-        masks(groups.unflatten(1, (channel_groups, groups.shape[1] // channel_groups))).sum(3, dtype=dtype).contiguous()
-    )
+def per_sample(classes: Tensor, groups: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Elements of each class over the channels of a channel group: [N, C, *grid] -> [2, N, groups, *grid]."""
+    apart = classes.unflatten(1, (groups, classes.shape[1] // groups))
+    return masks(apart).sum(3, dtype=dtype).contiguous()
 
 
 def sample_dtype(channels: int, channel_groups: int) -> torch.dtype:
@@ -72,7 +71,7 @@ def weight_step(position: Tensor, weight: Tensor, geometry: ConvShape, side: str
     """The counts of a step that multiplies one grid by the weight (forward, grad_input): int64 [WIDTH].
 
     Args:
-        position: int32 [2, channels, *grid], the grid's elements of each group over the batch.
+        position: int32 [2, channels, *grid], the grid's elements of each class over the batch.
         weight: int32 [2, channels, *kernel], the weight's over the other side's channels.
         side: which grid it is, "conv_input" or "conv_output".
     """
@@ -90,7 +89,7 @@ def grid_step(conv_input: Sequence[Tensor], conv_output: Sequence[Tensor], geome
     """The counts of a step that multiplies the two grids (grad_weight): int64 [WIDTH].
 
     Args:
-        conv_input, conv_output: each grid's elements of each group over the batch, int32 [2, channels, *grid], and over
+        conv_input, conv_output: each grid's elements of each class over the batch, int32 [2, channels, *grid], and over
             the channels of a channel group, int32 (or `sample_dtype`) [2, N, g, *grid].
         first: which grid is the step's first operand.
     """
@@ -110,18 +109,6 @@ def grid_step(conv_input: Sequence[Tensor], conv_output: Sequence[Tensor], geome
     if first == "conv_output":
         table, counts = table.T, counts[::-1]
     return torch.cat((head(geometry, table), table.flatten(), *counts))
-
-
-def add_weight_step(counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str) -> None:
-    """Add a `weight_step` to a counter, of a packed geometry."""
-    counter += weight_step(position, weight, ConvShape.unpack(geometry), side)
-
-
-def add_grid_step(
-    counter: Tensor, conv_input: Sequence[Tensor], conv_output: Sequence[Tensor], geometry: Sequence[int], first: str
-) -> None:
-    """Add a `grid_step` to a counter, of a packed geometry."""
-    counter += grid_step(conv_input, conv_output, ConvShape.unpack(geometry), first)
 
 
 def head(geometry: ConvShape, like: Tensor) -> Tensor:
@@ -146,7 +133,7 @@ def pair_table(both: Tensor, first: Tensor, second: Tensor, inside: int) -> Tens
 
 
 def elements(position: Tensor, count: int) -> Tensor:
-    """Elements of a tensor in each group (zero, FP8, FP16): int64 [3], from any of its partial sums."""
+    """Elements of a tensor in each class (zero, FP8, FP16): int64 [3], from any of its partial sums."""
     groups = position.flatten(1).sum(1, dtype=torch.int64)
     return torch.cat((count - groups.sum(0, keepdim=True), groups))
 
@@ -164,7 +151,7 @@ def _seen(input_sample: Tensor, geometry: ConvShape) -> Tensor:
 
 
 def _reached(position: Tensor, geometry: ConvShape, side: str) -> Tensor:
-    """How many elements of each group every kernel offset meets, by channel: int64 [2, channels, offsets]."""
+    """How many elements of each class every kernel offset meets, by channel: int64 [2, channels, offsets]."""
     sums = position.to(torch.int64)
     for dim in range(len(geometry.kernel)):
         windows = (

@@ -103,15 +103,19 @@ def quantize_operand(
 
 
 def quantize(
-    x: Tensor, rule: str, threshold: int, want_groups: bool, out: Tensor | None = None
+    x: Tensor, rule: str, threshold: int, want_classes: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch.Backend.quantize`, of a dense float32 tensor; `out`, if it is given, takes the values and lies as x."""
     values = torch.empty_like(x) if out is None else out
-    groups = torch.empty_like(x, dtype=torch.uint8) if want_groups else None
-    places = (x.data_ptr(), values.data_ptr(), 0 if groups is None else groups.data_ptr())
+    classes = torch.empty_like(x, dtype=torch.uint8) if want_classes else None
+    places = (x.data_ptr(), values.data_ptr(), 0 if classes is None else classes.data_ptr())
     fp8, wide = cpu_loops.quantize_flat(team(x.numel()), *places, x.numel(), parameters(rule, threshold))
     empty = x.new_empty(0, dtype=torch.uint8)
-    return values, empty if groups is None else groups, torch.tensor([x.numel() - fp8 - wide, fp8, wide], device="cpu")
+    return (
+        values,
+        empty if classes is None else classes,
+        torch.tensor([x.numel() - fp8 - wide, fp8, wide], device="cpu"),
+    )
 
 
 def round_half(x: Tensor) -> None:

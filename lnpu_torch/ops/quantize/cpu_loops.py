@@ -253,7 +253,7 @@ def _fold_runs(packed, runs, t):
 
 
 @compiled
-def _put_groups(marks, groups):
+def _put_classes(marks, groups):
     """The group of each element (0, 8, 16) by its mark."""
     for i in range(len(marks)):
         groups[i] = uint8(uint8(marks[i] << uint16(3)) | uint8(marks[i] >> uint16(4)))
@@ -369,7 +369,7 @@ def _quantize_flat(share, shares, x, values, groups, parameters, counts):
         counts[share, 0] += fp8
         counts[share, 1] += wide
         if len(groups):
-            _put_groups(known, groups[start:stop])
+            _put_classes(known, groups[start:stop])
 
 
 @compiled

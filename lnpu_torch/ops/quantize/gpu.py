@@ -16,7 +16,7 @@ from lnpu_torch.quant.precision import Rule
 
 
 def quantize_flat(
-    x: Tensor, rule: Rule, threshold: Tensor, seed: Tensor | None, stream: int, want_groups: bool
+    x: Tensor, rule: Rule, threshold: Tensor, seed: Tensor | None, stream: int, want_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch.Backend.quantize`."""
     values, groups, totals = kernels.quantize(
@@ -27,7 +27,7 @@ def quantize_flat(
         seed=seed,
         stream=stream,
         dtype=torch.float32,
-        groups=want_groups,
+        groups=want_classes,
         totals=True,
     )
     return values, x.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals

@@ -14,6 +14,8 @@ from torch import Tensor
 from lnpu_torch.quant.formats import FORMATS, Format
 from lnpu_torch.quant.precision import Rule
 
+CLASSES = ZERO, FP8, FP16 = 0, 8, 16
+"""Precision classes of elements; FP16 is also that of what is left in float."""
 UNSET = -(2**31)
 """The threshold of a tensor that has not been seen yet."""
 SAMPLE = 2**14
@@ -70,7 +72,7 @@ def quantize(x: Tensor, rule: Rule, threshold: Tensor, random: Tensor | None = N
         random: 24 random bits per element for stochastic rounding.
 
     Returns:
-        The rounded tensor (`compute_dtype(x)`) and each element's group (uint8: 0 zero, 8, 16).
+        The rounded tensor (`compute_dtype(x)`) and each element's precision class (uint8, of CLASSES).
     """
     x = x.to(compute_dtype(x))
     magnitude, wide = x.abs(), rule.wide
@@ -88,13 +90,12 @@ def quantize(x: Tensor, rule: Rule, threshold: Tensor, random: Tensor | None = N
     else:
         q = torch.minimum(q, FORMATS[rule.low or "e4m3"].max * _power(window, x.dtype))
     q = torch.where(x.isfinite(), q.copysign(x), x)
-    group = torch.where(small, 8, 16)
-    return q, torch.where(q == 0, 0, group).to(torch.uint8)
+    return q, torch.where(q == 0, ZERO, torch.where(small, FP8, FP16)).to(torch.uint8)
 
 
-def float_groups(x: Tensor) -> Tensor:
-    """Groups of an operand left in float: 0 for zeros, 16 for the rest."""
-    return (x != 0).to(torch.uint8) * 16
+def float_classes(x: Tensor) -> Tensor:
+    """Precision classes of an operand left in float."""
+    return (x != 0).to(torch.uint8) * FP16
 
 
 def tau(threshold: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,18 +12,18 @@ from lnpu_torch.ops.registry import fake, op
 
 @op()
 def quantize(
-    x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+    x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch.Backend.quantize`."""
-    return backend_of(x).quantize(x, threshold, seed, rule, stream, want_groups)
+    return backend_of(x).quantize(x, threshold, seed, rule, stream, want_classes)
 
 
 @fake("quantize")
 def _(
-    x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_groups: bool
+    x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = torch.empty_like(x, dtype=torch.uint8) if want_groups else x.new_empty(0, dtype=torch.uint8)
-    return torch.empty_like(x, dtype=compute_dtype(x)), groups, x.new_empty(3, dtype=torch.int64)
+    classes = torch.empty_like(x, dtype=torch.uint8) if want_classes else x.new_empty(0, dtype=torch.uint8)
+    return torch.empty_like(x, dtype=compute_dtype(x)), classes, x.new_empty(3, dtype=torch.int64)
 
 
 @op((), torch.Tag.nondeterministic_seeded)
