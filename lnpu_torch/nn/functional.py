@@ -151,7 +151,8 @@ def convolution(
     if input.dim() not in (dims + 1, dims + 2):
         raise ValueError(f"expected {dims + 1}D (unbatched) or {dims + 2}D input, got {list(input.shape)}")
     sizes = (stride, padding, dilation, output_padding)
-    product = _convolution(tuple(weight.shape[2:]), *map(_hashable, sizes), groups, transposed)
+    make = _convolution.__wrapped__ if torch.compiler.is_compiling() else _convolution  # a cache makes dynamo warn
+    product = make(tuple(weight.shape[2:]), *map(_hashable, sizes), groups, transposed)
     batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
     if any(product.margin):
         batched = F.pad(batched, [side for cut in reversed(product.margin) for side in (0, cut)])

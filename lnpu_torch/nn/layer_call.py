@@ -262,6 +262,11 @@ def layer_forward(
     output, saved = forward(layer, planned, input, weight, bias, seed, wants, dtype)
     if planned.input[True][-1].rule is None:
         saved = saved._replace(values=None)
+    counts = saved.counts_over_channels
+    if (
+        counts is not None and counts.storage_offset()
+    ):  # kernels put all counts into one block; an op's results lie apart
+        saved = saved._replace(counts_over_channels=counts.clone())
     return output, *_or_empty(saved, input)
 
 

@@ -61,10 +61,8 @@ def quantize(
         values = rounded.single if rounded.half is None else rounded.half
         assert values is not None
         runs = gpu_lanes.runs_of(values)
-    profile, sample = None if runs is None else gpu_lanes.profile(runs), rounded.sample
-    if sample is not None and sample.data_ptr() % 16:
-        sample = sample.clone()  # as compilers expect of results
-    return Rounded(rounded.single, rounded.half, rounded.position, sample, profile, threshold)
+    profile = None if runs is None else gpu_lanes.profile(runs)
+    return Rounded(rounded.single, rounded.half, rounded.position, rounded.sample, profile, threshold)
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
