@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_counting import GEOMETRIES
 
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
+from test_counting import GEOMETRIES
 
 FP32, FP16 = FORMATS["fp32"], FORMATS["fp16"]
 

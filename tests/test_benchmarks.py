@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from test_kernels_interpret import interpret
 
 triton = pytest.importorskip("triton")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from handmade import variant
 from pydantic import ValidationError
 
+from helpers.handmade import variant
 from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.files import CONFIGS, ConfigError, builtin_names, parse_yaml, validate
 from lnpu_torch.hardware.chip import ChipFile, chip, chips

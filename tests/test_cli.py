@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from command import lnpu_command, refused
-from handmade import network
 from torch import nn
 
 import lnpu_torch as lnpu
+from helpers.command import lnpu_command, refused
+from helpers.handmade import network
 from lnpu_torch.cli import app as cli
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.report import csv_text, json_text

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import lnpu_command, refused
 
+from helpers.command import lnpu_command, refused
 from lnpu_torch.cli import train as cli_train
 from lnpu_torch.files import builtin_names
 from lnpu_torch.recipes import train as recipe

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import bottom_up, counts, network, step, variant
 
 import lnpu_torch as lnpu
+from helpers.handmade import bottom_up, counts, network, step, variant
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_run import image_file
 
 import lnpu_torch as lnpu
+from helpers.small_run import image_file
 from lnpu_torch.files import ConfigError, validate
 from lnpu_torch.recipes.arrays import load
 from lnpu_torch.recipes.augment import Augment, cut_out

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import lnpu_torch as lnpu
+from helpers.processes import on_ranks
 from lnpu_torch import ConfigError
 from lnpu_torch.nn.modules import emulated_layers
 

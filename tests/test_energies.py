@@ -6,8 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from handmade import bottom_up, counts, network, step, variant
 
+from helpers.handmade import bottom_up, counts, network, step, variant
 from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.files import ConfigError

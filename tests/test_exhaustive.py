@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import exhaustive
 import pytest
 import torch
-from test_kernels_interpret import interpret
 
+import exhaustive
 from lnpu_torch.ops.quantize import reference
+from test_kernels_interpret import interpret
 
 
 def test_reference_and_numba() -> None:

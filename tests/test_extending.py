@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import lnpu_command
-from handmade import network
 
 import lnpu_torch as lnpu
+from helpers.command import lnpu_command
+from helpers.handmade import network
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = dict(re.findall(r'```\w+ title="(.*?)"\n(.*?)```', (ROOT / "docs" / "extending.md").read_text(), re.DOTALL))

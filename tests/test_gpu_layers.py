@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from test_kernels_interpret import interpret
 from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
 from lnpu_torch.ops.quantize import torch_ops as ops
+from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
 PRECISIONS = {

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from one_step import counted, network, operations, step, train
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
+from helpers.one_step import counted, network, operations, step, train
 from lnpu_torch.nn.gemms import Convolution, Linear
 from lnpu_torch.nn.observers import LayerObserver
 

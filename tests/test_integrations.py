@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_ranks
 from torch import nn
 
 import lnpu_torch as lnpu
+from helpers.processes import on_ranks
 from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes.torchvision_compat import import_torchvision

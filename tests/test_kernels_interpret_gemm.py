@@ -7,11 +7,11 @@ is tested.
 
 import pytest
 import torch
-from test_counting import GEOMETRIES
-from test_kernels_interpret import interpret
 
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
+from test_counting import GEOMETRIES
+from test_kernels_interpret import interpret
 
 triton = pytest.importorskip("triton")
 PLANE = {name: geometry for name, geometry in GEOMETRIES.items() if len(geometry.kernel) < 3}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels_interpret import LAYOUTS, interpret
 
 from lnpu_torch.counts import lane_configs
 from lnpu_torch.ops.lanes import reference as lanes
+from test_kernels_interpret import LAYOUTS, interpret
 
 pytest.importorskip("triton")
 SHAPES = [

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_counting import GEOMETRIES, assert_large_counts, make, operands
-from test_kernels_interpret import interpret
 
 from lnpu_torch.ops.pair_counts import reference as counting
+from test_counting import GEOMETRIES, assert_large_counts, make, operands
+from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
 MORE = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels_interpret import LAYOUTS, identical, interpret, spread
 
 from lnpu_torch.ops.quantize.reference import round_to
 from lnpu_torch.quant.formats import FORMATS
+from test_kernels_interpret import LAYOUTS, identical, interpret, spread
 
 pytest.importorskip("triton")
 

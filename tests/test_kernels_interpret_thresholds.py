@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_kernels_interpret import interpret, spread
-from test_ops import of_error_3_in_128
 
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
+from test_kernels_interpret import interpret, spread
+from test_ops import of_error_3_in_128
 
 pytest.importorskip("triton")
 RULES = {

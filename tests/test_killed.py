@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import CONTEXT, start
-from small_run import EVERYTHING, QUIET, config, same_end
 
+from helpers.processes import CONTEXT, start
+from helpers.small_run import EVERYTHING, QUIET, config, same_end
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints
 

@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 import torch
-from lane_simulator import Simulator
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
+from helpers.lane_simulator import Simulator
 from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, LANES, SYNC_INTERVALS, LaneConfig
 from lnpu_torch.counts.schema import OPERANDS
 from lnpu_torch.nn.layer_state import LayerState

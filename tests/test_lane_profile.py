@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import counts, lanes, network, step, variant, with_lanes
 from pydantic import ValidationError
 from torch import Tensor
 
 import lnpu_torch as lnpu
+from helpers.handmade import counts, lanes, network, step, variant, with_lanes
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS, LANES, LaneConfig
 from lnpu_torch.counts.lane_profile import LaneProfile

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lane_simulator import Simulator
 
+from helpers.lane_simulator import Simulator
 from lnpu_torch.counts.lane_configs import BALANCE_GROUPS, LANE_CONFIGS, SYNC_INTERVALS, LaneConfig
 from lnpu_torch.ops.lanes import cpu as cpu_lanes
 from lnpu_torch.ops.lanes import reference as lanes

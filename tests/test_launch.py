@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from test_counting import make
 from triton.runtime.jit import JITFunction
 
 from lnpu_torch.kernels import gemm, lanes, launch, quantize, round_output, rounding
+from test_counting import make
 
 GEOMETRY = make(32, 512, 512, 1, (2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
 

@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from test_counting import brute_force
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +12,7 @@ import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
 from lnpu_torch.ops.quantize.reference import float_groups, round_to
 from lnpu_torch.quant.formats import FORMATS
+from test_counting import brute_force
 
 FLOAT = Precision()
 CASES = {

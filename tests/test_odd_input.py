@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import lnpu_command, refused
-from run_by_hand import epoch_counts, write_run
-from small_run import QUIET, config, image_file
 
 import lnpu_torch as lnpu
+from helpers.command import lnpu_command, refused
+from helpers.run_by_hand import epoch_counts, write_run
+from helpers.small_run import QUIET, config, image_file
 from lnpu_torch.files import ConfigError, read_text, validate
 from lnpu_torch.hardware.chip import Chip, chip
 from lnpu_torch.recipes import train as recipe

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from one_step import IMAGES, LABELS, counted, network, operations, step, train
-from processes import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
+from helpers.one_step import IMAGES, LABELS, counted, network, operations, step, train
+from helpers.processes import on_ranks
 from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts, merge
 from lnpu_torch.profiler.op_formulas import Formula
 from lnpu_torch.profiler.op_table import FORMULAS, MOVES

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
-from test_formats import all_patterns, identical, random_patterns, scalar
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.lanes import reference as lanes
@@ -12,6 +10,8 @@ from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
+from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
+from test_formats import all_patterns, identical, random_patterns, scalar
 
 RULES = {
     "fgmp": Rule(),

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import PROGRAM, Browser
-from handmade import network
-from run_by_hand import NAME, epoch_counts, write_run
 from typer.testing import CliRunner
 
 import lnpu_torch as lnpu
+from helpers.browser import PROGRAM, Browser
+from helpers.handmade import network
+from helpers.run_by_hand import NAME, epoch_counts, write_run
 from lnpu_torch.cli.app import app
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts

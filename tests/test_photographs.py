@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from small_run import QUIET, config, photographs
 
+from helpers.small_run import QUIET, config, photographs
 from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.data import Pair

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_formats import scalar
 
 from lnpu_torch.ops.quantize.reference import (
     RANGE,
@@ -15,6 +14,7 @@ from lnpu_torch.ops.quantize.reference import (
     tau,
 )
 from lnpu_torch.quant.precision import Rule
+from test_formats import scalar
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(low="e5m2"), Rule(high="e6m9")], ids=str)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.handmade import step
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import STEPS, Counts, StepCounts

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from processes import on_ranks
 from torch import distributed as dist
 from torch import nn
 
 import lnpu_torch as lnpu
+from helpers.processes import on_ranks
 from lnpu_torch import ConfigError, Precision, Rule
 from lnpu_torch.nn.threshold_sync import _choose
 from lnpu_torch.ops.quantize.reference import UNSET, choose_threshold, histogram, largest_bin

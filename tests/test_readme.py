@@ -6,8 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
-from command import lnpu_command
-from run_by_hand import write_run
+from helpers.command import lnpu_command
+from helpers.run_by_hand import write_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handmade import network
 from rich.console import Console
-from small_run import QUIET, config, image_file, photographs, run
 
 import lnpu_torch as lnpu
+from helpers.handmade import network
+from helpers.small_run import QUIET, config, image_file, photographs, run
 from lnpu_torch import text_tables
 from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes import show

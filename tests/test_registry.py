@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_formats import scalar
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +11,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.nn.gemms import Convolution, Linear, product_of
 from lnpu_torch.ops import registry
 from lnpu_torch.quant.precision import Rule
+from test_formats import scalar
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 4, 6)),

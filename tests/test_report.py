@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 
 import pytest
-from handmade import counts, network, step
 from rich.console import Console
 
+from helpers.handmade import counts, network, step
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.cost_row import COLUMNS, CostRow, LaneCycles
 from lnpu_torch.cost.pricing import price

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import network
 from rich.console import Console
-from small_run import EVERYTHING, QUIET, config, image_file, photographs, run, same_end
 
+from helpers.handmade import network
+from helpers.small_run import EVERYTHING, QUIET, config, image_file, photographs, run, same_end
 from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import state
 from lnpu_torch.recipes import train as recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run_by_hand import epoch_counts, write_run
 from typer.testing import CliRunner
 
+from helpers.run_by_hand import epoch_counts, write_run
 from lnpu_torch.cli.app import app
 from lnpu_torch.files import ConfigError
 from lnpu_torch.reporting.run_reader import read_run

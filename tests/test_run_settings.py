@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import lnpu_command, refused
-from small_run import QUIET, config, image_file, same_end
 
 import lnpu_torch as lnpu
+from helpers.command import lnpu_command, refused
+from helpers.small_run import QUIET, config, image_file, same_end
 from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command import lnpu_command, refused
-from loading import nothing_happens
-from run_by_hand import epoch_counts, write_run
 
+from helpers.command import lnpu_command, refused
+from helpers.loading import nothing_happens
+from helpers.run_by_hand import epoch_counts, write_run
 from lnpu_torch import ConfigError
 from lnpu_torch.files import inside
 from lnpu_torch.integrations.cost_log import CostLog

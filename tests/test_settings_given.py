@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import lnpu_command, refused
-from small_run import QUIET, config, image_file
-from test_run_settings import SMALL, write_files
 
+from helpers.command import lnpu_command, refused
+from helpers.small_run import QUIET, config, image_file
 from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.recipes import train as recipe
+from test_run_settings import SMALL, write_files
 
 TEXTS = (
     "run #3",

@@ -7,10 +7,10 @@ import io
 from pathlib import Path
 
 import pytest
-from handmade import network
 from typer.testing import CliRunner, Result
 
 import lnpu_torch as lnpu
+from helpers.handmade import network
 from lnpu_torch.cli.app import app
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.sweep import SHOWN, Sweep, parse_setting, sweep

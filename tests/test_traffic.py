@@ -6,8 +6,8 @@ from itertools import pairwise, product
 from typing import Any
 
 import pytest
-from handmade import counts, step, variant
 
+from helpers.handmade import counts, step, variant
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.memory_traffic import fetches
 from lnpu_torch.cost.pricing import price

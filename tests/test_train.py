@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from small_run import QUIET, config, equal, image_file, run
 
+from helpers.small_run import QUIET, config, equal, image_file, run
 from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import diagnosis, machines, schedule
 from lnpu_torch.recipes import train as recipe

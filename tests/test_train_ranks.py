@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_ranks
-from small_run import QUIET, config, equal
 from torch import distributed as dist
 
 import lnpu_torch as lnpu
+from helpers.processes import on_ranks
+from helpers.small_run import QUIET, config, equal
 from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Interrupts, Stopped

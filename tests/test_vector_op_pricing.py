@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from handmade import counts, network, step, variant
 
+from helpers.handmade import counts, network, step, variant
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report

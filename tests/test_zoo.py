@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 import torch
-from architectures import PAGE, ZOO, examine
 from torch import nn
 
 import lnpu_torch as lnpu
+from architectures import PAGE, ZOO, examine
 
 OFTEN = (
     "torchvision resnet18",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from handmade import lanes, network, with_lanes
-
+from helpers.handmade import lanes, network, with_lanes
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
 
