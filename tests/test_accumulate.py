@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.conv_shapes import GEOMETRIES
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
-from test_counting import GEOMETRIES
 
 FP32, FP16 = FORMATS["fp32"], FORMATS["fp16"]
 

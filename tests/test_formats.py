@@ -5,28 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tensors import all_patterns, identical, random_patterns, scalar
 from lnpu_torch.ops.quantize.reference import _power, philox, quantize, random_bits, round_to
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
 ORACLES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "fp16": np.float16}
 THRESHOLDS = (-100, -99, -40, -29, -28, -27, -1, 0, 1, 2, 3, 5, 28, 35, 60, 63)
-
-
-def all_patterns(dtype):
-    """Every value of a 16-bit dtype, as float32."""
-    return torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype).float()
-
-
-def random_patterns(count, seed):
-    bits = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
-    return torch.from_numpy(bits.view(np.float32))
-
-
-def identical(a, b):
-    """Equal bit by bit; NaNs count as equal whatever their payload."""
-    nan = a.isnan() & b.isnan()
-    return torch.equal(a.view(torch.int32)[~nan], b.view(torch.int32)[~nan]) and torch.equal(a.isnan(), b.isnan())
 
 
 def cast(x, name, exponent=0):
@@ -43,10 +28,6 @@ def fgmp_oracle(x, t, low="e4m3"):
     small = x.abs() < 2.0**exponent * (1 + quarter / 4)
     q = torch.where(small, cast(torch.where(small, x, 0), low, max(exponent, least) - top), cast(x, "fp16"))
     return q, torch.where(q == 0, 0, torch.where(small, 8, 16)).to(torch.uint8)
-
-
-def scalar(value):
-    return torch.tensor(value, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2", "fp16"])

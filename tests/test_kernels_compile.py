@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from helpers.conv_shapes import make  # noqa: E402
 from lnpu_torch.kernels import gemm, lanes, launch, pair_counts, quantize, round_output, rounding, thresholds  # noqa: E402
-from test_counting import make  # noqa: E402
 
 ARCHITECTURES = [80, 90]
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.tensors import LAYOUTS, same_signs_too, scalar, spread
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.quantize import reference
@@ -52,27 +53,6 @@ def kernels(monkeypatch):
     )
 
 
-def threshold(value):
-    return torch.tensor(value, dtype=torch.int32)
-
-
-def identical(a, b):
-    """Equal, the sign of zero too; NaN equals NaN."""
-    a, b = a.float(), b.float()
-    same_nan = torch.equal(a.isnan(), b.isnan())
-    return same_nan and torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.signbit(), b.signbit())
-
-
-def spread(*shape, seed=0):
-    """Numbers of all magnitudes, with zeros and everything special."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-45, 20, shape, generator=generator)
-    special = [0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-45, -1e-40, 3e38, -3e38, 65519.0, 65520.0]
-    flat = x.view(-1)
-    flat[: len(special)] = torch.tensor(special)[: len(flat)]
-    return x
-
-
 @pytest.mark.parametrize("seed", [None, 1234567890123456789], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize(("low", "high"), RULES)
 def check_values_and_groups(kernels, low, high, seed):
@@ -80,10 +60,10 @@ def check_values_and_groups(kernels, low, high, seed):
     random = None if seed is None else reference.random_bits(x.shape, key, 3)
     rule = Rule(low=low, high=high)
     for value in (rule.threshold_range[0], -30, -1, 6, 63):
-        q, groups = reference.quantize(x, rule, threshold(value), random)
+        q, groups = reference.quantize(x, rule, scalar(value), random)
         for dtype in (torch.float32, torch.float16)[: 1 if high == "e6m9" else 2]:
-            got = kernels.quantize(x, threshold(value), low, high, seed=key, stream=3, dtype=dtype, totals=True)
-            assert got[0].dtype == dtype and identical(got[0], q)
+            got = kernels.quantize(x, scalar(value), low, high, seed=key, stream=3, dtype=dtype, totals=True)
+            assert got[0].dtype == dtype and same_signs_too(got[0], q)
             assert torch.equal(got[1], groups)
             assert got[2].tolist() == [int((groups == group).sum()) for group in (0, 8, 16)]
 
@@ -92,18 +72,11 @@ def check_values_and_groups(kernels, low, high, seed):
 def check_every_16_bit_input(kernels, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for value in (-9, 4):
-        q, groups = reference.quantize(x, Rule(), threshold(value))
-        got = kernels.quantize(x, threshold(value), "e4m3", "fp16")
-        assert identical(got[0], q) and torch.equal(got[1], groups)
+        q, groups = reference.quantize(x, Rule(), scalar(value))
+        got = kernels.quantize(x, scalar(value), "e4m3", "fp16")
+        assert same_signs_too(got[0], q) and torch.equal(got[1], groups)
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.to(memory_format=torch.channels_last) if x.dim() == 4 else x,
-    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "a part": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
-    "rows and columns swapped": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-}
 GRIDS = [  # shape, channel groups, samples that share a count
     ((6, 6, 7, 9), 3, 2),
     ((5, 8, 4, 4), 8, 5),
@@ -126,16 +99,16 @@ def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
     inputs = ((x, None), (x, key), (x.half(), None), (x.bfloat16(), None))
     for y, seed in inputs if layout in ("contiguous", "channels_last") else inputs[1:3]:
         random = None if seed is None else reference.random_bits(y.shape, seed, 2)
-        q, groups = reference.quantize(y, Rule(), threshold(1), random)
+        q, groups = reference.quantize(y, Rule(), scalar(1), random)
         position, sample = counting.per_position(groups, share), counting.per_sample(groups, channel_groups)
         for single, half in ((False, True), (True, True), (True, False)) if seed is None else ((True, False),):
             got = kernels.quantize_grid(
-                y, threshold(1), "e4m3", "fp16", share, channel_groups, single=single, half=half, runs=y.dim() > 2,
+                y, scalar(1), "e4m3", "fp16", share, channel_groups, single=single, half=half, runs=y.dim() > 2,
                 seed=seed, stream=2,
             )  # fmt: skip
             for values, wanted in zip(got, (single, half), strict=False):
                 assert (values is not None) == wanted
-                assert not wanted or (identical(values, q) and values.stride() == torch.empty_like(y).stride())
+                assert not wanted or (same_signs_too(values, q) and values.stride() == torch.empty_like(y).stride())
             assert torch.equal(got[2], position) and torch.equal(got[3], sample)
             assert got.runs is None if y.dim() == 2 else torch.equal(got.runs, lanes.runs_of(q))
     counts = kernels.grid_sums(groups, share, channel_groups)
@@ -147,9 +120,9 @@ def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def check_random_bits_follow_the_logical_order(kernels, layout):
     x, key = LAYOUTS[layout](spread(3, 5, 7, 4)), torch.tensor(2**61 + 3)
-    q, _ = reference.quantize(x, Rule(), threshold(0), reference.random_bits(x.shape, key, 1))
-    got = kernels.quantize(x, threshold(0), "e4m3", "fp16", seed=key, stream=1, dtype=torch.float32)[0]
-    assert identical(got, q) and got.stride() == torch.empty_like(x).stride()
+    q, _ = reference.quantize(x, Rule(), scalar(0), reference.random_bits(x.shape, key, 1))
+    got = kernels.quantize(x, scalar(0), "e4m3", "fp16", seed=key, stream=1, dtype=torch.float32)[0]
+    assert same_signs_too(got, q) and got.stride() == torch.empty_like(x).stride()
 
 
 NO_BITS = 12121362
@@ -160,24 +133,24 @@ NO_BITS = 12121362
 def check_exact_values_never_move(kernels, value):
     x, key = torch.full((1, 1), value), torch.tensor(NO_BITS)
     assert reference.random_bits(x.shape, key, 0).tolist() == [[0]]
-    assert kernels.quantize(x, threshold(12), "e4m3", "fp16", seed=key)[0].item() == value
-    assert kernels.quantize_grid(x, threshold(12), "e4m3", "fp16", 1, 1, seed=key).half.item() == value
+    assert kernels.quantize(x, scalar(12), "e4m3", "fp16", seed=key)[0].item() == value
+    assert kernels.quantize_grid(x, scalar(12), "e4m3", "fp16", 1, 1, seed=key).half.item() == value
 
 
 def check_empty(kernels):
     for shape in ((0,), (0, 3, 2, 2), (2, 0), (2, 3, 0, 4)):
         x = torch.ones(shape)
-        values, groups, totals = kernels.quantize(x, threshold(0), "e4m3", "fp16", totals=True)
+        values, groups, totals = kernels.quantize(x, scalar(0), "e4m3", "fp16", totals=True)
         assert values.shape == groups.shape == x.shape and totals.tolist() == [0, 0, 0]
         if x.dim() > 1:
-            _, groups = reference.quantize(x, Rule(), threshold(0))
-            got = kernels.quantize_grid(x, threshold(0), "e4m3", "fp16", len(x), 1)
+            _, groups = reference.quantize(x, Rule(), scalar(0))
+            got = kernels.quantize_grid(x, scalar(0), "e4m3", "fp16", len(x), 1)
             assert torch.equal(got[2], counting.per_position(groups, len(x)))
             assert torch.equal(got[3], torch.zeros(2, len(x), 1, *x.shape[2:], dtype=torch.int32))
 
 
 def check_what_is_refused(kernels):
-    x, t = torch.ones(4, 6), threshold(0)
+    x, t = torch.ones(4, 6), scalar(0)
     with pytest.raises(TypeError, match="x is torch"):
         kernels.quantize(x.double(), t, "e4m3", "fp16")
     with pytest.raises(TypeError, match="threshold is torch"):

@@ -8,9 +8,9 @@ is tested.
 import pytest
 import torch
 
+from helpers.conv_shapes import GEOMETRIES, make
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
-from test_counting import GEOMETRIES
 from test_kernels_interpret import interpret
 
 triton = pytest.importorskip("triton")
@@ -120,8 +120,6 @@ def check_bias(kernels, step, geometry):
 
 def check_one_kernel_offset_per_tile(kernels):
     """64 channels: a tile of the reduction lies within one kernel offset, which is computed once."""
-    from test_counting import make
-
     geometry = make(1, 64, 64, 1, (4, 5), (2, 3), (1, 2), (1, 1), (1, 1))
     for step in STEPS:
         operands = STEPS[step](geometry)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from helpers.tensors import LAYOUTS
 from lnpu_torch.counts import lane_configs
 from lnpu_torch.ops.lanes import reference as lanes
-from test_kernels_interpret import LAYOUTS, interpret
+from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
 SHAPES = [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from helpers.conv_shapes import GEOMETRIES, assert_large_counts, make, operands
 from lnpu_torch.ops.pair_counts import reference as counting
-from test_counting import GEOMETRIES, assert_large_counts, make, operands
 from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")

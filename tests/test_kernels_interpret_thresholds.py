@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from helpers.tensors import of_error_3_in_128, spread
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
-from test_kernels_interpret import interpret, spread
-from test_ops import of_error_3_in_128
+from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
 RULES = {

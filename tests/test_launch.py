@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime.jit import JITFunction
 
+from helpers.conv_shapes import make
 from lnpu_torch.kernels import gemm, lanes, launch, quantize, round_output, rounding
-from test_counting import make
 
 GEOMETRY = make(32, 512, 512, 1, (2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
 

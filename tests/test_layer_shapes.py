@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
+from helpers.conv_shapes import brute_force, make
 from lnpu_torch import Precision, Rule
 from lnpu_torch.ops.quantize.reference import float_groups, round_to
 from lnpu_torch.quant.formats import FORMATS
-from test_counting import brute_force, make
 
 RULE = Rule(threshold=0)
 STATIC = Precision(input=RULE, weight=RULE, grad_output=RULE)

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
+from helpers.conv_shapes import brute_force
 from lnpu_torch import Precision, Rule
 from lnpu_torch.ops.quantize.reference import float_groups, round_to
 from lnpu_torch.quant.formats import FORMATS
-from test_counting import brute_force
 
 FLOAT = Precision()
 CASES = {

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tensors import scalar
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.quantize import cpu, reference
 from lnpu_torch.ops.quantize import cpu_loops as loops
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
-from test_formats import scalar
 
 LIES = ["contiguous", "channels_last"]
 NUMBERS = cpu.CompiledRule(Rule()).parameters(1)

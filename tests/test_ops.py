@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from helpers.conv_shapes import GEOMETRIES, operands, over_big, over_small, per_position
+from helpers.tensors import all_patterns, identical, of_error_3_in_128, random_patterns, scalar
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
@@ -10,8 +12,6 @@ from lnpu_torch.ops.pair_counts import torch_ops as count_ops
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.ops.quantize import torch_ops as ops
 from lnpu_torch.quant.precision import Rule
-from test_counting import GEOMETRIES, operands, over_big, over_small, per_position
-from test_formats import all_patterns, identical, random_patterns, scalar
 
 RULES = {
     "fgmp": Rule(),
@@ -30,13 +30,6 @@ LAYOUTS = {
     "narrow": ((3, 35, 4, 5), 3, 1),
 }
 EVERYTHING = (True, True, True, True)
-
-
-def of_error_3_in_128():
-    """Numbers of [1, 2) whose squared error in E4M3 is predicted to be (3 / 128)^2 of their squares, exactly."""
-    counts = torch.tensor([1, 25, 22, 6])
-    assert (counts * torch.tensor([61, 91, 127, 169])).sum() * 9 == 1024 * counts.sum()
-    return (1 + torch.arange(4) / 4).repeat_interleave(counts)
 
 
 def strides(x):

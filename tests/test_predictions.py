@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.tensors import scalar
 from lnpu_torch.ops.quantize.reference import (
     RANGE,
     SAMPLE,
@@ -14,7 +15,6 @@ from lnpu_torch.ops.quantize.reference import (
     tau,
 )
 from lnpu_torch.quant.precision import Rule
-from test_formats import scalar
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(low="e5m2"), Rule(high="e6m9")], ids=str)

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
+from helpers.tensors import all_patterns, identical, random_patterns
 from lnpu_torch.ops.gemm import half_precision as product_ops
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.ops.quantize import torch_ops as ops
-from test_formats import all_patterns, identical, random_patterns
 
 ARGUMENTS = ((2, 1), (1, 1), (1, 1), False, (0, 0), 2)
 

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
+from helpers.tensors import scalar
 from lnpu_torch.nn.gemms import Convolution, Linear, product_of
 from lnpu_torch.ops import registry
 from lnpu_torch.quant.precision import Rule
-from test_formats import scalar
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 4, 6)),

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from helpers.command import lnpu_command, refused
+from helpers.setting_files import SMALL, write_files
 from helpers.small_run import QUIET, config, image_file
 from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.recipes import train as recipe
-from test_run_settings import SMALL, write_files
 
 TEXTS = (
     "run #3",
