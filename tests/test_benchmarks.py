@@ -7,15 +7,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.paths import ROOT
 from test_kernels_interpret import interpret
 
 triton = pytest.importorskip("triton")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 sys.path.insert(0, str(BENCHMARKS))

@@ -10,6 +10,7 @@ import torch
 
 import lnpu_torch as lnpu
 from helpers.handmade import bottom_up, counts, network, step, variant
+from helpers.paths import ROOT
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
@@ -173,7 +174,7 @@ def test_saved_counts_are_priced_alike(tmp_path: Path) -> None:
         assert price(Counts.load(tmp_path / "counts.json"), name) == price(network(), name)
 
 
-OF_VERSION_3 = Path(__file__).parent / "old_files" / "counts_of_version_3.json"
+OF_VERSION_3 = ROOT / "tests" / "old_files" / "counts_of_version_3.json"
 OLD_PRICES = {
     "lnpu": {"mac": 130795000000, "sram": 988359900000, "simd": 47104000000, "dram": 31520000000000},
     "lnpu-fp16": {"mac": 165870000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},

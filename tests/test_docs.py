@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 
 import lnpu_torch as lnpu
+from helpers.paths import ROOT
 from lnpu_torch.hardware.chip import chips
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 

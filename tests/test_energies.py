@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 from helpers.handmade import bottom_up, counts, network, step, variant
+from helpers.paths import ROOT
 from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.files import ConfigError
@@ -158,7 +158,7 @@ EVENTS = {
 
 @pytest.mark.parametrize("voltage", [0.78, 1.1])
 def test_the_page_that_compares_the_models_is_true(voltage: float) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "energy_models.md").read_text()
+    page = (ROOT / "docs" / "energy_models.md").read_text()
     table = page.split(f"| at {voltage:g} V, in pJ")[1].split("\n\n")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [line[0] for line in lines] == list(EVENTS)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.paths import ROOT
+
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).parent.parent
 PRINTED = ROOT / "docs" / "printed"
 
 

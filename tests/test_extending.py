@@ -14,8 +14,8 @@ import pytest
 import lnpu_torch as lnpu
 from helpers.command import lnpu_command
 from helpers.handmade import network
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 BLOCKS = dict(re.findall(r'```\w+ title="(.*?)"\n(.*?)```', (ROOT / "docs" / "extending.md").read_text(), re.DOTALL))
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 import lnpu_torch as lnpu
+from helpers.paths import ROOT
 from helpers.processes import on_ranks
 from lnpu_torch.files import ConfigError
 from lnpu_torch.integrations.cost_log import CostLog
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 from lnpu_torch.reporting.run_reader import read_run
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 # of the other projects: about the machine, their own future, and options that they would like to be set
 pytestmark = pytest.mark.filterwarnings("ignore")

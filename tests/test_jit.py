@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from helpers.paths import ROOT
+
 ROUND = "import torch, lnpu_torch.ops.quantize.cpu as c\n"
 ROUND += "print(c.round_half(torch.tensor([1.0001])).item() == 1)"
 """Whether 1.0001 becomes binary16's 1.0 by a loop that takes a second to compile."""

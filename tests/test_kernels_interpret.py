@@ -6,12 +6,12 @@ The interpreter is chosen when Triton is first imported, so that the checks run 
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from helpers.paths import ROOT
 from helpers.tensors import LAYOUTS, same_signs_too, scalar, spread
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
@@ -27,7 +27,7 @@ def interpret(file: str) -> None:
     command = [sys.executable, "-m", "pytest", file, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-o", "python_functions=check_*", "-W", "ignore::RuntimeWarning"]  # numpy's, of infinities
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -4,12 +4,11 @@ import glob
 import itertools
 import re
 import shlex
-from pathlib import Path
 
 from helpers.command import lnpu_command
+from helpers.paths import ROOT
 from helpers.run_by_hand import write_run
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
