@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
-from test_kernels_interpret import interpret
 
 triton = pytest.importorskip("triton")
 BENCHMARKS = ROOT / "benchmarks"
@@ -28,10 +27,6 @@ def gpu():
     return gpu
 
 
-def test_sections_in_the_interpreter():
-    interpret(__file__)
-
-
 def section_names():
     import gpu
     from place import Place
@@ -40,9 +35,10 @@ def section_names():
     return [*gpu.side_by_side(place), *gpu.in_turn(place)]
 
 
+@pytest.mark.triton_interpreter
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own
 @pytest.mark.parametrize("name", section_names())
-def check_section(gpu, name, monkeypatch):
+def test_section(gpu, name, monkeypatch):
     from place import Place
 
     place = Place("cpu")

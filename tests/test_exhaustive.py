@@ -7,7 +7,6 @@ import torch
 
 import exhaustive
 from lnpu_torch.ops.quantize import reference
-from test_kernels_interpret import interpret
 
 
 def test_reference_and_numba() -> None:
@@ -15,12 +14,9 @@ def test_reference_and_numba() -> None:
 
 
 @pytest.mark.slow
-def test_triton_in_the_interpreter() -> None:
+@pytest.mark.triton_interpreter
+def test_triton() -> None:
     pytest.importorskip("triton")
-    interpret(__file__)
-
-
-def check_triton() -> None:
     assert exhaustive.compare(["triton"], exhaustive.some_patterns()) == 2**19
 
 

@@ -1,7 +1,4 @@
-"""Whole layers on the Triton backend, in Triton's interpreter: counts and thresholds of the reference, same values.
-
-The interpreter is chosen when Triton is first imported, so that the checks run in a process of their own.
-"""
+"""Whole layers on the Triton backend, in Triton's interpreter: counts and thresholds of the reference, same values."""
 
 from collections import Counter
 
@@ -12,9 +9,9 @@ from torch import nn
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
 from lnpu_torch.ops.quantize import torch_ops as ops
-from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
 PRECISIONS = {
     "fgmp": "fgmp",
     "mixed": Precision(input="fp8", weight=Rule(low="e5m2"), grad_output=Rule(rounding="stochastic")),
@@ -22,10 +19,6 @@ PRECISIONS = {
     "accumulator": Precision(input="fgmp", weight="fgmp", grad_output="fgmp", accumulate="fp16", chunk=16),
     "1-6-9": Precision(input=Rule(high="e6m9"), weight="fgmp", grad_output="fgmp", result="fp32"),
 }
-
-
-def test_layers_in_the_interpreter():
-    interpret(__file__)
 
 
 def layers():
@@ -60,7 +53,7 @@ def two_steps(layer, shape, backend):
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
 @pytest.mark.parametrize("index", range(4))
-def check_layer(index, precision):
+def test_layer(index, precision):
     outcomes = []
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
@@ -77,19 +70,19 @@ def check_layer(index, precision):
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
-def check_layer_exactly(index, last, autocast):
+def test_layer_exactly(index, last, autocast):
     """Whole numbers, whose sums are exact in any order, and a bias that is not: it is added before the rounding."""
     exactly_alike(index, last, autocast, "fgmp")
 
 
 @pytest.mark.parametrize("index", range(4))
-def check_accumulator_exactly(index):
+def test_accumulator_exactly(index):
     exactly_alike(index, True, torch.float16, PRECISIONS["accumulator"])
 
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def check_layer_in_half_precision_exactly(index, dtype):
+def test_layer_in_half_precision_exactly(index, dtype):
     exactly_alike(index, True, None, "fgmp", dtype)
 
 
@@ -118,7 +111,7 @@ def exactly_alike(index, last, autocast, precision, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("rule", ["fgmp", "fp8", "fp16"])
-def check_quantize(rule):
+def test_quantize(rule):
     x = torch.randn(7, 33)
     with ops.backend("triton"):
         ours = lnpu.quantize(x, rule, return_groups=True)

@@ -1,17 +1,10 @@
-"""The rounding kernels in Triton's interpreter, against the reference, bit by bit.
+"""The rounding kernels in Triton's interpreter, against the reference, bit by bit."""
 
-The interpreter is chosen when Triton is first imported, so that the checks run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers.paths import ROOT
 from helpers.tensors import LAYOUTS, same_signs_too, scalar, spread
 from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
@@ -19,20 +12,8 @@ from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
 RULES = [("e4m3", "fp16"), ("e5m2", "fp16"), ("e4m3", None), ("e5m2", None), (None, "fp16"), ("e4m3", "e6m9")]
-
-
-def interpret(file: str) -> None:
-    """Run a file's functions named check_* with Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", file, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-o", "python_functions=check_*", "-W", "ignore::RuntimeWarning"]  # numpy's, of infinities
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_rounding_in_the_interpreter():
-    interpret(__file__)
 
 
 @pytest.fixture
@@ -55,7 +36,7 @@ def kernels(monkeypatch):
 
 @pytest.mark.parametrize("seed", [None, 1234567890123456789], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize(("low", "high"), RULES)
-def check_values_and_groups(kernels, low, high, seed):
+def test_values_and_groups(kernels, low, high, seed):
     x, key = spread(63, 500), None if seed is None else torch.tensor(seed)
     random = None if seed is None else reference.random_bits(x.shape, key, 3)
     rule = Rule(low=low, high=high)
@@ -69,7 +50,7 @@ def check_values_and_groups(kernels, low, high, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def check_every_16_bit_input(kernels, dtype):
+def test_every_16_bit_input(kernels, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for value in (-9, 4):
         q, groups = reference.quantize(x, Rule(), scalar(value))
@@ -92,7 +73,7 @@ GRIDS = [  # shape, channel groups, samples that share a count
     ("shape", "channel_groups", "share", "layout"),
     [(*grid, layout) for grid in GRIDS for layout in LAYOUTS if layout != "channels_last" or len(grid[0]) == 4],
 )
-def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
+def test_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
     monkeypatch.setattr(kernels.grid, "GRID", kernels.grid.GRID._replace(block=256))  # several tiles in a small grid
     key = torch.tensor(5)
     x = LAYOUTS[layout](spread(*shape))
@@ -118,7 +99,7 @@ def check_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def check_random_bits_follow_the_logical_order(kernels, layout):
+def test_random_bits_follow_the_logical_order(kernels, layout):
     x, key = LAYOUTS[layout](spread(3, 5, 7, 4)), torch.tensor(2**61 + 3)
     q, _ = reference.quantize(x, Rule(), scalar(0), reference.random_bits(x.shape, key, 1))
     got = kernels.quantize(x, scalar(0), "e4m3", "fp16", seed=key, stream=1, dtype=torch.float32)[0]
@@ -130,14 +111,14 @@ NO_BITS = 12121362
 
 
 @pytest.mark.parametrize("value", [1.0, 1.125, 5.0, 2.0**-9, 100.0625])
-def check_exact_values_never_move(kernels, value):
+def test_exact_values_never_move(kernels, value):
     x, key = torch.full((1, 1), value), torch.tensor(NO_BITS)
     assert reference.random_bits(x.shape, key, 0).tolist() == [[0]]
     assert kernels.quantize(x, scalar(12), "e4m3", "fp16", seed=key)[0].item() == value
     assert kernels.quantize_grid(x, scalar(12), "e4m3", "fp16", 1, 1, seed=key).half.item() == value
 
 
-def check_empty(kernels):
+def test_empty(kernels):
     for shape in ((0,), (0, 3, 2, 2), (2, 0), (2, 3, 0, 4)):
         x = torch.ones(shape)
         values, groups, totals = kernels.quantize(x, scalar(0), "e4m3", "fp16", totals=True)
@@ -149,7 +130,7 @@ def check_empty(kernels):
             assert torch.equal(got[3], torch.zeros(2, len(x), 1, *x.shape[2:], dtype=torch.int32))
 
 
-def check_what_is_refused(kernels):
+def test_what_is_refused(kernels):
     x, t = torch.ones(4, 6), scalar(0)
     with pytest.raises(TypeError, match="x is torch"):
         kernels.quantize(x.double(), t, "e4m3", "fp16")

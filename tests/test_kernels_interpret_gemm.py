@@ -11,14 +11,10 @@ import torch
 from helpers.conv_shapes import GEOMETRIES, make
 from lnpu_torch.ops.gemm import reference as accumulate
 from lnpu_torch.quant.formats import FORMATS
-from test_kernels_interpret import interpret
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
 PLANE = {name: geometry for name, geometry in GEOMETRIES.items() if len(geometry.kernel) < 3}
-
-
-def test_products_in_the_interpreter():
-    interpret(__file__)
 
 
 @pytest.fixture
@@ -47,7 +43,7 @@ def reduce(a, b, chunk):
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 10, 16, 48, 64, 100, 128, 1000])
-def check_matmul(kernels, chunk):
+def test_matmul(kernels, chunk):
     for m, n, k in ((63, 50, 100), (130, 140, 200), (17, 1, 3), (1, 2, 1)):
         if chunk in (1, 10) and k > 100:
             continue  # as many steps as chunks: slow, and nothing new
@@ -58,13 +54,13 @@ def check_matmul(kernels, chunk):
         assert torch.equal(kernels.matmul(*turned, chunk=chunk, dtype=torch.float16), expected.half())
 
 
-def check_rounding_matters(kernels):
+def test_rounding_matters(kernels):
     a, b = integers(64, 256, scale=5), integers(256, 64, scale=5)
     results = [kernels.matmul(a, b, chunk=chunk) for chunk in (None, 16, 64)]
     assert not any(torch.equal(results[i], results[i - 1]) for i in range(3))
 
 
-def check_splits(kernels, monkeypatch):
+def test_splits(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "processors", lambda device: 8)
     a, b = integers(30, 2000), integers(2000, 20)
     assert torch.equal(kernels.matmul(a, b), reduce(a, b, None))
@@ -92,7 +88,7 @@ def grid(geometry, name):
 
 @pytest.mark.parametrize("geometry", PLANE.values(), ids=PLANE.keys())
 @pytest.mark.parametrize("step", STEPS)
-def check_convolution(kernels, step, geometry):
+def test_convolution(kernels, step, geometry):
     operands = STEPS[step](geometry)
     last = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in operands]
     for chunk, layout in ((None, operands), (None, last), (16, last), (16, operands)):
@@ -105,7 +101,7 @@ def check_convolution(kernels, step, geometry):
 
 @pytest.mark.parametrize("geometry", PLANE.values(), ids=PLANE.keys())
 @pytest.mark.parametrize("step", ["conv_forward", "conv_grad_input"])
-def check_bias(kernels, step, geometry):
+def test_bias(kernels, step, geometry):
     operands = STEPS[step](geometry)
     channels = geometry.small_channels if step == "conv_forward" else geometry.big_channels
     bias = torch.randn(channels, generator=torch.Generator().manual_seed(1)) * 9
@@ -118,7 +114,7 @@ def check_bias(kernels, step, geometry):
         assert torch.equal(got, expected)
 
 
-def check_one_kernel_offset_per_tile(kernels):
+def test_one_kernel_offset_per_tile(kernels):
     """64 channels: a tile of the reduction lies within one kernel offset, which is computed once."""
     geometry = make(1, 64, 64, 1, (4, 5), (2, 3), (1, 2), (1, 1), (1, 1))
     for step in STEPS:
@@ -128,13 +124,13 @@ def check_one_kernel_offset_per_tile(kernels):
         assert torch.equal(getattr(kernels, step)(*last, geometry.pack()), expected)
 
 
-def check_empty(kernels):
+def test_empty(kernels):
     for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
         a, b = torch.ones(m, k).half(), torch.ones(k, n).half()
         assert torch.equal(kernels.matmul(a, b), torch.zeros(m, n))
 
 
-def check_what_is_refused(kernels):
+def test_what_is_refused(kernels):
     a = integers(4, 6)
     with pytest.raises(TypeError, match="bias is torch"):
         kernels.matmul(a, a.T, bias=torch.ones(4).double())

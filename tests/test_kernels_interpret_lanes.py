@@ -6,9 +6,9 @@ import torch
 from helpers.tensors import LAYOUTS
 from lnpu_torch.counts import lane_configs
 from lnpu_torch.ops.lanes import reference as lanes
-from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
 SHAPES = [
     (3, 5, 9, 11),
     (2, 64, 8, 8),
@@ -23,10 +23,6 @@ SHAPES = [
     (3, 20, 11, 11),
     (2, 1100, 2, 2),
 ]
-
-
-def test_lanes_in_the_interpreter():
-    interpret(__file__)
 
 
 @pytest.fixture(params=[1, 500])
@@ -48,7 +44,7 @@ def values(*shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def check_profiles(kernels, shape):
+def test_profiles(kernels, shape):
     x = values(*shape)
     runs = lanes.runs_of(x)
     for layout in ("contiguous", "channels_last", "transposed"):
@@ -59,26 +55,26 @@ def check_profiles(kernels, shape):
         assert torch.equal(kernels.profile(runs), lanes.profile(runs))
 
 
-def check_full(kernels):
+def test_full(kernels):
     runs = torch.full((9, 48, 33), 16, dtype=torch.uint8)
     assert torch.equal(kernels.profile(runs), lanes.profile(runs))
 
 
-def check_constants(kernels):
+def test_constants(kernels):
     for name in ("RUN", "JOIN", "LONGEST", "LANES"):
         assert getattr(kernels, name) == getattr(lane_configs, name)
     assert len(lane_configs.LANE_CONFIGS) == kernels.MEMBERS and lane_configs.BALANCE_GROUPS == (1, 4, 16)
     assert lane_configs.LEVELS == (11, 9, 7) and len(lane_configs.SYNC_INTERVALS) == 3
 
 
-def check_empty(kernels):
+def test_empty(kernels):
     x = torch.ones(0, 3, 4, 4)
     assert kernels.runs_of(x).shape == (0, 3, 1) and torch.equal(
         kernels.profile(kernels.runs_of(x)), torch.zeros(81, dtype=torch.int64)
     )
 
 
-def check_what_is_refused(kernels):
+def test_what_is_refused(kernels):
     with pytest.raises(TypeError, match=r"values is torch\.float64"):
         kernels.runs_of(torch.ones(2, 3).double())
     with pytest.raises(TypeError, match=r"runs is torch\.int32"):

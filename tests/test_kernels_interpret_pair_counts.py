@@ -5,18 +5,14 @@ import torch
 
 from helpers.conv_shapes import GEOMETRIES, assert_large_counts, make, operands
 from lnpu_torch.ops.pair_counts import reference as counting
-from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
 MORE = {
     "several tiles": make(5, 40, 48, 2, (17, 19), (3, 3), (2, 1), (1, 1), (1, 1)),
     "several tiles of positions": make(1, 2, 2, 1, (37, 31), (1, 2), (1, 1), (0, 1), (1, 1)),
     "a large linear": make(63, 500, 1000, 1, (), (), (), (), ()),
 }
-
-
-def test_counting_in_the_interpreter():
-    interpret(__file__)
 
 
 @pytest.fixture(params=[512, 2], ids=["many programs", "few programs"])
@@ -41,7 +37,7 @@ def sums(geometry):
 
 
 @pytest.mark.parametrize("geometry", [*GEOMETRIES.values(), *MORE.values()], ids=[*GEOMETRIES, *MORE])
-def check_steps(kernels, geometry):
+def test_steps(kernels, geometry):
     big, small, weight_of_big, weight_of_small = sums(geometry)
     start = torch.arange(100, 100 + kernels.WIDTH)
     for side, grid, weight in (("big", big, weight_of_big), ("small", small, weight_of_small)):
@@ -54,7 +50,7 @@ def check_steps(kernels, geometry):
         assert torch.equal(counter - start, counting.grid_step(big, small, geometry, first))
 
 
-def check_counts_beyond_int32(kernels):
+def test_counts_beyond_int32(kernels):
     geometry = make(2**12, 2**11, 2**11, 1, (), (), (), (), ())
     position, weight = (torch.zeros(2, 2**11, dtype=torch.int32) for _ in range(2))
     position[1], weight[1] = 2**12, 2**11
@@ -63,15 +59,15 @@ def check_counts_beyond_int32(kernels):
     assert counter[12] == geometry.macs == 2**34
 
 
-def check_large_counts_are_exact(kernels):
+def test_large_counts_are_exact(kernels):
     assert_large_counts(kernels, *[2**12 + 1] * 3)
 
 
-def check_width(kernels):
+def test_width(kernels):
     assert kernels.WIDTH == counting.WIDTH
 
 
-def check_what_is_refused(kernels):
+def test_what_is_refused(kernels):
     geometry = GEOMETRIES["3x3"]
     big, small, weight, _ = sums(geometry)
     counter = torch.zeros(kernels.WIDTH, dtype=torch.int64)

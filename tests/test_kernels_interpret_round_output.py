@@ -6,13 +6,9 @@ import torch
 from helpers.tensors import LAYOUTS, identical, spread
 from lnpu_torch.ops.quantize.reference import round_to
 from lnpu_torch.quant.formats import FORMATS
-from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
-
-
-def test_results_in_the_interpreter():
-    interpret(__file__)
+pytestmark = pytest.mark.triton_interpreter
 
 
 @pytest.fixture
@@ -37,7 +33,7 @@ def same(a, b):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["fp16", "e6m9"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def check_results(kernels, layout, form, dtype):
+def test_results(kernels, layout, form, dtype):
     for shape in ((7, 6, 11, 13), (63, 50), (2, 1, 5, 5), (1, 9)):
         x = LAYOUTS[layout](spread(*shape)) if layout != "channels_last" or len(shape) == 4 else spread(*shape)
         for source in (torch.float32, torch.float16, torch.bfloat16):
@@ -46,19 +42,19 @@ def check_results(kernels, layout, form, dtype):
             assert got.stride() == torch.empty_like(x).stride()
 
 
-def check_every_bfloat16(kernels):
+def test_every_bfloat16(kernels):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     for x in (every, every * 1.0009765625):
         assert same(kernels.round_result(x, "fp16", torch.bfloat16), x.half().bfloat16())
 
 
-def check_nothing_to_do(kernels):
+def test_nothing_to_do(kernels):
     x = spread(3, 4).half()
     assert kernels.round_result(x, "fp16", torch.float16) is x
     assert kernels.round_result(x[:0], "fp16", torch.float32).shape == (0, 4)
 
 
-def check_what_is_refused(kernels):
+def test_what_is_refused(kernels):
     x = torch.ones(4, 6)
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         kernels.round_result(x.double(), "fp16", torch.float32)

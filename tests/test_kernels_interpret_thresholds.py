@@ -6,9 +6,9 @@ import torch
 from helpers.tensors import of_error_3_in_128, spread
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
-from test_kernels_interpret import interpret
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
 RULES = {
     "default": Rule(),
     "tight": Rule(max_error=0.003),
@@ -23,10 +23,6 @@ RULES = {
     "fp16": Rule(low=None),
     "fixed": Rule(threshold=-7),
 }
-
-
-def test_choices_in_the_interpreter():
-    interpret(__file__)
 
 
 @pytest.fixture
@@ -67,7 +63,7 @@ def tensors():
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("current", [reference.UNSET, 5])
-def check_choices(kernels, name, current):
+def test_choices(kernels, name, current):
     rule, differ = RULES[name], set()
     fallback = torch.tensor(current, dtype=torch.int32)
     for x in list(tensors())[:: 1 if current == reference.UNSET else 5]:
@@ -84,19 +80,19 @@ def check_choices(kernels, name, current):
 
 
 @pytest.mark.parametrize("above", range(8))
-def check_shares_that_are_met_exactly(kernels, above):
+def test_shares_that_are_met_exactly(kernels, above):
     x, states = reference.tau(torch.arange(8, dtype=torch.int32), torch.float32), torch.zeros(1, 2, dtype=torch.int32)
     kernels.choose(x, choice(kernels, Rule(fp16_share=above / 8)), states, 0, True)
     assert states[0, 1] == 8 - above
 
 
-def check_an_error_that_is_met_exactly(kernels):
+def test_an_error_that_is_met_exactly(kernels):
     states = torch.zeros(1, 2, dtype=torch.int32)
     kernels.choose(of_error_3_in_128(), choice(kernels, Rule(max_error=3 / 128)), states, 0, True)
     assert states[0, 1] == 4
 
 
-def check_scratch_memory_is_left_as_it_was_found(kernels):
+def test_scratch_memory_is_left_as_it_was_found(kernels):
     """What one choice leaves behind, a smaller or a larger one of another kind does not read."""
     for name in ("default", "largest", "1-6-9", "share", "fixed", "default"):
         rule = RULES[name]
@@ -107,7 +103,7 @@ def check_scratch_memory_is_left_as_it_was_found(kernels):
 
 
 @pytest.mark.parametrize("name", RULES)
-def check_histograms(kernels, name):
+def test_histograms(kernels, name):
     rule = RULES[name]
     for x in tensors():
         counts = torch.full((300,), 2, dtype=torch.int32)
@@ -121,14 +117,14 @@ def check_histograms(kernels, name):
         assert torch.equal(counts - 2, expected)
 
 
-def check_constants(kernels):
+def test_constants(kernels):
     assert (kernels.SAMPLE, kernels.RANGE.value) == (reference.SAMPLE, reference.RANGE)
     assert kernels.UNSET.value == reference.UNSET
     for rule in RULES.values():
         assert (choice(kernels, rule).smallest, choice(kernels, rule).largest) == rule.threshold_range
 
 
-def check_what_is_refused(kernels):
+def test_what_is_refused(kernels):
     x, states = torch.ones(4), torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="not 0"):
         kernels.choose(x[:0], choice(kernels, Rule()), states, 0, True)
