@@ -1,6 +1,6 @@
 """Emulated layers in torch's own tools for training: each computes and counts as without it.
 
-Compiling, autocast, channels_last: test_training.py, too. Copies, pickles and checkpoints: test_convert.py.
+Compiling, autocast, channels_last: nn/test_training.py, too. Copies, pickles and checkpoints: nn/test_convert.py.
 """
 
 from __future__ import annotations
