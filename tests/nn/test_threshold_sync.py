@@ -8,8 +8,7 @@ from torch import nn
 import lnpu_torch as lnpu
 from helpers.processes import on_ranks
 from lnpu_torch import ConfigError, Precision, Rule
-from lnpu_torch.nn.threshold_sync import _choose
-from lnpu_torch.ops.quantize.reference import UNSET, choose_threshold, histogram, largest_bin
+from lnpu_torch.ops.quantize.reference import UNSET, choose_threshold
 
 MIXED = Precision(input=Rule(threshold=3), weight=Rule(), grad_output=Rule(high=None))
 
@@ -89,14 +88,28 @@ def test_what_was_merged_is_forgotten(precision, rule):
     assert on_ranks(thresholds_of_shrinking_batches, precision) == [expected] * 2
 
 
+@pytest.fixture
+def one_rank():
+    """This process as the only rank of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("rule", [Rule(), Rule(fp16_share=0.1), Rule(high="e6m9"), Rule(high=None)])
-def test_the_choice_from_a_histogram_is_the_choice_from_its_tensor(rule):
+def test_the_choice_from_a_histogram_is_the_choice_from_its_tensor(rule, one_rank):
     random = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1000, generator=random) * size for size in (1.0, 1e-3, 300.0, 1e6, 1e-12, 0.0)]
-    sees = histogram if rule.adaptive else largest_bin
-    counts = torch.stack([sees(x, rule) for x in tensors]).to(torch.int32)
-    fallback = torch.full((len(tensors),), 7, dtype=torch.int32)
-    assert _choose(counts, rule, fallback).tolist() == [int(choose_threshold(x, rule, fallback[0])) for x in tensors]
+    tensors = [torch.randn(1, 1000, generator=random) * size for size in (1.0, 1e-3, 300.0, 1e6, 1e-12, 0.0)]
+    layers = lnpu.convert(nn.ModuleList(nn.Linear(1000, 1) for _ in tensors), Precision(input=rule))
+    lnpu.load_thresholds(layers, {name: torch.full_like(x, 7) for name, x in lnpu.thresholds(layers).items()})
+    shared = lnpu.ThresholdSync(layers)
+    for layer, x in zip(layers, tensors, strict=True):
+        layer(x).sum().backward()
+    shared.all_reduce()
+    fallback = torch.tensor(7, dtype=torch.int32)
+    expected = [[int(choose_threshold(x, rule, fallback))] * 2 for x in tensors]
+    assert [x[0].tolist() for x in lnpu.thresholds(layers).values()] == expected
+    assert len({used for used, _ in expected}) > 3
 
 
 def test_without_ranks_there_is_nothing_to_share():

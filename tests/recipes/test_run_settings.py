@@ -192,14 +192,16 @@ def test_of_several_runs_in_one_folder_one_has_it(which: str, tmp_path: Path, mo
     monkeypatch.setattr(yaml, "safe_dump", wait)
     refusals: list[str] = []
 
+    logs = [CostLog("fp8", folder=tmp_path / "run", overrides={f"number {seed}": None}) for seed in range(3)]
+    for each in logs:
+        each.convert(torch.nn.Linear(1, 1), complete=False)
+
     def begin(seed: int) -> None:
         try:
             if which == "a run":
                 RunFolder(tmp_path / "run").start({"precision": f"number {seed}"})
             else:
-                costs = CostLog("fp8", folder=tmp_path / "run", overrides={f"number {seed}": None})
-                costs._model = torch.nn.Linear(1, 1)
-                costs.start()
+                logs[seed].start()
         except ConfigError as error:
             refusals.append(str(error))
 
