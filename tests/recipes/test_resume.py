@@ -26,7 +26,6 @@ from lnpu_torch.recipes.interrupts import Interrupts, Stopped
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.tally import Tallied
 
-CPU = torch.device("cpu")
 RUNS: dict[str, dict[str, Any]] = {
     "fgmp": {},
     "float32": {"precision": "float32"},
@@ -70,13 +69,15 @@ class signalled_after_a_step:
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1), (2, 2), (3, 2)])
-def test_other_ranks_take_over_what_was_counted_once(before: int, now: int) -> None:
+def test_other_ranks_take_over_what_was_counted_once(before: int, now: int, tmp_path: Path) -> None:
     counted = [Tallied(network() * rank, (1.0 * rank, 2.0)) for rank in range(1, before + 1)]
-    saved = [{"rng": [torch.get_rng_state()], "tallied": each.state()} for each in counted]
-    parts = []
+    begun: Any = run(out=str(tmp_path / "run"))
+    saved = state.capture(begun)
+    saved["ranks"] = [{"rng": [torch.get_rng_state()], "tallied": each.state()} for each in counted]
+    begun.ranks, parts = now, []
     for rank in range(now):
-        begun: Any = SimpleNamespace(accelerator=SimpleNamespace(process_index=rank), ranks=now, device=CPU)
-        state._restore_ranks(begun, saved)
+        begun.accelerator = SimpleNamespace(process_index=rank, scaler=None)
+        state.restore(begun, saved)
         parts.append(begun.tallied)
     assert Tallied.merge(parts) == Tallied.merge(counted)
 
