@@ -37,7 +37,10 @@ def section_names():
 
 @pytest.mark.triton_interpreter
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own
-@pytest.mark.parametrize("name", section_names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("compiled")) for name in section_names()],
+)
 def test_section(gpu, name, monkeypatch):
     from place import Place
 

@@ -13,6 +13,7 @@ MORE = {
     "several tiles of positions": make(1, 2, 2, 1, (37, 31), (1, 2), (1, 1), (0, 1), (1, 1)),
     "a large linear": make(63, 500, 1000, 1, (), (), (), (), ()),
 }
+ALL = {**GEOMETRIES, **MORE}
 
 
 @pytest.fixture(params=[512, 2], ids=["many programs", "few programs"])
@@ -37,8 +38,13 @@ def sums(geometry):
     return *grids, *weights
 
 
-@pytest.mark.parametrize("geometry", [*GEOMETRIES.values(), *MORE.values()], ids=[*GEOMETRIES, *MORE])
-def test_steps(kernels, geometry):
+@pytest.mark.parametrize(
+    ("kernels", "name"),
+    [(512, name) for name in ALL] + [(2, name) for name in ("3x3", "groups", "1d", "3d", "linear", *MORE)],
+    indirect=["kernels"],
+)
+def test_steps(kernels, name):
+    geometry = ALL[name]
     big, small, weight_of_big, weight_of_small = sums(geometry)
     start = torch.arange(100, 100 + kernels.WIDTH)
     for side, grid, weight in (("big", big, weight_of_big), ("small", small, weight_of_small)):

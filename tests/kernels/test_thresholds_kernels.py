@@ -66,10 +66,10 @@ def tensors():
 def test_choices(kernels, name, current):
     rule, differ = RULES[name], set()
     fallback = torch.tensor(current, dtype=torch.int32)
-    for x in list(tensors())[:: 1 if current == reference.UNSET else 5]:
+    for number, x in enumerate(list(tensors())[:: 1 if current == reference.UNSET else 5]):
         chosen = reference.choose_threshold(x, rule, fallback)
         used = chosen if current == reference.UNSET else fallback
-        for training in (False, True):
+        for training in (False, True) if number % 4 == 0 else (True,):
             states = torch.full((3, 2), current, dtype=torch.int32)
             got = kernels.choose(x, choice(kernels, rule), states, 1, training)
             assert got == (rule.threshold_range[0] if used == reference.UNSET else used)

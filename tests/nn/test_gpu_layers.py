@@ -51,10 +51,11 @@ def two_steps(layer, shape, backend):
     return [*results, x.grad, *(p.grad for p in layer.parameters())], cost.counts, layer.emulation.thresholds
 
 
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
-@pytest.mark.parametrize("index", range(4))
-def test_layer(index, precision):
-    outcomes = []
+@pytest.mark.parametrize(
+    ("name", "index"), [("fgmp", index) for index in range(4)] + [(name, 0) for name in PRECISIONS if name != "fgmp"]
+)
+def test_layer(name, index):
+    precision, outcomes = PRECISIONS[name], []
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
         layer, shape = layers()[index]
@@ -68,8 +69,9 @@ def test_layer(index, precision):
 
 
 @pytest.mark.parametrize("index", range(4))
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("last", "autocast"), [(False, None), (True, None), (True, torch.float16), (True, torch.bfloat16)], ids=str
+)
 def test_layer_exactly(index, last, autocast):
     """Whole numbers, whose sums are exact in any order, and a bias that is not: it is added before the rounding."""
     exactly_alike(index, last, autocast, "fgmp")

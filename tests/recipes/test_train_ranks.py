@@ -40,10 +40,10 @@ def launched(rank: int) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
 
 
-def train(settings: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-    """On each rank."""
+def train_each(settings: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """On each rank, one run after another."""
     launched(dist.get_rank())
-    return recipe.train(config(**settings), QUIET, **options)
+    return [recipe.train(config(**each), QUIET) for each in settings]
 
 
 def macs(folder: Path) -> list[list[Any]]:
@@ -52,20 +52,20 @@ def macs(folder: Path) -> list[list[Any]]:
     return [[getattr(entry, name) for name in MACS] for entry in counts.steps]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_do_what_one_process_does(accumulate: int, tmp_path: Path) -> None:
+def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
     """With static thresholds and without batch norm: every MAC is the same, and the loss but for the order of sums."""
     (tmp_path / "static.yaml").write_text(STATIC)
-    settings = {**PLAIN, "precision": str(tmp_path / "static.yaml"), "accumulate": accumulate}
-    alone = recipe.train(config(**settings, out=str(tmp_path / "alone")), QUIET)
-    first, second = on_ranks(train, {**settings, "out": str(tmp_path / "ranks")})
-    assert macs(tmp_path / "ranks") == macs(tmp_path / "alone")
-    for one, both, other in zip(alone, first, second, strict=True):
-        assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert both["train_accuracy"] == one["train_accuracy"] and both["test_accuracy"] == one["test_accuracy"]
-        assert equal(both, other)  # and both ranks say so
-    assert alone[0]["loss"] != alone[1]["loss"]
-    counts = lnpu.Counts.merge(counts for _, counts in RunFolder(tmp_path / "ranks").counts())
+    settings = [{**PLAIN, "precision": str(tmp_path / "static.yaml"), "accumulate": pieces} for pieces in (1, 2)]
+    ranks = on_ranks(train_each, [{**each, "out": str(tmp_path / f"ranks{i}")} for i, each in enumerate(settings)])
+    for i, each in enumerate(settings):
+        alone = recipe.train(config(**each, out=str(tmp_path / f"alone{i}")), QUIET)
+        assert macs(tmp_path / f"ranks{i}") == macs(tmp_path / f"alone{i}")
+        for one, both, other in zip(alone, ranks[0][i], ranks[1][i], strict=True):
+            assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert both["train_accuracy"] == one["train_accuracy"] and both["test_accuracy"] == one["test_accuracy"]
+            assert equal(both, other)  # and both ranks say so
+        assert alone[0]["loss"] != alone[1]["loss"]
+    counts = lnpu.Counts.merge(counts for _, counts in RunFolder(tmp_path / "ranks0").counts())
     for step in {entry.step for entry in counts.steps}:  # zeros, FP8 and FP16 on both sides: there was much to err in
         mine = [entry for entry in counts.steps if entry.step == step]
         assert all(sum(entry.pairs[i][j] for entry in mine) for i in range(3) for j in (1, 2))
@@ -82,19 +82,19 @@ def weights_and_thresholds(settings: dict[str, Any]) -> dict[str, Any]:
     return {"weights": weights, "drawn": drawn, **state}
 
 
-def test_ranks_hold_equal_weights_and_thresholds_after_20_steps(tmp_path: Path) -> None:
+def test_ranks_hold_equal_weights_and_thresholds_after_8_steps(tmp_path: Path) -> None:
     """With batch norm, and thresholds that follow what all ranks saw. What they draw at random is their own."""
-    settings = {"limit": 20, "epochs": 1, "batch_size": 16, "out": str(tmp_path / "run")}
+    settings = {"limit": 8, "epochs": 1, "batch_size": 16, "out": str(tmp_path / "run")}
     first, second = on_ranks(weights_and_thresholds, settings)
     assert not torch.equal(first.pop("drawn"), second.pop("drawn"))
-    assert first["done"] == 20 and equal(first, second)
+    assert first["done"] == 8 and equal(first, second)
     begun = recipe.Run(config(**{**settings, "out": None}), QUIET)
     assert not torch.equal(first["weights"]["conv1.weight"], begun.model.conv1.weight)
 
 
-def stopped_and_resumed(settings: dict[str, Any], folder: str) -> str:
-    """One rank alone is told to stop, after the third step; all do, and go on."""
-    launched(dist.get_rank())
+def whole_and_stopped_and_resumed(settings: dict[str, Any], whole: str, folder: str) -> str:
+    """Of a second run one rank alone is told to stop, after the third step; all do, and go on."""
+    train_each([{**settings, "out": whole}])
     step, taken = recipe.Run.step, list[int]()
 
     def counted(run: recipe.Run, pieces: Any, asked: int) -> list[float]:
@@ -115,11 +115,11 @@ def stopped_and_resumed(settings: dict[str, Any], folder: str) -> str:
 def test_ranks_stop_together_and_go_on_together(tmp_path: Path) -> None:
     settings = {"model": {"name": "alexnet_cifar", "width": 2}, "data": {"kind": "digits", "size": 16}, "limit": 4}
     settings["checkpoint"] = {"keep": 9}
-    whole = on_ranks(train, {**settings, "out": str(tmp_path / "whole")})
-    messages = on_ranks(stopped_and_resumed, settings, str(tmp_path / "cut"))
+    folders = [str(tmp_path / name) for name in ("whole", "cut")]
+    messages = on_ranks(whole_and_stopped_and_resumed, settings, *folders)
     assert all(message.startswith("0: Stopped after epoch 1, step 3 of 4.") for message in messages)
     ends = [RunFolder(tmp_path / name).checkpoints.newest(print) for name in ("whole", "cut")]
-    assert equal(*ends) and whole
+    assert equal(*ends)
     counts = RunFolder(tmp_path / "whole").counts()
     assert counts == RunFolder(tmp_path / "cut").counts()
     for later in RunFolder(tmp_path / "cut").checkpoints.files()[1:]:
