@@ -33,10 +33,12 @@ train: $(READY)
 	.venv/bin/lnpu train digits_resnet18
 
 test: $(READY)
-	.venv/bin/python -m pytest -m 'not slow' -n 2
+	.venv/bin/python -m pytest -m 'not slow and not triton_interpreter' -n 2
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -m 'not slow and triton_interpreter' -n 2
 
 test-slow: $(READY)
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -m 'not triton_interpreter' -n 2
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -m triton_interpreter -n 2
 
 exhaustive: $(READY)
 	$(KEEP) nice -n 19 .venv/bin/python tests/exhaustive.py numba

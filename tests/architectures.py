@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import lnpu_torch as lnpu
+from helpers.paths import ROOT
 from lnpu_torch.nn.convert import Coverage
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
-PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
+PAGE = ROOT / "docs" / "zoo.md"
 
 
 class Entry(NamedTuple):

@@ -27,8 +27,18 @@ def let_numbers_be_made_of_tensors() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-if os.environ.get("TRITON_INTERPRET") == "1" and version("triton").startswith("3.6."):
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and version("triton").startswith("3.6."):
     let_numbers_be_made_of_tensors()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton chooses its interpreter when it is first imported, so that these tests need a process of their own."""
+    how = "run it with TRITON_INTERPRET=1 pytest -m triton_interpreter, as `make test` does"
+    for item in items:
+        if item.get_closest_marker("triton_interpreter"):
+            item.add_marker(pytest.mark.skipif(not INTERPRETED, reason=how))
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))  # numpy's, of infinities
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import yaml
-from damaged import json_files, text_files, yaml_files
-from handmade import network
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from loading import load
-from run_by_hand import epoch_counts, write_run
 
 import lnpu_torch as lnpu
+from helpers.damaged import json_files, text_files, yaml_files
+from helpers.handmade import network
+from helpers.loading import load
+from helpers.run_by_hand import epoch_counts, write_run
 from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.files import CONFIGS
 from lnpu_torch.quant.precision import precision

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import lnpu_command
-from run_by_hand import epoch_counts, write_run
 
 import lnpu_torch as lnpu
+from helpers.command import lnpu_command
+from helpers.run_by_hand import epoch_counts, write_run
 from lnpu_torch.cost.sweep import sweep
 from lnpu_torch.files import ConfigError, create_text, write, write_text
 from lnpu_torch.hardware.chip import chip

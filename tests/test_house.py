@@ -14,8 +14,8 @@ from pathlib import Path
 import lnpu_torch
 import lnpu_torch.nn.functional
 import lnpu_torch.nn.modules
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lnpu_torch"
 
 EXTERNAL_TO_KERNELS = {"triton", "torch", *sys.stdlib_module_names}

@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-import fuzz
 import pytest
-from loading import load, nothing_happens
 
+import fuzz
+from helpers.loading import load, nothing_happens
 from lnpu_torch import ConfigError, chip
 from lnpu_torch.files import LONGEST_YAML, find, parse_json, parse_yaml, validate
 from lnpu_torch.quant.precision import Precision, precision

@@ -6,13 +6,13 @@ import os
 import threading
 from collections.abc import Iterable
 
-import long_run
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lnpu_torch as lnpu
+import long_run
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command import lnpu_command, refused
-from loading import nothing_happens
-from run_by_hand import epoch_counts, write_run
 
+from helpers.command import lnpu_command, refused
+from helpers.loading import nothing_happens
+from helpers.paths import ROOT
+from helpers.run_by_hand import epoch_counts, write_run
 from lnpu_torch import ConfigError
 from lnpu_torch.files import inside
 from lnpu_torch.integrations.cost_log import CostLog
@@ -33,7 +34,6 @@ from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.settings import DataConfig
 from lnpu_torch.reporting.run_reader import read_run
 
-ROOT = Path(__file__).parent.parent
 SOURCES = [file for folder in ("lnpu_torch", "recipes", "kernels") for file in (ROOT / folder).rglob("*.py")]
 FORBIDDEN = re.compile(
     r"(eval|exec|compile|__import__|os\.(system|popen)|(pickle|marshal|shelve|dill)\..*|.*unsafe_load)"

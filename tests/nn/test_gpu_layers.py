@@ -1,0 +1,122 @@
+"""Whole layers on the Triton backend, in Triton's interpreter: counts and thresholds of the reference, same values."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import lnpu_torch as lnpu
+from lnpu_torch import Precision, Rule
+from lnpu_torch.ops import dispatch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.triton_interpreter
+PRECISIONS = {
+    "fgmp": "fgmp",
+    "mixed": Precision(input="fp8", weight=Rule(low="e5m2"), grad_output=Rule(rounding="stochastic")),
+    "float weight": Precision(input="fgmp", grad_output="fp16"),
+    "accumulator": Precision(input="fgmp", weight="fgmp", grad_output="fgmp", accumulate="fp16", chunk=16),
+    "1-6-9": Precision(input=Rule(high="e6m9"), weight="fgmp", grad_output="fgmp", result="fp32"),
+}
+
+
+def layers():
+    return (
+        (nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), (2, 3, 7, 5)),
+        (nn.Conv2d(4, 4, 4, padding="same", groups=2), (2, 4, 5, 5)),
+        (nn.ConvTranspose2d(3, 2, 3, stride=2), (2, 3, 4, 4)),
+        (nn.Linear(9, 5), (2, 3, 9)),
+    )
+
+
+def added_up(counts):
+    """Vector operations by kind and phase; the ops' own names differ with the backend."""
+    sums = Counter()
+    for entry in counts.vector_ops.entries:
+        sums[entry.kind, entry.phase, "operations"] += entry.operations
+        sums[entry.kind, entry.phase, "special"] += entry.special
+    assert not counts.vector_ops.uncounted
+    return {key: value for key, value in sums.items() if value}
+
+
+def two_steps(layer, shape, backend):
+    torch.manual_seed(1)
+    x, results = torch.randn(shape, requires_grad=True), []
+    with dispatch.backend(backend), lnpu.CostCounter(layer) as cost:
+        for scale in (1.0, 8.0):
+            output = layer(x * scale)
+            output.backward(torch.randn_like(output))
+            results.append(output.detach())
+    return [*results, x.grad, *(p.grad for p in layer.parameters())], cost.counts, layer.emulation.thresholds
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("fgmp", index) for index in range(4)] + [(name, 0) for name in PRECISIONS if name != "fgmp"]
+)
+def test_layer(name, index):
+    precision, outcomes = PRECISIONS[name], []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        layer, shape = layers()[index]
+        outcomes.append(two_steps(lnpu.convert(layer, precision), shape, backend))
+    (values, counts, thresholds), (ours, our_counts, our_thresholds) = outcomes
+    assert our_counts.steps == counts.steps and added_up(our_counts) == added_up(counts)
+    assert torch.equal(our_thresholds, thresholds)
+    for mine, theirs in zip(ours, values, strict=True):
+        # sums in another order, whose terms reach 16, where binary16's step is 2^-6; rounded to that, with a bias twice
+        torch.testing.assert_close(mine, theirs, rtol=2**-8, atol=2**-6)
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize(
+    ("last", "autocast"), [(False, None), (True, None), (True, torch.float16), (True, torch.bfloat16)], ids=str
+)
+def test_layer_exactly(index, last, autocast):
+    """Whole numbers, whose sums are exact in any order, and a bias that is not: it is added before the rounding."""
+    exactly_alike(index, last, autocast, "fgmp")
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_accumulator_exactly(index):
+    exactly_alike(index, True, torch.float16, PRECISIONS["accumulator"])
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_in_half_precision_exactly(index, dtype):
+    exactly_alike(index, True, None, "fgmp", dtype)
+
+
+def exactly_alike(index, last, autocast, precision, dtype=torch.float32):
+    outcomes = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        layer, shape = layers()[index]
+        with torch.no_grad():
+            layer.weight.copy_(torch.randint(-8, 9, layer.weight.shape))
+            x, error = torch.randint(-8, 9, shape).to(dtype), None
+            if layer.bias is not None:
+                layer.bias.copy_(torch.randn(layer.bias.shape) * 9)
+        if last and x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        lnpu.convert(layer.to(dtype), precision)
+        with dispatch.backend(backend), torch.autocast("cpu", autocast, enabled=autocast is not None):
+            output = layer(x)
+            error = torch.randint(-8, 9, output.shape).to(output.dtype)
+            output.backward(error)
+        outcomes.append([output.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        assert output.dtype == (autocast or dtype)
+    for ours, expected in zip(*outcomes[::-1], strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("rule", ["fgmp", "fp8", "fp16"])
+def test_quantize(rule):
+    x = torch.randn(7, 33)
+    with dispatch.backend("triton"):
+        ours = lnpu.quantize(x, rule, return_classes=True)
+    with dispatch.backend("reference"):
+        expected = lnpu.quantize(x, rule, return_classes=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
