@@ -6,12 +6,13 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-import torch
-
-from lnpu_torch.profiler.op_tracer import compiled_code
 
 # The tests are small, and run in several processes at once: threads would only wait for each other.
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+from lnpu_torch.profiler.op_tracer import compiled_code  # noqa: E402
 
 
 def let_numbers_be_made_of_tensors() -> None:
