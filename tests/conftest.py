@@ -10,9 +10,9 @@ import pytest
 # The tests are small, and run in several processes at once: threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
-from lnpu_torch.profiler.op_tracer import compiled_code  # noqa: E402
+from lnpu_torch.profiler.op_tracer import compiled_code
 
 
 def let_numbers_be_made_of_tensors() -> None:
