@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import lnpu_torch as lnpu
-from lnpu_torch.recipes.answers import Answer
-from lnpu_torch.recipes.evidence import STEPS, Evidence, each, energy, fp8_shares, layers, mean, zero_shares
+from lnpu_torch.recipes.claim_results import Answer
+from lnpu_torch.recipes.measurements import STEPS, Evidence, each, energy, fp8_shares, layers, mean, zero_shares
 
 
 def fp8_is_enough(runs: Evidence) -> Answer:

@@ -14,7 +14,7 @@ from torch import Tensor
 import lnpu_torch as lnpu
 from lnpu_torch.recipes.arrays import Data, load
 from lnpu_torch.recipes.augment import Augment, Moves
-from lnpu_torch.recipes.division import Division
+from lnpu_torch.recipes.batching import Division
 from lnpu_torch.recipes.settings import DataConfig
 
 Pair = tuple[Tensor, Tensor]

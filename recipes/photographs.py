@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lnpu_torch.files import ConfigError, listed
 from lnpu_torch.recipes.augment import Augment
-from lnpu_torch.recipes.division import Division
+from lnpu_torch.recipes.batching import Division
 from lnpu_torch.recipes.interrupts import EXIT_CODES
 from lnpu_torch.recipes.settings import DataConfig
 from lnpu_torch.recipes.torchvision_compat import import_torchvision

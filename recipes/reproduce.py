@@ -11,28 +11,28 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lnpu_torch.recipes import answers, answers_in_words
-from lnpu_torch.recipes.answers import Answer, Basis
+from lnpu_torch.recipes import answers_in_words, claim_results
+from lnpu_torch.recipes.claim_results import Answer, Basis
 from lnpu_torch.recipes.claims import Claims, Tag, read_claims
-from lnpu_torch.recipes.evidence import Evidence
-from lnpu_torch.recipes.probe import Settings, open_images, probe_all
-from lnpu_torch.recipes.synthetic import curves
+from lnpu_torch.recipes.measurements import Evidence
+from lnpu_torch.recipes.short_training import Settings, open_images, probe_all
+from lnpu_torch.recipes.sparsity_curve import curves
 
 ANSWERS: dict[str, Callable[[Evidence], Answer]] = {
-    "peak_efficiency": answers.peak_efficiency,
-    "dense_efficiency": answers.dense_efficiency,
-    "dense_power": answers.dense_power,
-    "zeros_vgg16": answers.zeros("vgg16"),
-    "zeros_alexnet": answers.zeros("alexnet"),
-    "zeros_resnet18": answers.zeros("resnet18"),
-    "fgmp_over_sparse_fp16": answers.fgmp_over_sparse_fp16,
-    "accuracy": answers.accuracy,
-    "memory_access": answers.memory_access,
-    "resnet18_efficiency": answers.resnet18_efficiency,
-    "fp8_share": answers.fp8_share,
-    "fp8_energy": answers.fp8_energy,
-    "over_v100": answers.over_v100,
-    "over_earlier_chip": answers.over_earlier_chip,
+    "peak_efficiency": claim_results.peak_efficiency,
+    "dense_efficiency": claim_results.dense_efficiency,
+    "dense_power": claim_results.dense_power,
+    "zeros_vgg16": claim_results.zeros("vgg16"),
+    "zeros_alexnet": claim_results.zeros("alexnet"),
+    "zeros_resnet18": claim_results.zeros("resnet18"),
+    "fgmp_over_sparse_fp16": claim_results.fgmp_over_sparse_fp16,
+    "accuracy": claim_results.accuracy,
+    "memory_access": claim_results.memory_access,
+    "resnet18_efficiency": claim_results.resnet18_efficiency,
+    "fp8_share": claim_results.fp8_share,
+    "fp8_energy": claim_results.fp8_energy,
+    "over_v100": claim_results.over_v100,
+    "over_earlier_chip": claim_results.over_earlier_chip,
     "fp8_is_enough": answers_in_words.fp8_is_enough,
     "ratio_adjusts": answers_in_words.ratio_adjusts,
     "all_steps_skip": answers_in_words.all_steps_skip,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import lnpu_torch as lnpu
 from lnpu_torch.recipes.claims import Claims
-from lnpu_torch.recipes.evidence import STEPS, Evidence, layers, tflops_per_watt
+from lnpu_torch.recipes.measurements import STEPS, Evidence, layers, tflops_per_watt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from typing import Any
 from rich.text import Text
 
 import lnpu_torch as lnpu
-from lnpu_torch.recipes.evidence import STEPS, Evidence, layers
-from lnpu_torch.recipes.probe import Settings
+from lnpu_torch.recipes.measurements import STEPS, Evidence, layers
 from lnpu_torch.recipes.reproduce import Row
+from lnpu_torch.recipes.short_training import Settings
 from lnpu_torch.text_tables import add_row, plain, plain_table
 
 BASIS = {

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
-from lnpu_torch.recipes import machines
+from lnpu_torch.recipes import distributed
+from lnpu_torch.recipes.epoch_counter import Tallied
 from lnpu_torch.recipes.schedule import make_schedule
-from lnpu_torch.recipes.tally import Tallied
 
 if TYPE_CHECKING:
     from lnpu_torch.recipes.train import Run
@@ -23,7 +23,7 @@ def capture(run: Run) -> dict[str, Any]:
     state |= {"thresholds": lnpu.thresholds(run.model)} if run.config.emulated else {}
     state |= {"epoch": run.epoch, "done": run.done, "steps": run.steps, "sums": run.sums, "metrics": run.metrics}
     state |= {"updates": run.schedule.last_epoch}
-    state["ranks"] = machines.gather({"rng": _rng(run.device), "tallied": run.tallied.state()})
+    state["ranks"] = distributed.gather({"rng": _rng(run.device), "tallied": run.tallied.state()})
     return state
 
 

@@ -27,15 +27,15 @@ import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError
 from lnpu_torch.named_files import content_of
 from lnpu_torch.quant.precision import PrecisionFile
-from lnpu_torch.recipes import diagnosis, machines, show, state
+from lnpu_torch.recipes import console_output, diagnosis, distributed, state
+from lnpu_torch.recipes.batching import Division
 from lnpu_torch.recipes.data import Pair, loader_speed, open_batches
-from lnpu_torch.recipes.division import Division
+from lnpu_torch.recipes.epoch_counter import Tallied, Tally
 from lnpu_torch.recipes.interrupts import EXIT_CODES, Interrupts, Stopped
 from lnpu_torch.recipes.models import build
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.schedule import make_average, make_optimizer, make_schedule
 from lnpu_torch.recipes.settings import TrainConfig
-from lnpu_torch.recipes.tally import Tallied, Tally
 
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig, console: Console, resume: str | None = None, acce
         run.bench()
         return []
     run.open(resume, accept_changes)
-    run.console.print(show.start(run.model, run.where, run.images, run.folder.path, config.emulated))
+    run.console.print(console_output.start(run.model, run.where, run.images, run.folder.path, config.emulated))
     with Interrupts() as interrupts:
         while run.epoch <= config.epochs:
             try:
@@ -75,7 +75,7 @@ def train(config: TrainConfig, console: Console, resume: str | None = None, acce
                 if not diagnosis.out_of_memory(error):
                     raise
                 raise Stopped(run.memory_is_full(), exit_code=2) from error
-    run.console.print(show.summary(run.folder.counts(), run.chips))
+    run.console.print(console_output.summary(run.folder.counts(), run.chips))
     return run.metrics
 
 
@@ -84,7 +84,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
         config = config.holding_files()
-        self.config, self.accelerator = config, machines.start(config)
+        self.config, self.accelerator = config, distributed.start(config)
         self.ranks, self.device = self.accelerator.num_processes, self.accelerator.device
         self.console = console if self.accelerator.is_main_process else Console(quiet=True)
         self.chips = [lnpu.chip(content_of(chip)) for chip in config.chip]
@@ -116,13 +116,13 @@ class Run:
         if config.compile:
             self.compiled = torch.compile(self.model)  # type: ignore[assignment]
         self.network, self.optimizer = self.accelerator.prepare(self.compiled, optimizer)
-        machines.add_gradients(self.network)
+        distributed.add_gradients(self.network)
         self.shared = lnpu.ThresholdSync(self.model) if config.emulated and self.ranks > 1 else None
 
     def open(self, resume: str | None, accept_changes: bool) -> None:
         """Make the run's folder, or go on with what is in it."""
         settings = self.config.for_any_folder()
-        path = machines.once(self.accelerator, lambda: resume or self.config.out or new_folder(self.config))
+        path = distributed.once(self.accelerator, lambda: resume or self.config.out or new_folder(self.config))
         self.folder = RunFolder(path, self.config.checkpoint.keep)
 
         def begin() -> dict[str, Any] | None:
@@ -133,7 +133,7 @@ class Run:
                 self.folder.start(settings)
             return found
 
-        found = machines.once(self.accelerator, begin)
+        found = distributed.once(self.accelerator, begin)
         if found is not None:
             state.restore(self, found)
 
@@ -143,10 +143,10 @@ class Run:
         every = config.count.every if config.emulated else None
         tally = Tally(self.model, self.alike, every, self.chips[0], self.tallied)
         shown = every and self.ranks == 1  # of several, this one knows its own share only
-        energy = (lambda: show.energy(tally.so_far.counts, self.chips[0])) if shown else None
+        energy = (lambda: console_output.energy(tally.so_far.counts, self.chips[0])) if shown else None
         name, rate = f"epoch {self.epoch}/{config.epochs}", 0.0
         self.model.train()
-        bar = show.Progress(self.console, name, self.steps, self.done, energy)
+        bar = console_output.Progress(self.console, name, self.steps, self.done, energy)
         with contextlib.closing(self.batches.train(self.epoch, self.done)) as batches, bar as progress, tally:
             for pieces in itertools.islice(batches, self.steps - self.done):
                 with tally.step(self.done):
@@ -210,7 +210,7 @@ class Run:
         network = self.compiled if self.average is None else self.average.module
         if self.average is not None and self.config.emulated:
             lnpu.load_thresholds(network, lnpu.thresholds(self.model))
-        machines.share_buffers(network)
+        distributed.share_buffers(network)
         network.eval()
         right = torch.zeros(2, dtype=torch.float64, device=self.device)
         with contextlib.closing(self.batches.test()) as batches:
@@ -223,19 +223,19 @@ class Run:
 
     def finish_epoch(self, tallied: Tallied, images_per_s: float) -> None:
         """Test, price, show and save an epoch."""
-        whole, (loss, right, seen) = Tallied.merge(machines.gather(tallied)), self.sums
+        whole, (loss, right, seen) = Tallied.merge(distributed.gather(tallied)), self.sums
         row: Row = {"epoch": self.epoch, "loss": loss / seen, "train_accuracy": right / seen}
         row |= {"test_accuracy": self.test_accuracy(), "images_per_s": images_per_s}
         reports = [lnpu.price(whole.counts, chip) for chip in self.chips] if self.config.emulated else []
         for report in reports:
-            row |= show.columns(report)
+            row |= console_output.columns(report)
         if whole.counts.extrapolated:
             row |= {"counted_steps": len(whole.energies_pj), "energy_error": whole.error(self.alike)}
         self.metrics.append(row)
         self.epoch, self.done, self.sums, self.tallied = self.epoch + 1, 0, [0.0] * 3, Tallied()
         counts, tensorboard = whole.counts if reports else None, self.config.tensorboard
         self.save(lambda: self.folder.save_epoch(self.metrics, counts, tensorboard))
-        self.console.print(show.epoch(row, self.config.epochs, reports), soft_wrap=True)
+        self.console.print(console_output.epoch(row, self.config.epochs, reports), soft_wrap=True)
 
     def save(self, and_first: Callable[[], None] = lambda: None) -> None:
         """Write a checkpoint, and before it what belongs beside it."""
@@ -245,7 +245,7 @@ class Run:
             and_first()
             self.folder.checkpoints.save(captured, self.epoch, self.done)
 
-        machines.once(self.accelerator, write)
+        distributed.once(self.accelerator, write)
 
     def bench(self) -> None:
         """How fast images come when nothing is done with them."""

@@ -20,7 +20,7 @@ from lnpu_torch.reporting import figure_style
 from lnpu_torch.versions import versions
 
 if TYPE_CHECKING:
-    from lnpu_torch.recipes.evidence import Evidence
+    from lnpu_torch.recipes.measurements import Evidence
 
 _path = partial(typer.Option, parser=user_path, metavar="PATH")
 Changes = Annotated[
@@ -44,7 +44,7 @@ def reproduce(
     """Run what the papers' claims are about; print each claim beside our own figure, and why they differ."""
     from lnpu_torch.recipes import reproduce as recipe
     from lnpu_torch.recipes import reproduction_text
-    from lnpu_torch.recipes.probe import Settings, pick_device
+    from lnpu_torch.recipes.short_training import Settings, pick_device
 
     path, started = find("reproduction", "full" if full else "small", "settings"), _clocks()
     start = parse_yaml(read_text(path), str(path)) | ({"data": images_in(data)} if data else {})

@@ -66,7 +66,7 @@ def read_recipe(config: str | None, settings: Iterable[str], resume: str | None 
 
 def recipes() -> None:
     """List the built-in recipes."""
-    from lnpu_torch.recipes.show import recipes_table
+    from lnpu_torch.recipes.console_output import recipes_table
 
     print(plain(recipes_table()))
 

@@ -16,8 +16,8 @@ from helpers.small_run import image_file
 from lnpu_torch.files import ConfigError, validate
 from lnpu_torch.recipes.arrays import load
 from lnpu_torch.recipes.augment import Augment, cut_out
+from lnpu_torch.recipes.batching import Division
 from lnpu_torch.recipes.data import BytesOnDevice, open_batches
-from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.models import NAMES, ModelConfig, build
 from lnpu_torch.recipes.settings import DataConfig
 from lnpu_torch.recipes.torchvision_compat import import_torchvision

@@ -12,8 +12,8 @@ from PIL import Image
 from helpers.small_run import QUIET, config, photographs
 from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import train as recipe
+from lnpu_torch.recipes.batching import Division
 from lnpu_torch.recipes.data import Pair
-from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.photographs import MEAN, STD, Photographs, class_folders
 from lnpu_torch.recipes.settings import DataConfig
 

@@ -20,12 +20,12 @@ from helpers.handmade import network
 from helpers.small_run import QUIET, config, image_file, photographs, run
 from lnpu_torch import text_tables
 from lnpu_torch.files import builtin_names, find, parse_yaml, validate
-from lnpu_torch.recipes import show
+from lnpu_torch.recipes import console_output
 from lnpu_torch.recipes import train as recipe
+from lnpu_torch.recipes.epoch_counter import Tallied, Tally
 from lnpu_torch.recipes.interrupts import Interrupts
 from lnpu_torch.recipes.run_folder import RunFolder
 from lnpu_torch.recipes.settings import TrainConfig
-from lnpu_torch.recipes.tally import Tallied, Tally
 from lnpu_torch.text_tables import si
 
 MODELS, DATA = ("alexnet", "resnet18", "vgg16"), ("cifar10", "cifar100", "imagenet")
@@ -211,7 +211,7 @@ def test_every_nth_step_can_stand_for_the_others(tmp_path: Path) -> None:
     counts = [RunFolder(tmp_path / n).counts()[0][1] for n in ("1", "5")]
     assert [each.extrapolated for each in counts] == [False, True]
     assert [entry.macs for entry in counts[0].steps] == [entry.macs for entry in counts[1].steps]
-    words = show.epoch(some, 1, [lnpu.price(counts[1], "lnpu")]).plain
+    words = console_output.epoch(some, 1, [lnpu.price(counts[1], "lnpu")]).plain
     assert f"extrapolated from 3 counted step(s), standard error {some['energy_error']:.2%}" in words
 
 
@@ -253,7 +253,7 @@ def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> No
 
 def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
     epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], [lnpu.chip("lnpu"), lnpu.chip("dense-fp16")]
-    lines = {" ".join(line.split()) for line in text_tables.plain(show.summary(epochs, chips)).splitlines()}
+    lines = {" ".join(line.split()) for line in text_tables.plain(console_output.summary(epochs, chips)).splitlines()}
     whole = [lnpu.price(network() * 4, chip) for chip in chips]
     expected = {"total": [report.total for report in whole]}
     expected |= {name: [lnpu.price(counts, chip).total for chip in chips] for name, counts in epochs}
@@ -264,11 +264,11 @@ def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
 
 
 def test_the_energy_so_far_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show, "ENERGY_EVERY_S", 0.0)
+    monkeypatch.setattr(console_output, "ENERGY_EVERY_S", 0.0)
     screen = Console(file=io.StringIO(), force_terminal=True, width=160)
     begun = run(screen, out=str(tmp_path / "run"))
     tallied, _ = begun.train_epoch(Interrupts())
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     loss, right, seen = begun.sums
     assert f"loss {loss / seen:.4f}, accuracy {right / seen:.2%}" in shown
-    assert show.energy(tallied.counts, "lnpu") in shown
+    assert console_output.energy(tallied.counts, "lnpu") in shown

@@ -18,10 +18,10 @@ from lnpu_torch.files import ConfigError, find, parse_yaml, validate
 from lnpu_torch.recipes import reproduce as recipe
 from lnpu_torch.recipes import reproduction_text
 from lnpu_torch.recipes.claims import Claim, read_claims
-from lnpu_torch.recipes.evidence import Evidence
-from lnpu_torch.recipes.probe import CurveConfig, Settings, open_images, probe_all
+from lnpu_torch.recipes.measurements import Evidence
 from lnpu_torch.recipes.reproduce import ANSWERS, Row, reproduce, rows
-from lnpu_torch.recipes.synthetic import ZEROS, curves, masked, point, run
+from lnpu_torch.recipes.short_training import CurveConfig, Settings, open_images, probe_all
+from lnpu_torch.recipes.sparsity_curve import ZEROS, curves, masked, point, run
 
 TINY: dict[str, Any] = {
     "networks": {

@@ -22,9 +22,9 @@ from lnpu_torch.files import ConfigError
 from lnpu_torch.recipes import state
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.checkpoints import Checkpoints
+from lnpu_torch.recipes.epoch_counter import Tallied
 from lnpu_torch.recipes.interrupts import Interrupts, Stopped
 from lnpu_torch.recipes.run_folder import RunFolder
-from lnpu_torch.recipes.tally import Tallied
 
 RUNS: dict[str, dict[str, Any]] = {
     "fgmp": {},

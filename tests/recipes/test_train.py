@@ -14,7 +14,7 @@ from rich.console import Console
 
 from helpers.small_run import QUIET, config, equal, image_file, run
 from lnpu_torch.files import ConfigError
-from lnpu_torch.recipes import diagnosis, machines, schedule
+from lnpu_torch.recipes import diagnosis, distributed, schedule
 from lnpu_torch.recipes import train as recipe
 from lnpu_torch.recipes.interrupts import Interrupts, Stopped
 from lnpu_torch.recipes.models import ModelConfig, build
@@ -201,7 +201,7 @@ def test_training_follows_the_data(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA GPU here; device=cpu or device=auto"):
-        machines.start(config(device="cuda"))
+        distributed.start(config(device="cuda"))
 
 
 def test_the_loader_alone_can_be_timed(tmp_path: Path) -> None:

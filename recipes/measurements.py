@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import lnpu_torch as lnpu
-from lnpu_torch.recipes.probe import Probe
-from lnpu_torch.recipes.synthetic import Curves
+from lnpu_torch.recipes.short_training import Probe
+from lnpu_torch.recipes.sparsity_curve import Curves
 
 STEPS = {"forward": "FF", "grad_input": "EP", "grad_weight": "WG"}
 

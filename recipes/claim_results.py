@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import lnpu_torch as lnpu
-from lnpu_torch.recipes.evidence import (
+from lnpu_torch.recipes.measurements import (
     STEPS,
     Evidence,
     access,
@@ -24,7 +24,7 @@ from lnpu_torch.recipes.evidence import (
     tflops_per_watt,
     zero_shares,
 )
-from lnpu_torch.recipes.probe import Probe
+from lnpu_torch.recipes.short_training import Probe
 
 Basis = Literal["held out", "circular", "assumed", "not modelled"]
 

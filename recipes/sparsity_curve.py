@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.recipes.probe import CurveConfig
+from lnpu_torch.recipes.short_training import CurveConfig
 
 ZEROS = tuple(step / 10 for step in range(10))
 """The shares of zeros that are run: 0, 10 ... 90 %."""

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 import lnpu_torch as lnpu
 from lnpu_torch.files import ConfigError, Frozen, listed
+from lnpu_torch.recipes.batching import Division
 from lnpu_torch.recipes.data import open_batches
-from lnpu_torch.recipes.division import Division
 from lnpu_torch.recipes.models import ModelConfig, build
 from lnpu_torch.recipes.settings import DataConfig, Few, Positive, Seed
 
