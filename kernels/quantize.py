@@ -127,7 +127,7 @@ def quantize(
 
     Args:
         x: float32, float16 or bfloat16, any shape. Dense layouts (channels_last, transposed) are read as they lie.
-        threshold: T, one int32 element on x's device (no meaning where the rule has no `low`).
+        threshold: one int32 element on x's device (no meaning where the rule has no `low`).
         low, high: names of the groups' formats, None for a rule without that group.
         seed: one int64 element, for stochastic rounding by `reference.random_bits`; None rounds to nearest.
         stream: as in `reference.random_bits`.

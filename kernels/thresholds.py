@@ -37,7 +37,7 @@ FIXED, LARGEST, SHARE, ERROR = (tl.constexpr(i) for i in range(4))
 
 
 class Choice(NamedTuple):
-    """A rule as the kernel sees it: how T is chosen, within which bounds, and the formats' exponents."""
+    """A rule as the kernel sees it: how thresholds are chosen, within which bounds, and the formats' exponents."""
 
     mode: int
     """FIXED: `fixed`. LARGEST: of all elements. SHARE, ERROR: by a sample's histogram."""
@@ -85,7 +85,7 @@ class Choice(NamedTuple):
 
     @property
     def bins(self) -> int:
-        """Of a histogram: for T from one below the smallest to the largest."""
+        """Of a histogram: for thresholds from one below the smallest to the largest."""
         return self.largest - self.smallest + 2
 
 
@@ -143,10 +143,10 @@ def _counts(rows_ptr, programs, BINS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _by_error(counts, total, above, C: tl.constexpr, BINS: tl.constexpr):
-    """For each bin whether its T keeps the bound: as by `reference.error_table`, but no sum is taken for each T.
+    """For each bin whether its threshold keeps the bound: as by `reference.error_table`, but no sum is taken for each.
 
-    Below T's binade by more than the window's reach, an element's step is that of the window's smallest numbers; or
-    the element is rounded to zero. So all that a T needs are differences of running sums.
+    Below the threshold's binade by more than the window's reach, an element's step is that of the window's smallest
+    numbers; or the element is rounded to zero. So all that a threshold needs are differences of running sums.
     """
     lane = tl.arange(0, BINS)
     bins = lane + (C.smallest - 1)
@@ -178,7 +178,7 @@ def _by_error(counts, total, above, C: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def _choose(rows_ptr, programs, current, counts_ptr, C: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """The T that suits what was found; `current` if that is nothing. Adds to counts [bins], if they are given."""
+    """The threshold that suits what was found; `current` if that is nothing. Adds to counts [bins], if given."""
     lane = tl.arange(0, BINS)
     chosen = current
     if C.mode == FIXED:
@@ -202,7 +202,7 @@ def _choose(rows_ptr, programs, current, counts_ptr, C: tl.constexpr, BINS: tl.c
             before = tl.load(counts_ptr + lane, mask=bins, other=0)
             tl.store(counts_ptr + lane, before + counts.to(tl.int32), mask=bins)
         total = tl.sum(counts)
-        above = total - (tl.cumsum(counts, 0) - counts)  # elements in FP16 if this bin's lower end were T
+        above = total - (tl.cumsum(counts, 0) - counts)  # elements in FP16 if this bin's lower end were the threshold
         last = C.largest - C.smallest + 1
         valid = (lane > 0) & (lane <= last)
         if C.mode == SHARE:
@@ -221,7 +221,7 @@ def _choose(rows_ptr, programs, current, counts_ptr, C: tl.constexpr, BINS: tl.c
 @triton.jit
 def _finish(rows_ptr, programs, states_ptr, used_ptr, counts_ptr, C: tl.constexpr, TRAINING: tl.constexpr,
             BINS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Chooses; writes the T to use now; in training also what is in use and what is to come, to states [2]."""
+    """Chooses; writes the threshold to use now; in training also what is in use and what is to come, to states [2]."""
     current = tl.load(states_ptr)
     chosen = _choose(rows_ptr, programs, current, counts_ptr, C, BINS, ROWS)
     used = tl.where(current == UNSET, chosen, current)
@@ -252,7 +252,7 @@ def _threshold_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The T of x.
+    """The threshold of x.
 
     count, step, sizes, strides: see `_look`. states: int32 [rows, 2], of which `state` is x's row. counts: int32, added
     to, or None. used: int32. rows: int32 [programs, BINS], scratch. ticket: int32, zero before and after.
@@ -276,13 +276,13 @@ class _Plan(NamedTuple):
 
 
 def choose(x: Tensor, choice: Choice, states: Tensor, row: int, training: bool, counts: Tensor | None = None) -> Tensor:
-    """The T to use now; in training also chooses the one to come.
+    """The threshold to use now; in training also chooses the one to come.
 
     Args:
         x: float32, float16 or bfloat16, any strides, not empty.
-        states: int32 [rows, 2], T in use and T to come, as in `ops.next_threshold`; `row` is x's.
+        states: int32 [rows, 2], in use and to come, as in `Backend.next_threshold`; `row` is x's.
         counts: int32 [at least `Choice.bins`], to which the histogram is added, or, if the choice is by the LARGEST,
-            one count in the bin of the T that x asks for.
+            one count in the bin of the threshold that x asks for.
 
     Returns:
         int32 [].

@@ -44,7 +44,7 @@ class EmulatedModule(nn.Module):
         self.set_precision(precision)
 
     def set_precision(self, chosen: str | Path | Rule | Precision) -> None:
-        """Begin to emulate with this precision: counters at zero, every T still to be chosen."""
+        """Begin to emulate with this precision: counters at zero, every threshold still to be chosen."""
         own = next(itertools.chain(self.parameters(), self.buffers()), None)  # a parametrized weight is left alone
         self.emulation = LayerState(precision(chosen), (self.weight if own is None else own).device)
 

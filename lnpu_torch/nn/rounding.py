@@ -20,7 +20,7 @@ def quantize(
     Args:
         x: any shape and floating dtype.
         rule: "fgmp", "fp8", "fp16", or a `Rule`.
-        threshold: T, an integer; without it, the rule chooses one for x itself.
+        threshold: an integer, 4 e + k; without it, the rule chooses one for x itself.
         return_classes: also return each element's precision class (uint8: 0 zero, 8 FP8, 16 FP16).
 
     Raises:

@@ -69,7 +69,7 @@ class Rule(Frozen):
 
     @property
     def adaptive(self) -> bool:
-        """Whether T is chosen from the tensor's histogram."""
+        """Whether the threshold is chosen from the tensor's histogram."""
         return self.max_error is not None or self.fp16_share is not None
 
     @property
@@ -79,11 +79,11 @@ class Rule(Frozen):
 
     @property
     def threshold_range(self) -> tuple[int, int]:
-        """Smallest and largest T: below, nothing is in the FP8 group; above, FP8 codes would leave `wide`."""
+        """Smallest and largest threshold: below, nothing is in the FP8 group; above, FP8 codes would leave `wide`."""
         return 4 * (self.wide.ulp_exponent - 1), 4 * self.wide.max_exponent + 3
 
     def check_threshold(self, threshold: int) -> None:
-        """Raises ValueError for a T outside `threshold_range`."""
+        """Raises ValueError for a threshold outside `threshold_range`."""
         smallest, largest = self.threshold_range
         if not smallest <= threshold <= largest:
             raise ValueError(f"threshold {threshold} is outside {smallest} ... {largest}")

@@ -1,6 +1,6 @@
-"""The compiled inner loops that choose a T: a tensor's histogram, and the best T by it. Numba sees only arrays here.
+"""The compiled loops that choose a threshold: a tensor's histogram, and the best one by it. Numba sees only arrays.
 
-Bin i of a histogram stands for quarter-binade smallest - 1 + i, where `smallest` is the rule's smallest T.
+Bin i of a histogram stands for quarter-binade smallest - 1 + i, where `smallest` is the rule's smallest threshold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bits_of(context: Any, x: Any) -> Any:
 
 @compiled
 def _best_by_share(counts, share):
-    """Index of the T that `reference.choose_by_histogram` takes by `fp16_share`."""
+    """Index of the threshold that `reference.choose_by_histogram` takes by `fp16_share`."""
     total, above = int64(counts.sum()), int64(0)
     for t in range(len(counts) - 2, -1, -1):
         above += counts[t + 1]
@@ -44,7 +44,7 @@ def _best_by_share(counts, share):
 
 @compiled
 def _best_by_error(counts, smallest, bound, formats):
-    """Index of the T that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound.
+    """Index of the threshold that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound.
 
     `formats`: mantissa bits and least exponent of both formats, after FP8's its top exponent and how low that may go.
     """
@@ -58,7 +58,7 @@ def _best_by_error(counts, smallest, bound, formats):
     while t > 0:
         t -= 1
         window = max((t + smallest) >> 2, lowest) - low_top
-        if window != before or counts[t + 1]:  # else it is the error of the T above
+        if window != before or counts[t + 1]:  # else it is the error of the threshold above
             lost, before = int64(0), window
             for i in seen:
                 quarter = i + smallest - 1

@@ -80,7 +80,7 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
 
 @lru_cache(maxsize=256)
 def choice(rule: Rule) -> thresholds.Choice:
-    """A rule's choice of T, as the kernel sees it."""
+    """A rule's choice of thresholds, as the kernel sees it."""
     return thresholds.Choice.of(
         rule.low, rule.high, max_error=rule.max_error, fp16_share=rule.fp16_share, threshold=rule.threshold
     )

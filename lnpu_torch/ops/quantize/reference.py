@@ -21,20 +21,20 @@ UNSET = -(2**31)
 SAMPLE = 2**14
 """At most this many elements of a tensor are looked at to choose its threshold.
 
-Each costs a miss of the caches. Over inputs and errors of ResNet-18 on CIFAR-10, T is that of all elements in 85 % of
-cases, and else its neighbour; with four times as many in 94 %.
+Each costs a miss of the caches. Over inputs and errors of ResNet-18 on CIFAR-10, the threshold is that of all elements
+in 85 % of cases, and else its neighbour; with four times as many in 94 %.
 """
 
 
 Threshold = Tensor | int
-"""T, as int32 [] or, where the host knows it, as a number."""
+"""As int32 [] or, where the host knows it, as a number."""
 
 
 class Rounded(NamedTuple):
     """An operand [N, C, *grid], rounded and counted. What was not asked for is None.
 
     `single` and `half`: its values in `compute_dtype` and in binary16. The counts: its elements of each group, as
-    `pair_counts` needs them. `lanes`: its lane profile. `threshold`: T by which it was rounded, if it was.
+    `pair_counts` needs them. `lanes`: its lane profile. `threshold`: by which it was rounded, if it was.
     """
 
     single: Tensor | None
@@ -68,7 +68,7 @@ def quantize(x: Tensor, rule: Rule, threshold: Tensor, random: Tensor | None = N
 
     Args:
         x: any shape and floating dtype.
-        threshold: T, one int32 element (no meaning where the rule has no `low`).
+        threshold: one int32 element (no meaning where the rule has no `low`).
         random: 24 random bits per element for stochastic rounding.
 
     Returns:
@@ -104,13 +104,13 @@ def tau(threshold: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def window_exponent(rule: Rule, threshold: Tensor) -> Tensor:
-    """Exponent of the FP8 window's top binade: T's own, but never so low that a code leaves the wide format."""
+    """Exponent of the FP8 window's top binade: the threshold's, but never so low that a code leaves the wide format."""
     low = FORMATS[rule.low or "e4m3"]
     return (threshold >> 2).clamp(min=rule.wide.ulp_exponent - low.ulp_exponent + low.max_exponent)
 
 
 def choose_threshold(x: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
-    """The T that suits x by the rule (numerics: rules A, B, C); `fallback` where x has no finite non-zero element.
+    """The threshold that suits x by the rule (numerics: rules A, B, C); `fallback` if x has no finite non-zero element.
 
     Returns:
         One int32 element on x's device; nothing is read back by the host.
@@ -129,7 +129,7 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
     """How many elements of x's sample lie in each quarter-binade [tau(T), tau(T+1)), zeros and non-finite left out.
 
     Returns:
-        int64 [bins], for T from one below the rule's smallest to its largest; the ends take what lies beyond.
+        int64 [bins], for thresholds from one below the rule's smallest to its largest; the ends take what lies beyond.
     """
     smallest, largest = rule.threshold_range
     values = strided_sample(x).to(compute_dtype(x)).abs()
@@ -139,10 +139,10 @@ def histogram(x: Tensor, rule: Rule) -> Tensor:
 
 
 def largest_bin(x: Tensor, rule: Rule) -> Tensor:
-    """What uniform FP8's T rests on, in the form of a `histogram`: one count in the bin of the T that x asks for.
+    """What uniform FP8's threshold rests on, as a `histogram`: one count in the bin of that which x asks for.
 
-    The highest bin with a count in it, over several tensors, is the T for all of them. Float64 [bins], all zero where
-    x has no finite non-zero element.
+    The highest bin with a count in it, over several tensors, is the threshold for all of them. Float64 [bins], all zero
+    where x has no finite non-zero element.
     """
     smallest, largest = rule.threshold_range
     t = choose_threshold(x, rule, torch.tensor(UNSET, dtype=torch.int32, device=x.device))
@@ -217,16 +217,16 @@ def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quarter_binade(magnitude: Tensor) -> Tensor:
-    """T of the largest threshold not above each magnitude."""
+    """The largest threshold not above each magnitude."""
     if magnitude.dtype == torch.float64:
         return (magnitude.view(torch.int64) >> 50) - 4 * 1023
     return (magnitude.view(torch.int32) >> 21) - 4 * 127
 
 
 def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
-    """The T that suits a tensor with this `histogram`, by `max_error` or `fp16_share`; int32 []."""
+    """The threshold that suits a tensor with this `histogram`, by `max_error` or `fp16_share`; int32 []."""
     total = counts.sum()
-    above = counts.flip(0).cumsum(0).flip(0)[1:]  # elements in FP16, for each T
+    above = counts.flip(0).cumsum(0).flip(0)[1:]  # elements in FP16, for each threshold
     if rule.fp16_share is not None:
         best = (above <= rule.fp16_share * total.double()).to(torch.int32).argmax()
         best = torch.where(above[-1] <= rule.fp16_share * total.double(), best, len(above) - 1)
