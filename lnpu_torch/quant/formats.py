@@ -51,10 +51,12 @@ class Format:
 FORMATS = {
     entry.name: entry
     for entry in (
-        Format("e4m3", 4, 3, finite=True),  # OCP 8-bit Floating Point Specification 1.0: E4M3, "e4m3fn" elsewhere
+        Format("e4m3", 4, 3, finite=True),  # OCP 8-bit Floating Point Specification 1.0: E4M3
         Format("e5m2", 5, 2),  # same source: E5M2
         Format("fp16", 5, 10),  # IEEE 754 binary16
         Format("e6m9", 6, 9),  # "1-6-9", for FP16 with a wider range
         Format("fp32", 8, 23),  # IEEE 754 binary32
     )
 }
+ALIASES = {"e4m3fn": "e4m3"}
+"""Names that other libraries have for these formats."""

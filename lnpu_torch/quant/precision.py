@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lnpu_torch.files import ConfigError, Frozen, is_file, listed, nearest, parse_yaml, read_text, validate
 from lnpu_torch.named_files import NamedFile, file_to_read
-from lnpu_torch.quant.formats import FORMATS, Format
+from lnpu_torch.quant.formats import ALIASES, FORMATS, Format
 
 MAX_ERROR = 0.013
 """Default bound on a tensor's relative RMS error (assumed). On a Gaussian it leaves 27 to 37 % of the elements in
@@ -24,9 +24,10 @@ WIDE = [name for name, form in FORMATS.items() if 8 < form.bits <= 16]
 
 
 def _named(known: Sequence[str]) -> AfterValidator:
-    """Takes the names of these formats alone."""
+    """Takes the names of these formats alone, or others' names for them."""
 
     def check(name: str) -> str:
+        name = ALIASES.get(name, name)
         if name not in known:
             raise ValueError(f"unknown format; known: {listed(known)}")
         return name

@@ -163,3 +163,7 @@ def test_random_bits_are_philoxs_words_by_seed_stream_and_number():
         counter = [torch.tensor(word) for word in (number, 0, stream, 0)]
         word = philox(tuple(counter), (torch.tensor(seed % 2**32), torch.tensor(seed >> 32)))[0]
         assert bits[number] == word >> 8
+
+
+def test_a_format_goes_by_its_name_elsewhere_too():
+    assert Rule(low="e4m3fn") == Rule(low="e4m3")
