@@ -179,8 +179,7 @@ class Convolution:
         bias = by.bias(bias, x)
         if by.widens(x) and bias is not None:
             geometry = self.geometry(x.shape, weight.shape, margin=False).pack()
-            lists = (self.stride, self.padding, self.dilation, self.output_padding)
-            return backend_of(x).half_convolution(x, weight, bias, geometry, *lists, self.groups, self.transposed)
+            return backend_of(x).half_convolution(x, weight, bias, geometry, self.arguments)
         if by.form == "fp32":
             return torch.ops.aten.convolution(x, weight, bias, *self.arguments)  # type: ignore[no-any-return]
         product = "conv_grad_input" if self.transposed else "conv_forward"

@@ -210,7 +210,7 @@ def _count(
         else weight.counts_over_channels.squeeze(2)
     )
     with state.lock:
-        backend.count_weight_step(*state.counter(step), position, counts, grid.lanes, plan.sizes, side)
+        backend.count_weight_step(state.counter(step), position, counts, grid.lanes, plan.sizes, side)
 
 
 def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved, backend: Backend) -> None:
@@ -226,7 +226,7 @@ def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Save
     sides = {first: kept, product.output_side: (error.counts_over_batch.squeeze(1), error.counts_over_channels)}
     with state.lock:
         backend.count_grid_step(
-            *state.counter("grad_weight"), sides["conv_input"], sides["conv_output"], profiles, plan.sizes, first
+            state.counter("grad_weight"), sides["conv_input"], sides["conv_output"], profiles, plan.sizes, first
         )
 
 

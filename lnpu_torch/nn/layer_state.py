@@ -129,9 +129,9 @@ class LayerState:
                         f"thresholds of {name!r}: {threshold} for {reading} is outside {smallest} ... {largest}"
                     )
 
-    def counter(self, step: str) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Where a step is counted: counters, the sizes of call that their rows stand for, lane profiles; its place."""
-        return self.counters, self.call_sizes, self.lanes, STEPS.index(step)
+    def counter(self, step: str) -> counting.StepCounters:
+        """Where a step is counted."""
+        return counting.StepCounters(self.counters, self.call_sizes, self.lanes, STEPS.index(step))
 
     def not_run(self, step: str, macs: int) -> None:
         """Count a step that nobody asked for."""
@@ -176,34 +176,31 @@ class LayerState:
         Args:
             threshold: one that it was read by before, to be read so again.
         """
-        wanted = plan.wanted
+        request = plan.request
         if plan.rule is None:
-            counts = backend.count_float(x, plan.layout, wanted[2])
-            return Rounded(x, None, *counts, backend.lane_profile(x, plan.joined) if wanted[3] else None)
+            return backend.count_float(x, request)
         if x.dtype == torch.float64:
-            wanted = (True, False, *wanted[2:])
+            request = request._replace(wanted=(True, False, *request.wanted[2:]))
         random = seed if plan.stochastic else None
         if threshold is not None:
-            return backend.round_and_count(x, threshold, random, plan.rule, plan.row, plan.layout, wanted, plan.joined)
+            return backend.round_and_count(x, threshold, random, request)
         if self.histograms is not None:
             self._note(x, plan)
-        return backend.quantize_operand(
-            x, self.thresholds, random, plan.rule, plan.row, plan.layout, wanted, plan.joined, self.training
-        )
+        return backend.quantize_operand(x, self.thresholds, random, request, self.training)
 
     def choose(self, x: Tensor, plan: OperandPlan) -> Threshold | None:
         """The threshold by which an operand is read later; in training also chooses the one to come. None in float."""
         if plan.rule is None:
             return None
         self._note(x, plan)
-        return backend_of(x).next_threshold(x, self.thresholds, plan.row, plan.rule, self.training)
+        return backend_of(x).next_threshold(x, self.thresholds, plan.request.row, plan.rule, self.training)
 
     def _note(self, x: Tensor, plan: OperandPlan) -> None:
         """Add what the choice of an operand's threshold rests on to its histogram, where ranks sum theirs."""
         if self.training and self.histograms is not None and plan.rule is not None:
             counts = backend_of(x).histogram(x, plan.rule)
             if counts is not None:
-                self.histograms[plan.row, : len(counts)] += counts.to(self.histograms.dtype)
+                self.histograms[plan.request.row, : len(counts)] += counts.to(self.histograms.dtype)
 
     def commit_thresholds(self) -> None:
         """After a backward in training: put the thresholds to come into use."""

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lnpu_torch.nn.gemms import Accumulator
+from lnpu_torch.ops.quantize.reference import Request
 from lnpu_torch.quant.precision import Precision, Rule
 
 STEPS = ("forward", "grad_input", "grad_weight")
@@ -36,21 +37,16 @@ class Read(NamedTuple):
 class OperandPlan(NamedTuple):
     """How an operand is quantized for the steps that read it by one rule.
 
-    `layout`: how many samples in a row share one count by position, and the number of channel groups.
-    `wanted`: whether any step takes it in float32, any in binary16, and whether counts by sample and a lane profile are
-    asked for. `half_now`, `half_kept`: whether the steps that read it at once, and later, take it in binary16.
-    `joined`: whether runs of lanes go on from sample to sample.
+    `request`: what is asked of the backend. `half_now`, `half_kept`: whether the steps that read it at once, and later,
+    take it in binary16.
     """
 
     rule: str | None
-    row: int
     stochastic: bool
     steps: tuple[str, ...]
-    layout: tuple[int, int]
-    wanted: tuple[bool, bool, bool, bool]
     half_now: bool
     half_kept: bool
-    joined: bool
+    request: Request
 
 
 class PrecisionPlan:
@@ -98,8 +94,8 @@ class PrecisionPlan:
             half_now, half_kept = bool(reads_now) and read.half and halves, bool(reads_later) and read.half
             single = (bool(reads_now) and not half_now) or (bool(reads_later) and not half_kept)
             wanted = (single, half_now or half_kept, sampled or "grad_weight" in steps, lanes)
-            of = (read.rule, read.row, read.stochastic, tuple(steps), layout)
-            plans.append(OperandPlan(*of, wanted, half_now, half_kept, joined))
+            request = Request(read.rule or "", read.row, layout, wanted, joined)
+            plans.append(OperandPlan(read.rule, read.stochastic, tuple(steps), half_now, half_kept, request))
         return tuple(plans)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from lnpu_torch.ops.lanes.cpu import lane_profile
 from lnpu_torch.ops.memory_format import dense, is_dense
 from lnpu_torch.ops.pair_counts import cpu as pair_counts
 from lnpu_torch.ops.quantize import cpu as loops
-from lnpu_torch.ops.quantize.reference import UNSET, Rounded, Threshold
+from lnpu_torch.ops.quantize.reference import UNSET, Request, Rounded, Threshold
 from lnpu_torch.ops.reference import ReferenceBackend
 
 
@@ -29,40 +27,21 @@ class CpuBackend(ReferenceBackend):
             return super().quantize(x, threshold, seed, rule, stream, want_classes)
         return loops.quantize(values, rule, int(threshold), want_classes)
 
-    def round_and_count(
-        self,
-        x: Tensor,
-        threshold: Threshold,
-        seed: Tensor | None,
-        rule: str,
-        stream: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool = False,
-    ) -> Rounded:
+    def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
         values = loops.taken(x, seed)
         if values is None:
-            return super().round_and_count(x, threshold, seed, rule, stream, layout, wanted, joined)
-        return loops.quantize_operand(values, rule, int(threshold), layout, wanted, joined)[0]
+            return super().round_and_count(x, threshold, seed, request)
+        return loops.quantize_operand(values, int(threshold), request)[0]
 
     def quantize_operand(
-        self,
-        x: Tensor,
-        states: Tensor,
-        seed: Tensor | None,
-        rule: str,
-        row: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool,
-        training: bool,
+        self, x: Tensor, states: Tensor, seed: Tensor | None, request: Request, training: bool
     ) -> Rounded:
-        values, state = loops.taken(x, seed), states.numpy()[row]
+        values, state = loops.taken(x, seed), states.numpy()[request.row]
         current = int(state[0])
-        chooses = training and loops.compiled_rule(rule).choice == 0  # by another way than a histogram
+        chooses = training and loops.compiled_rule(request.rule).choice == 0  # by another way than a histogram
         if values is None or current == UNSET or chooses:
-            return super().quantize_operand(x, states, seed, rule, row, layout, wanted, joined, training)
-        rounded, chosen = loops.quantize_operand(values, rule, current, layout, wanted, joined, training)
+            return super().quantize_operand(x, states, seed, request, training)
+        rounded, chosen = loops.quantize_operand(values, current, request, training)
         if training:
             state[1] = chosen
         return rounded

@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lnpu_torch.files import listed
-from lnpu_torch.ops.quantize.reference import Rounded, Threshold
+from lnpu_torch.ops.pair_counts.reference import StepCounters
+from lnpu_torch.ops.quantize.reference import Request, Rounded, Threshold
 from lnpu_torch.ops.reference import ReferenceBackend
 
 Choice = Literal["auto", "reference", "triton"]
@@ -24,7 +25,7 @@ class Backend(Protocol):
     """The operations that layers are made of. Each implementation gives the bits and integers of `ReferenceBackend`.
 
     A rule is given as a `Rule`'s JSON, a geometry as `ConvShape.pack` makes it; `seed` and `stream` are the key of
-    random bits, for stochastic rounding only (else the seed is None).
+    random bits, for stochastic rounding only: without, the seed is None.
     """
 
     def runs_on(self, device: torch.device) -> bool:
@@ -35,38 +36,13 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Round a tensor: values in `compute_dtype(x)`, precision classes (uint8, or empty), elements of each [3]."""
 
-    def round_and_count(
-        self,
-        x: Tensor,
-        threshold: Threshold,
-        seed: Tensor | None,
-        rule: str,
-        stream: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool = False,
-    ) -> Rounded:
-        """Round an operand [N, C, *grid] and count its classes, in one pass.
-
-        Args:
-            layout: how many samples in a row share one count by position, and the number of channel groups.
-            wanted: values in `compute_dtype(x)`; in binary16; counts by sample; a lane profile.
-            joined: whether the profile's runs go on from sample to sample.
-        """
+    def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
+        """Round an operand and count its classes, in one pass."""
 
     def quantize_operand(
-        self,
-        x: Tensor,
-        states: Tensor,
-        seed: Tensor | None,
-        rule: str,
-        row: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool,
-        training: bool,
+        self, x: Tensor, states: Tensor, seed: Tensor | None, request: Request, training: bool
     ) -> Rounded:
-        """`next_threshold`, and by that threshold `round_and_count`. The row is also the stream of random bits."""
+        """`next_threshold`, and by that threshold `round_and_count`."""
 
     def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
         """The threshold to use for x now. In training also chooses the next one, from x.
@@ -78,8 +54,8 @@ class Backend(Protocol):
     def histogram(self, x: Tensor, rule: str) -> Tensor | None:
         """What the choice of x's threshold rests on: counts of magnitudes, or `largest_bin`; None if it is fixed."""
 
-    def count_float(self, x: Tensor, layout: tuple[int, int], sampled: bool) -> tuple[Tensor, Tensor | None]:
-        """Counts of an operand left in float, as of `round_and_count`: its non-zeros are FP16."""
+    def count_float(self, x: Tensor, request: Request) -> Rounded:
+        """An operand left in float, as it is, and counted: its non-zeros are FP16. The request's rule means nothing."""
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
         """Of counts by sample."""
@@ -89,30 +65,18 @@ class Backend(Protocol):
 
     def count_weight_step(
         self,
-        counters: Tensor,
-        sizes: Tensor,
-        lanes: Tensor,
-        step: int,
+        to: StepCounters,
         position: Tensor,
         weight: Tensor,
         profile: Tensor | None,
         geometry: Sequence[int],
         side: str,
     ) -> None:
-        """Count one of a layer's steps by `weight_step`, and the lane profile of the operand that it streams.
-
-        Args:
-            counters: int64 [steps, ROWS, WIDTH], to the row of which that `row_of` tells.
-            sizes: int64 [steps, SIZES + 1, 3], on the host.
-            lanes: int64 [steps, operands, LANE_CONFIGS].
-        """
+        """Count one of a layer's steps by `weight_step`, and the lane profile of the operand that it streams."""
 
     def count_grid_step(
         self,
-        counters: Tensor,
-        sizes: Tensor,
-        lanes: Tensor,
-        step: int,
+        to: StepCounters,
         conv_input: Sequence[Tensor],
         conv_output: Sequence[Tensor],
         profiles: Sequence[Tensor | None],
@@ -125,19 +89,9 @@ class Backend(Protocol):
         """A product of `gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
 
     def half_convolution(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        geometry: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        output_padding: Sequence[int],
-        groups: int,
-        transposed: bool,
+        self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], arguments: tuple[Any, ...]
     ) -> Tensor:
-        """Torch's convolution of binary16 operands, with the bias added to the float32 sums; binary16, rounded once."""
+        """`half_precision.half_convolution`."""
 
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
         """A step's fresh result rounded to a format, nearest, overflow to infinity, in a dtype; x may be used up."""

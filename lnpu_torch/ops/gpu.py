@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lnpu_torch.ops.lanes import gpu as lane_profiles
 from lnpu_torch.ops.lanes import reference as lane_reference
 from lnpu_torch.ops.memory_format import dense, memory_format
 from lnpu_torch.ops.quantize import gpu as quantize
-from lnpu_torch.ops.quantize.reference import Rounded, Threshold
+from lnpu_torch.ops.quantize.reference import Request, Rounded, Threshold
 from lnpu_torch.ops.reference import ReferenceBackend, parsed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,25 +40,14 @@ class GpuBackend(ReferenceBackend):
             return super().quantize(x, threshold, seed, rule, stream, want_classes)
         return quantize.quantize_flat(x, parsed(rule), _tensor(threshold, x), seed, stream, want_classes)
 
-    def round_and_count(
-        self,
-        x: Tensor,
-        threshold: Threshold,
-        seed: Tensor | None,
-        rule: str,
-        stream: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool = False,
-    ) -> Rounded:
+    def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
         if not _takes(x):
-            return super().round_and_count(x, threshold, seed, rule, stream, layout, wanted, joined)
-        threshold, own_runs = _tensor(threshold, x), (*wanted[:3], wanted[3] and not joined)
-        rounded = quantize.quantize(dense(x), parsed(rule), threshold, seed, stream, layout, own_runs)
-        if wanted[3] and joined:
+            return super().round_and_count(x, threshold, seed, request)
+        rounded = quantize.quantize(dense(x), _tensor(threshold, x), seed, request)
+        if request.wanted[3] and request.joined:
             values = rounded.single if rounded.half is None else rounded.half
             assert values is not None
-            rounded = rounded._replace(lanes=self.lane_profile(values, joined))
+            rounded = rounded._replace(lanes=self.lane_profile(values, joined=True))
         return rounded
 
     def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
@@ -105,21 +95,11 @@ class GpuBackend(ReferenceBackend):
         return result.contiguous()
 
     def half_convolution(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        geometry: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        output_padding: Sequence[int],
-        groups: int,
-        transposed: bool,
+        self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], arguments: tuple[Any, ...]
     ) -> Tensor:
         if not (_takes(x) and memory_format(x) == torch.channels_last):
-            lists = (stride, padding, dilation, output_padding, groups, transposed)
-            return super().half_convolution(x, weight, bias, geometry, *lists)
+            return super().half_convolution(x, weight, bias, geometry, arguments)
+        transposed = arguments[3]
         product = gemm.conv_grad_input if transposed else gemm.conv_forward
         result: Tensor = product(x, weight, geometry, bias=bias, dtype=torch.float16)
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from lnpu_torch.ops.lanes import reference as lane_profiles
 from lnpu_torch.ops.memory_format import dense
 from lnpu_torch.ops.pair_counts import reference as pair_counts
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
+from lnpu_torch.ops.pair_counts.reference import StepCounters
 from lnpu_torch.ops.quantize import reference as quantize
-from lnpu_torch.ops.quantize.reference import CLASSES, UNSET, Rounded, Threshold
+from lnpu_torch.ops.quantize.reference import CLASSES, UNSET, Request, Rounded, Threshold
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
@@ -34,44 +36,27 @@ class ReferenceBackend:
         totals = torch.stack([(classes == each).sum() for each in CLASSES])
         return values, classes if want_classes else classes.new_empty(0), totals
 
-    def round_and_count(
-        self,
-        x: Tensor,
-        threshold: Threshold,
-        seed: Tensor | None,
-        rule: str,
-        stream: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool = False,
-    ) -> Rounded:
-        x = dense(x)
-        random = None if seed is None else quantize.random_bits(x.shape, seed, stream)
-        values, classes = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
-        single, half, sampled, lanes = wanted
-        return Rounded(
-            values if single else None,
-            values.half() if half else None,
-            pair_counts.per_position(classes, layout[0]),
-            self._per_sample(classes, layout[1]) if sampled else None,
-            self.lane_profile(values, joined) if lanes else None,
-            threshold,
-        )
+    def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
+        x, (single, half, *_) = dense(x), request.wanted
+        random = None if seed is None else quantize.random_bits(x.shape, seed, request.row)
+        values, classes = quantize.quantize(x, parsed(request.rule), _on(threshold, x), random)
+        counts = self._counts(values, classes, request)
+        return Rounded(values if single else None, values.half() if half else None, *counts, threshold)
+
+    def _counts(self, x: Tensor, classes: Tensor, request: Request) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Over samples, over channels, and the lane profile."""
+        (share, groups), (*_, sampled, lanes) = request.layout, request.wanted
+        over_channels = None
+        if sampled:
+            over_channels = pair_counts.per_sample(classes, groups, self.sample_dtype(x.shape[1], groups))
+        profile = self.lane_profile(x, request.joined) if lanes else None
+        return pair_counts.per_position(classes, share), over_channels, profile
 
     def quantize_operand(
-        self,
-        x: Tensor,
-        states: Tensor,
-        seed: Tensor | None,
-        rule: str,
-        row: int,
-        layout: tuple[int, int],
-        wanted: Sequence[bool],
-        joined: bool,
-        training: bool,
+        self, x: Tensor, states: Tensor, seed: Tensor | None, request: Request, training: bool
     ) -> Rounded:
-        threshold = self.next_threshold(x, states, row, rule, training)
-        return self.round_and_count(x, threshold, seed, rule, row, layout, wanted, joined)
+        threshold = self.next_threshold(x, states, request.row, request.rule, training)
+        return self.round_and_count(x, threshold, seed, request)
 
     def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
         current = states[row, 0]
@@ -87,12 +72,8 @@ class ReferenceBackend:
             return quantize.histogram(x, chosen)
         return quantize.largest_bin(x, chosen) if chosen.threshold is None and chosen.high is None else None
 
-    def count_float(self, x: Tensor, layout: tuple[int, int], sampled: bool) -> tuple[Tensor, Tensor | None]:
-        classes = quantize.float_classes(x)
-        return pair_counts.per_position(classes, layout[0]), self._per_sample(classes, layout[1]) if sampled else None
-
-    def _per_sample(self, classes: Tensor, groups: int) -> Tensor:
-        return pair_counts.per_sample(classes, groups, self.sample_dtype(classes.shape[1], groups))
+    def count_float(self, x: Tensor, request: Request) -> Rounded:
+        return Rounded(x, None, *self._counts(x, quantize.float_classes(x), request))
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
         return pair_counts.sample_dtype(channels, groups)
@@ -103,26 +84,20 @@ class ReferenceBackend:
 
     def count_weight_step(
         self,
-        counters: Tensor,
-        sizes: Tensor,
-        lanes: Tensor,
-        step: int,
+        to: StepCounters,
         position: Tensor,
         weight: Tensor,
         profile: Tensor | None,
         geometry: Sequence[int],
         side: str,
     ) -> None:
-        row = pair_counts.row_of(sizes[step], _call_sizes(tuple(geometry), side, "weight"))
-        self.add_weight_step(counters[step, row], position, weight, geometry, side)
-        _add_lanes(lanes[step], profile)
+        row = pair_counts.row_of(to.sizes[to.step], _call_sizes(tuple(geometry), side, "weight"))
+        self.add_weight_step(to.counters[to.step, row], position, weight, geometry, side)
+        _add_lanes(to, profile)
 
     def count_grid_step(
         self,
-        counters: Tensor,
-        sizes: Tensor,
-        lanes: Tensor,
-        step: int,
+        to: StepCounters,
         conv_input: Sequence[Tensor],
         conv_output: Sequence[Tensor],
         profiles: Sequence[Tensor | None],
@@ -130,9 +105,9 @@ class ReferenceBackend:
         first: str,
     ) -> None:
         second = "conv_output" if first == "conv_input" else "conv_input"
-        row = pair_counts.row_of(sizes[step], _call_sizes(tuple(geometry), first, second))
-        self.add_grid_step(counters[step, row], conv_input, conv_output, geometry, first)
-        _add_lanes(lanes[step], *profiles)
+        row = pair_counts.row_of(to.sizes[to.step], _call_sizes(tuple(geometry), first, second))
+        self.add_grid_step(to.counters[to.step, row], conv_input, conv_output, geometry, first)
+        _add_lanes(to, *profiles)
 
     def add_weight_step(
         self, counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
@@ -157,20 +132,9 @@ class ReferenceBackend:
         return gemm.PRODUCTS[product](*operands, FORMATS[form], chunk).contiguous()
 
     def half_convolution(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        geometry: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        output_padding: Sequence[int],
-        groups: int,
-        transposed: bool,
+        self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], arguments: tuple[Any, ...]
     ) -> Tensor:
-        lists = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-        return half_precision.half_convolution(x, weight, bias, lists)
+        return half_precision.half_convolution(x, weight, bias, arguments)
 
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
         x.copy_(quantize.round_to(x.to(quantize.compute_dtype(x)), FORMATS[form]))
@@ -188,10 +152,10 @@ def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int
     return ConvShape.unpack(geometry).call_sizes(first, second)
 
 
-def _add_lanes(lanes: Tensor, *profiles: Tensor | None) -> None:
+def _add_lanes(to: StepCounters, *profiles: Tensor | None) -> None:
     for operand, profile in enumerate(profiles):
         if profile is not None:
-            lanes[operand].add_(profile)
+            to.lanes[to.step, operand].add_(profile)
 
 
 def _on(threshold: Threshold, x: Tensor) -> Tensor:

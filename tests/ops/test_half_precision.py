@@ -44,11 +44,11 @@ def test_results_in_half_precision_are_rounded_by_their_values(dtype):
 def test_a_biased_convolution_lies_as_its_input_whatever_its_weight_does(formats):
     x, weight = (t.half().contiguous(memory_format=form) for t, form in zip(operands(), formats, strict=True))
     bias, geometry = torch.randn(6), ConvShape(3, 8, 6, 2, (9, 8), (5, 8), (3, 3), (2, 1), (1, 1), (1, 1))
-    lists = ((2, 1), (1, 1), (1, 1), (0, 0))
-    arguments = (x, weight, bias, geometry.pack(), *lists, 2, False)
+    lists = ([2, 1], [1, 1], [1, 1])
+    arguments = (x, weight, bias, geometry.pack(), (*lists, False, [0, 0], 2))
     out = backend_of(x).half_convolution(*arguments)
     assert out.is_contiguous(memory_format=formats[0])
-    expected = torch.nn.functional.conv2d(x.float(), weight.float(), bias, *lists[:3], 2)
+    expected = torch.nn.functional.conv2d(x.float(), weight.float(), bias, *lists, 2)
     assert torch.allclose(out.float(), expected, atol=0.01) and out.dtype == torch.float16
 
 

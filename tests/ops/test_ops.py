@@ -12,6 +12,7 @@ from lnpu_torch.ops.lanes import reference as lanes
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.ops.quantize import torch_ops as ops
+from lnpu_torch.ops.quantize.reference import Request
 from lnpu_torch.quant.precision import Rule
 
 RULES = {
@@ -33,8 +34,8 @@ LAYOUTS = {
 EVERYTHING = (True, True, True, True)
 
 
-def round_and_count(x, *rest):
-    return backend_of(x).round_and_count(x, *rest)
+def round_and_count(x, threshold, *rest):
+    return backend_of(x).round_and_count(x, threshold, None, Request(*rest))
 
 
 def tensors(rounded):
@@ -85,7 +86,7 @@ def test_round_and_count(rule, shape, share, groups, lies, joined):
     if lies == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
     for wanted in (EVERYTHING, (True, False, False, True), (False, True, True, False), (True, False, True, True)):
-        arguments = (x, scalar(1), None, rule.model_dump_json(), 0, (share, groups), wanted, joined)
+        arguments = (x, scalar(1), rule.model_dump_json(), 0, (share, groups), wanted, joined)
         ours = round_and_count(*arguments)
         with dispatch.backend("reference"):
             expected = round_and_count(*arguments)
@@ -97,7 +98,7 @@ def test_round_and_count(rule, shape, share, groups, lies, joined):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(dtype):
     x = torch.randn(5, 6, 7).to(dtype)
-    arguments = (x, scalar(1), None, Rule().model_dump_json(), 0, (5, 1), EVERYTHING)
+    arguments = (x, scalar(1), Rule().model_dump_json(), 0, (5, 1), EVERYTHING)
     expected, groups = reference.quantize(x, Rule(), scalar(1))
     values, half, position, sample, profile, _ = round_and_count(*arguments)
     assert torch.equal(values, expected) and torch.equal(half.to(values.dtype), expected)
@@ -108,7 +109,7 @@ def test_other_dtypes(dtype):
 def test_more_rows_than_a_packed_counter_holds():
     x = torch.ones(70_000, 2)
     x[:, 1] = 100.0
-    rounded = round_and_count(x, scalar(4), None, Rule().model_dump_json(), 0, (70_000, 1), EVERYTHING)
+    rounded = round_and_count(x, scalar(4), Rule().model_dump_json(), 0, (70_000, 1), EVERYTHING)
     assert rounded.counts_over_batch.tolist() == [[[70_000, 0]], [[0, 70_000]]]
 
 
@@ -116,7 +117,7 @@ def test_more_rows_than_a_packed_counter_holds():
 def test_threads_do_not_change_the_result(threads):
     before = torch.get_num_threads()
     x = torch.randn(16, 8, 40, 40)
-    arguments = (x, scalar(1), None, Rule().model_dump_json(), 0, (16, 2), EVERYTHING)
+    arguments = (x, scalar(1), Rule().model_dump_json(), 0, (16, 2), EVERYTHING)
     expected = round_and_count(*arguments)
     torch.set_num_threads(threads)
     try:
@@ -147,9 +148,10 @@ def test_counted_steps(geometry):
                 torch.arange(2 * len(LANE_CONFIGS)).view(2, -1),
             )
             ops_of = backend_of(table[0])
-            ops_of.count_weight_step(*table, 0, grids[0][0], weights[0], profiles[1], packed, "conv_input")
-            ops_of.count_weight_step(*table, 1, grids[1][0], weights[1], None, packed, "conv_output")
-            ops_of.count_grid_step(*table, 2, grids[0], grids[1], [*profiles], packed, "conv_output")
+            first, second, third = (counting.StepCounters(*table, step) for step in range(3))
+            ops_of.count_weight_step(first, grids[0][0], weights[0], profiles[1], packed, "conv_input")
+            ops_of.count_weight_step(second, grids[1][0], weights[1], None, packed, "conv_output")
+            ops_of.count_grid_step(third, *grids, [*profiles], packed, "conv_output")
         nothing = torch.zeros_like(profiles[0])
         expected = torch.stack((profiles[1], nothing, nothing, nothing, *profiles))
         assert torch.equal(held, expected.view_as(held))
@@ -211,13 +213,13 @@ def test_an_operand_is_read_as_t_is_chosen_and_then_it_is_rounded(rule, dtype, j
         ):
             x = (scale * torch.randn(4, 20, 5, 7, generator=generator).relu()).to(dtype)
             x = x.to(memory_format=torch.channels_last) if scale == 8 else x
-            rest = (None, text, 1, (4, 1), EVERYTHING, joined)
+            rest = (text, 1, (4, 1), EVERYTHING, joined)
             with dispatch.backend(name):
                 if apart:
                     used = backend_of(x).next_threshold(x, states, 1, text, training)
                     rounded = round_and_count(x, used, *rest)
                 else:
-                    rounded = backend_of(x).quantize_operand(x, states, *rest, training)
+                    rounded = backend_of(x).quantize_operand(x, states, None, Request(*rest), training)
                 found += tensors(rounded)
                 if commits:
                     states[..., 0] = states[..., 1]

@@ -73,7 +73,7 @@ class Compiled:
 def _counted(counter, count, *arguments):
     counters = torch.zeros(1, counting.ROWS, counting.WIDTH, dtype=torch.int64)
     sizes, lanes = torch.zeros(1, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(1, 2, len(LANE_CONFIGS)).long()
-    count(counters, sizes, lanes, 0, *arguments)
+    count(counting.StepCounters(counters, sizes, lanes, 0), *arguments)
     assert sizes[0, 0].all() and not lanes.any()
     counter += counters[0, 0]
 

@@ -13,17 +13,14 @@ from torch import Tensor
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.pair_counts import cpu_loops
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
-from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH
+from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH, StepCounters
 from lnpu_torch.ops.parallel import team
 
 Array = np.ndarray[Any, Any]
 
 
 def count_weight_step(
-    counters: Tensor,
-    sizes: Tensor,
-    lanes: Tensor,
-    step: int,
+    to: StepCounters,
     position: Tensor,
     weight: Tensor,
     profile: Tensor | None,
@@ -32,17 +29,14 @@ def count_weight_step(
 ) -> None:
     """`dispatch.Backend.count_weight_step`."""
     call, shape, constants = _weight_step(tuple(geometry), side)
-    counting = (*_addresses(counters, sizes, lanes, step), call)
+    counting = (*_addresses(to), call)
     position, weight = position.contiguous(), weight.contiguous()
     places = (position.data_ptr(), weight.data_ptr(), shape, 0 if profile is None else profile.data_ptr())
     cpu_loops.add_weight_step(team(position.numel()), counting, *places, *constants)
 
 
 def count_grid_step(
-    counters: Tensor,
-    sizes: Tensor,
-    lanes: Tensor,
-    step: int,
+    to: StepCounters,
     conv_input: Sequence[Tensor],
     conv_output: Sequence[Tensor],
     profiles: Sequence[Tensor | None],
@@ -51,7 +45,7 @@ def count_grid_step(
 ) -> None:
     """`dispatch.Backend.count_grid_step`."""
     call, shapes, samples, constants = _grid_step(tuple(geometry), first)
-    counting = (*_addresses(counters, sizes, lanes, step), call)
+    counting = (*_addresses(to), call)
     few = conv_input[1].dtype == conv_output[1].dtype == torch.uint8
     grids, kept = [], []  # as long as their addresses are of use
     ordered = profiles if first == "conv_input" else (profiles[1], profiles[0])
@@ -62,8 +56,9 @@ def count_grid_step(
     cpu_loops.add_grid_step(team(conv_output[1].numel()), counting, *grids, *constants, first == "conv_output")
 
 
-def _addresses(counters: Tensor, sizes: Tensor, lanes: Tensor, step: int) -> tuple[int, int, int]:
+def _addresses(to: StepCounters) -> tuple[int, int, int]:
     """Of a step's counters, of the sizes of call that their rows stand for, and of its lane profiles."""
+    counters, sizes, lanes, step = to
     return (
         counters.data_ptr() + 8 * step * ROWS * WIDTH,
         sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ SIZES = 8
 
 MIXED, NOT_RUN, ROWS = SIZES, SIZES + 1, SIZES + 2
 """Rows of a step's counters: one for each size of call, one for all further sizes, one for what nobody asked for."""
+
+
+class StepCounters(NamedTuple):
+    """Where a step is counted: in a layer's tensors, at the step's place.
+
+    `counters`: int64 [steps, ROWS, WIDTH], to the row of which that `row_of` tells. `sizes`: int64
+    [steps, SIZES + 1, 3], on the host. `lanes`: int64 [steps, operands, LANE_CONFIGS].
+    """
+
+    counters: Tensor
+    sizes: Tensor
+    lanes: Tensor
+    step: int
 
 
 def row_of(sizes: Tensor, call: Sequence[int]) -> int:

@@ -6,7 +6,6 @@ no state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -21,7 +20,7 @@ from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.parallel import team
 from lnpu_torch.ops.quantize import cpu_loops, cpu_threshold_loops, reference
 from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY
-from lnpu_torch.ops.quantize.reference import Rounded, sample_step, tau, window_exponent
+from lnpu_torch.ops.quantize.reference import Request, Rounded, sample_step, tau, window_exponent
 from lnpu_torch.ops.reference import parsed
 from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
@@ -66,20 +65,9 @@ def compiled_rule(text: str) -> CompiledRule:
     return CompiledRule(parsed(text))
 
 
-def quantize_operand(
-    x: Tensor,
-    rule: str,
-    threshold: int,
-    layout: tuple[int, int],
-    wanted: Sequence[bool],
-    joined: bool,
-    choosing: bool = False,
-) -> tuple[Rounded, int]:
-    """Round and count a dense float32 operand [N, C, *grid]; if `choosing`, also choose the threshold that x asks for.
-
-    Args:
-        layout, wanted, joined: see `dispatch.Backend.round_and_count`.
-    """
+def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool = False) -> tuple[Rounded, int]:
+    """Round and count a dense float32 operand; if `choosing`, also choose the threshold that x asks for."""
+    rule, _, layout, wanted, joined = request
     kind, positions, samples, sizes, step = _shapes(x.shape, layout)
     single = torch.empty_like(x) if wanted[0] else None
     half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else None

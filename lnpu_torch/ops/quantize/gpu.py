@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import thresholds
 from lnpu_torch.ops.lanes import gpu as gpu_lanes
-from lnpu_torch.ops.quantize.reference import Rounded
+from lnpu_torch.ops.quantize.reference import Request, Rounded
+from lnpu_torch.ops.reference import parsed
 from lnpu_torch.quant.precision import Rule
 
 
@@ -33,31 +33,25 @@ def quantize_flat(
     return values, x.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
 
-def quantize(
-    x: Tensor,
-    rule: Rule,
-    threshold: Tensor,
-    seed: Tensor | None,
-    stream: int,
-    layout: Sequence[int],
-    wanted: Sequence[bool],
-) -> Rounded:
-    """`dispatch.Backend.round_and_count`."""
+def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, request: Request) -> Rounded:
+    """`dispatch.Backend.round_and_count`, without a joined lane profile."""
+    rule, (single, half, sampled, lanes) = parsed(request.rule), request.wanted
+    lanes = lanes and not request.joined
     rounded = kernels.quantize_grid(
         x,
         threshold,
         rule.low,
         rule.high,
-        *layout,
-        single=wanted[0],
-        half=wanted[1],
-        sample=wanted[2],
-        runs=wanted[3] and x.dim() > 2,
+        *request.layout,
+        single=single,
+        half=half,
+        sample=sampled,
+        runs=lanes and x.dim() > 2,
         seed=seed,
-        stream=stream,
+        stream=request.row,
     )
     runs = rounded.runs
-    if wanted[3] and x.dim() == 2:
+    if lanes and x.dim() == 2:
         values = rounded.single if rounded.half is None else rounded.half
         assert values is not None
         runs = gpu_lanes.runs_of(values)

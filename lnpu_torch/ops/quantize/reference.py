@@ -30,6 +30,21 @@ Threshold = Tensor | int
 """As int32 [] or, where the host knows it, as a number."""
 
 
+class Request(NamedTuple):
+    """How an operand [N, C, *grid] is to be rounded and counted.
+
+    `rule`: a `Rule` as JSON. `row`: of a layer's thresholds; also the stream of its random bits. `layout`: how many
+    samples in a row share one count, and the number of channel groups. `wanted`: values in `compute_dtype(x)`; in
+    binary16; counts over channels; a lane profile. `joined`: whether the profile's runs go on from sample to sample.
+    """
+
+    rule: str
+    row: int
+    layout: tuple[int, int]
+    wanted: tuple[bool, bool, bool, bool]
+    joined: bool = False
+
+
 class Rounded(NamedTuple):
     """An operand [N, C, *grid], rounded and counted. What was not asked for is None.
 
