@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import carray, types
 from numba.extending import intrinsic
 
-from lnpu_torch.ops.numba_jit import compiled, inlined
+from lnpu_torch.ops.numba_jit import inlined
 
 
 @intrinsic
@@ -27,7 +27,7 @@ def array_at(address, shape, dtype):
     return carray(_pointer(address), shape, dtype)
 
 
-@compiled
+@inlined
 def wanted(address, size):
     """Elements of an array: none if it is not wanted."""
     return size if address else 0

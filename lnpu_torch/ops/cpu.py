@@ -9,7 +9,7 @@ from lnpu_torch.ops.lanes.cpu import lane_profile
 from lnpu_torch.ops.memory_format import dense, is_dense
 from lnpu_torch.ops.pair_counts import cpu as pair_counts
 from lnpu_torch.ops.quantize import cpu as loops
-from lnpu_torch.ops.quantize.reference import UNSET, Request, Rounded, Threshold
+from lnpu_torch.ops.quantize.reference import UNSET, Request, Rounded, Threshold, sample_step
 from lnpu_torch.ops.reference import ReferenceBackend
 
 
@@ -51,7 +51,11 @@ class CpuBackend(ReferenceBackend):
         now = int(state[0])
         if now == UNSET or training:
             values = loops.taken(x) if compiled.choice else None
-            chosen = compiled.choose(x, now) if values is None else loops.choose_threshold(values, compiled, now)
+            chosen = (
+                compiled.choose(x, now)
+                if values is None
+                else loops.choose_threshold(values, compiled, now, sample_step(x.numel()))
+            )
             now = chosen if now == UNSET else now
             if training:
                 state[:] = now, chosen

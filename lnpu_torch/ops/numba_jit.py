@@ -33,8 +33,8 @@ def compiled(function: Any, **options: Any) -> Any:
 
 
 def inlined(function: Any) -> Any:
-    """The same, put wherever it is called: for what LLVM makes shorter there, as where an argument is constant."""
-    return compiled(function, forceinline=True)
+    """The same, put wherever it is called before anything is compiled: so it is compiled once, with its caller."""
+    return compiled(function, inline="always")
 
 
 class _Cache:

@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.numba_jit import inlined
 
 SMALL = 2**16
 """Elements below which one thread is faster."""
@@ -85,13 +85,13 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lnpu")
 
 
-@compiled
+@inlined
 def bounds(count, share, shares):
     """Where a share of so many begins and ends."""
     return count * share // shares, count * (share + 1) // shares
 
 
-@compiled
+@inlined
 def shares_of(team, count):
     """Into how many shares a count is split: no more than there are threads, or things to do."""
     return max(1, min(team[1], count))

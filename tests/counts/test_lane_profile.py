@@ -20,8 +20,9 @@ from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import Counts, StepCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.hardware.chip import chip
-from lnpu_torch.nn.layer_state import LayerState, Operand
+from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.reads import OperandPlan
+from lnpu_torch.ops.quantize.reference import Rounded
 
 APART = lnpu.Precision(input="fp8", grad_output="fp8", grad_weight={"input": None, "grad_output": None})
 """grad_weight reads in float what the other steps round, the smallest values to zero."""
@@ -172,8 +173,8 @@ def test_an_operand_that_two_steps_read_alike_is_measured_once(monkeypatch: pyte
     torch.manual_seed(0)
     measured, quantize = [], LayerState.quantize
 
-    def noting(self: LayerState, x: Tensor, plan: OperandPlan, *rest: Any) -> Operand:
-        measured.extend([plan] if plan.lanes else [])
+    def noting(self: LayerState, x: Tensor, plan: OperandPlan, *rest: Any) -> Rounded:
+        measured.extend([plan] if plan.request.wanted[3] else [])
         return quantize(self, x, plan, *rest)
 
     monkeypatch.setattr(LayerState, "quantize", noting)

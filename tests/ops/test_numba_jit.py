@@ -14,9 +14,15 @@ import pytest
 
 from helpers.paths import ROOT
 
-ROUND = "import torch, lnpu_torch.ops.quantize.cpu as c\n"
-ROUND += "x = torch.tensor([1.0001])\nc.round_half(x)\nprint(x.item() == 1)"
-"""Whether 1.0001 becomes binary16's 1.0 by a loop that takes a second to compile."""
+ROUND = """
+import torch, lnpu_torch.ops.quantize.cpu as c
+from lnpu_torch.quant.precision import Rule
+x = torch.tensor([1.0001])
+c.histogram(x, c.CompiledRule(Rule()))
+c.round_half(x)
+print(x.item() == 1)
+"""
+"""Whether 1.0001 becomes binary16's 1.0 by a loop that takes a second to compile; another is compiled beside it."""
 SAYS = "lnpu_torch: compiling loops for the CPU"
 
 
@@ -106,7 +112,7 @@ DAMAGES: list[Callable[[bytes], bytes]] = [
 
 def test_damaged_files_are_named_and_replaced(package: Path) -> None:
     damaged = code_files(package)
-    assert len(damaged) > len(DAMAGES)
+    assert len(damaged) >= len(DAMAGES)
     for file, damage in zip(damaged, itertools.cycle(DAMAGES), strict=False):
         file.write_bytes(damage(file.read_bytes()))
 

@@ -8,7 +8,7 @@ arrays: to slice them would take as long as to add up a row.
 from __future__ import annotations
 
 import numpy as np
-from numba import int32, int64, uint8, uint16, uint32, uint64
+from numba import int32, int64, uint8, uint16, uint64
 
 from lnpu_torch.counts.lane_configs import (
     BALANCE_GROUPS,
@@ -21,7 +21,7 @@ from lnpu_torch.counts.lane_configs import (
     SYNC_INTERVALS,
 )
 from lnpu_torch.ops.arrays import array_at
-from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.numba_jit import compiled, inlined
 from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
 
 ENTRIES = len(LANE_CONFIGS)
@@ -30,129 +30,114 @@ TILE = 2**15
 
 
 @compiled
-def add_profile_of(team, values, size, sizes, joined, lanes):
-    """Add the lane profile of float32 or binary16 numbers (`size`: bytes of one) to `lanes`. Both are addresses.
+def add_profile_of(team, nonzero, sizes, joined, lanes):
+    """Add the lane profile of a tensor to `lanes`. Both are addresses.
 
     Args:
+        nonzero: whether each element is one, uint8.
         sizes: rows, channels, positions, and whether rows are [positions, channels].
         joined: whether runs go on from row to row.
     """
     rows, channels, positions, last = sizes
-    shape = (rows, positions, channels) if last else (rows, channels, positions)
-    if size == 2:
-        add_profile(team, runs_of(team, array_at(values, shape, uint16), uint16(0x7FFF), last, joined), lanes)
-    else:
-        add_profile(team, runs_of(team, array_at(values, shape, uint32), uint32(0x7FFFFFFF), last, joined), lanes)
-
-
-@compiled
-def runs_of(team, bits, magnitude, last, joined):
-    """Non-zeros of each run: uint8 [rows, channels, times], or [1, channels, times] if runs go on from row to row.
-
-    Args:
-        bits: [rows, channels, positions], or [rows, positions, channels] if `last`.
-        magnitude: a mask of all bits but the sign: both zeros are zero.
-    """
-    rows, channels, positions = len(bits), bits.shape[1 + last], bits.shape[2 - last]
     length = rows * positions if joined else positions
-    runs = np.empty((1 if joined else rows, channels, (length + RUN - 1) // RUN), np.uint8)
+    shape = (1 if joined else rows, channels, (length + RUN - 1) // RUN)
+    runs = np.empty(shape, np.uint8)
     if last:
-        reshaped = bits.reshape((len(runs), length, channels))
-        in_parallel(team, shares_of(team, len(runs) * runs.shape[2]), _runs_of_last, (reshaped, magnitude, runs))
-    elif joined:
-        in_parallel(team, shares_of(team, channels), _joined_runs, (bits, magnitude, runs[0]))
+        marks = array_at(nonzero, (shape[0], length, channels), uint8)
+        in_parallel(team, shares_of(team, shape[0] * shape[2]), _runs_of_last, (marks, runs))
     else:
-        in_parallel(team, shares_of(team, rows), _runs_of, (bits, magnitude, runs))
-    return runs
+        marks = array_at(nonzero, (rows, channels, positions), uint8)
+        if joined:
+            in_parallel(team, shares_of(team, channels), _joined_runs, (marks, runs))
+        else:
+            in_parallel(team, shares_of(team, rows), _runs_of, (marks, runs))
+    add_profile(team, int64(runs.ctypes.data), shape, lanes)
 
 
 @compiled
-def _runs_of(share, shares, bits, magnitude, runs):
+def _runs_of(share, shares, nonzero, runs):
     """Of some rows [channels, positions]."""
     first, stop = bounds(len(runs), share, shares)
     for n in range(first, stop):
         for c in range(runs.shape[1]):
-            row, counts = bits[n, c], runs[n, c]
+            row, counts = nonzero[n, c], runs[n, c]
             for t in range(len(counts)):
-                part = row[t * RUN : (t + 1) * RUN]
                 count = int32(0)
-                for i in range(len(part)):
-                    count = int32(count + int32((part[i] & magnitude) != 0))
+                for i in range(t * RUN, min((t + 1) * RUN, len(row))):
+                    count = int32(count + row[i])
                 counts[t] = count
 
 
 @compiled
-def _runs_of_last(share, shares, bits, magnitude, runs):
+def _runs_of_last(share, shares, nonzero, runs):
     """Of rows [positions, channels], some of all runs."""
     first, stop = bounds(len(runs) * runs.shape[2], share, shares)
     counts = np.empty(runs.shape[1], np.uint8)
     for number in range(first, stop):
-        n, t = divmod(number, runs.shape[2])
+        n, t = number // runs.shape[2], number % runs.shape[2]
         counts[:] = 0
-        for position in range(t * RUN, min((t + 1) * RUN, bits.shape[1])):
-            row = bits[n, position]
+        for position in range(t * RUN, min((t + 1) * RUN, nonzero.shape[1])):
+            row = nonzero[n, position]
             for c in range(len(counts)):
-                counts[c] = uint8(counts[c] + uint8((row[c] & magnitude) != 0))
+                counts[c] += row[c]
         for c in range(len(counts)):
             runs[n, c, t] = counts[c]
 
 
 @compiled
-def _joined_runs(share, shares, bits, magnitude, runs):
+def _joined_runs(share, shares, nonzero, runs):
     """Of some channels of rows [channels, positions], whose runs go on from row to row."""
-    first, stop = bounds(len(runs), share, shares)
+    first, stop = bounds(runs.shape[1], share, shares)
     for c in range(first, stop):
-        counts, place = runs[c], 0
+        counts, place = runs[0, c], 0
         counts[:] = 0
-        for n in range(len(bits)):
-            row = bits[n, c]
+        for n in range(len(nonzero)):
+            row = nonzero[n, c]
             for i in range(len(row)):
-                counts[uint64(place // RUN)] += uint8((row[i] & magnitude) != 0)
+                counts[uint64(place // RUN)] += row[i]
                 place += 1
 
 
 @compiled
-def add_profile(team, runs, lanes):
-    """Add the profile of runs [samples, channels, T] to that at an address.
+def add_profile(team, runs, shape, lanes):
+    """Add the profile of runs [samples, channels, times] to `lanes`. Both are addresses.
 
-    Each thread takes whole samples, or parts of the only one.
+    Each thread takes whole samples, or parts of the only one. Whole blocks of as many channels as there are lanes are
+    as good as samples, and may lie side by side with them.
     """
-    parts = len(runs) if len(runs) > 1 else (runs.shape[2] + LONGEST - 1) // LONGEST
+    samples, channels, times = shape
+    if channels % LANES == 0:
+        samples, channels = samples * (channels // LANES), LANES
+    parts = samples if samples > 1 else (times + LONGEST - 1) // LONGEST
     sums = np.zeros((shares_of(team, parts), ENTRIES), np.int64)
-    in_parallel(team, len(sums), _profile, (runs, parts, sums))
+    in_parallel(team, len(sums), _profile, (array_at(runs, (samples, channels, times), uint8), parts, sums))
     entries = array_at(lanes, (ENTRIES,), int64)
-    for part in sums:
-        entries += part
+    for share in range(len(sums)):
+        for i in range(ENTRIES):
+            entries[i] += sums[share, i]
 
 
 @compiled
 def _profile(share, shares, runs, parts, sums):
+    """Add the lane-cycles of every member of the family, for some of the parts."""
     first, stop = bounds(parts, share, shares)
-    part = runs[first:stop] if len(runs) > 1 else runs[:, :, first * LONGEST : stop * LONGEST]
-    _add_profile(part, sums[share])
-
-
-@compiled
-def _add_profile(runs, entries):
-    """Add the lane-cycles of every member of the family to `entries`, int64, from runs [samples, channels, T].
-
-    Whole blocks of as many channels as there are lanes are as good as samples, and may lie side by side with them.
-    """
-    if runs.shape[1] % LANES == 0:
-        runs = np.ascontiguousarray(runs).reshape(-1, LANES, runs.shape[2])
     samples, channels, times = runs.shape
-    share = len(entries) // len(SYNC_INTERVALS)
-    for first in range(0, channels, LANES):
-        block = runs[:, first : first + LANES]
-        columns = TILE // block.shape[1]
-        length = min(times, max(1, columns // LONGEST) * LONGEST)
-        together = max(1, columns // length)
-        for sample in range(0, samples, together):
-            for start in range(0, times, length):
-                _add_tile(block[sample : sample + together, :, start : start + length], entries, share)
+    begin, end, begin_sample, end_sample = 0, times, first, stop
+    if samples == 1:
+        begin, end, begin_sample, end_sample = first * LONGEST, min(stop * LONGEST, times), 0, 1
+    levels = ENTRIES // len(SYNC_INTERVALS)
+    for first_channel in range(0, channels, LANES):
+        after = min(first_channel + LANES, channels)
+        columns = TILE // (after - first_channel)
+        length = min(end - begin, max(1, columns // LONGEST) * LONGEST)
+        together = max(1, columns // max(1, length))
+        for sample in range(begin_sample, end_sample, together):
+            for start in range(begin, end, max(1, length)):
+                stop_sample, stop_run = min(sample + together, end_sample), min(start + length, end)
+                _add_tile(runs[sample:stop_sample, first_channel:after, start:stop_run], sums[share], levels)
 
 
-@compiled
+@inlined
 def _add_tile(runs, entries, share):
     """`profile` of few enough runs. A run length that makes no longer runs than the one before is not measured anew."""
     samples, channels, times = runs.shape
@@ -172,7 +157,7 @@ def _add_tile(runs, entries, share):
         entries[i * share : (i + 1) * share] += own
 
 
-@compiled
+@inlined
 def _joined(work, times):
     """Sums of every JOIN of the runs of a sample, so many in a row; the last of them may be fewer."""
     fewer = (times + JOIN - 1) // JOIN
@@ -192,7 +177,7 @@ def _joined(work, times):
     return joined
 
 
-@compiled
+@inlined
 def _add_run(work, channels, entries):
     """The entries of one run length, from the non-zeros of each run."""
     columns, first = len(work) // channels, LEVELS[0]
@@ -205,7 +190,7 @@ def _add_run(work, channels, entries):
         first += LEVELS[i]
 
 
-@compiled
+@inlined
 def _sums(work, rows, columns, size):
     """Sums over every `size` rows, of which the last may be fewer; and how many they are."""
     fewer = (rows + size - 1) // size
@@ -217,7 +202,7 @@ def _sums(work, rows, columns, size):
     return sums, fewer
 
 
-@compiled
+@inlined
 def _shared(sums, channels, columns, size):
     """Sums over so many channels -> their means, rounded up. `size` is a power of two; the last may be over fewer."""
     shared, rest, shift = np.empty(len(sums), np.uint16), (channels - 1) % size + 1, 0
@@ -245,7 +230,7 @@ def _add_lanes(groups, rows, channels, lanes, entries):
         lanes *= 2
 
 
-@compiled
+@inlined
 def _maxima(groups, rows, columns):
     """The larger of every two rows; an odd last one stays."""
     maxima = np.empty((rows + 1) // 2 * columns, np.uint16)
@@ -255,11 +240,12 @@ def _maxima(groups, rows, columns):
             a, b = groups[uint64(first + t)], groups[uint64(first + columns + t)]
             maxima[uint64(target + t)] = max(a, b)
     if rows % 2:
-        maxima[-columns:] = groups[-columns:]
+        for t in range(len(maxima) - columns, len(maxima)):
+            maxima[t] = groups[len(groups) - len(maxima) + t]
     return maxima
 
 
-@compiled
+@inlined
 def _sum(row, start, stop):
     total = int32(0)
     for t in range(start, stop):

@@ -88,7 +88,7 @@ def _grid_step(packed: tuple[int, ...], first: str) -> tuple[Any, ...]:
     others = (geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups)
     numbers = (geometry.macs, geometry.inside, *others, *(geometry.elements(side) for side in sides))
     strides = np.asarray((1,) * (3 - len(geometry.kernel)) + geometry.stride, np.int64)
-    meets = (_meets(geometry, "conv_input"), _meets(geometry, "conv_output"), strides)
+    meets = (_meets(geometry, "conv_input"), _meets(geometry, "conv_output"), strides, np.ones(3, np.int64))
     shapes = (_solid(geometry, "conv_input"), _solid(geometry, "conv_output"))
     return geometry.call_sizes(*sides), shapes, geometry.batch * geometry.groups, (meets, numbers)
 

@@ -74,7 +74,7 @@ def _record(counter, both, first, second, firsts, seconds, sizes):
     counter[16] += sizes[5] - seconds[0] - seconds[1]
 
 
-@compiled
+@inlined
 def _total(counts, channels):
     """The sum of a range of channels."""
     part, total = counts[channels[0] : channels[1]].ravel(), np.int64(0)
@@ -92,10 +92,13 @@ def _grid_totals(position, meets, strides, totals):
     for a in range(2):
         _sum_channels(position[a].ravel(), plane.ravel())
         _reached(plane.ravel(), 0, plane.shape[1], meets, strides, row, sums)
-        totals[0, a], totals[1, a] = plane.sum(), sums.sum()
+        for count in plane.flat:
+            totals[0, a] += count
+        for count in sums.flat:
+            totals[1, a] += count
 
 
-@compiled
+@inlined
 def _sum_channels(counts, plane):
     """Sum counts [channels, positions] in a row over channels, into as many as there are positions."""
     plane[:] = 0
@@ -104,7 +107,7 @@ def _sum_channels(counts, plane):
             plane[uint64(i)] += counts[uint64(start + i)]
 
 
-@compiled
+@inlined
 def _offsets(meets):
     """Kernel offsets along one dimension; those beyond are marked with a negative first position."""
     count = 0
@@ -140,7 +143,7 @@ def _add_samples(share, shares, conv_input, conv_output, meets, partial):
     What each output position's window holds of the input is summed up first: over depth and height into rows as long
     as the convolution's input grid's, then along them.
     """
-    (input_windows, output_windows, strides), both = meets, partial[share]
+    (input_windows, output_windows, strides, _), both = meets, partial[share]
     samples = bounds(conv_input.shape[1], share, shares)
     offsets = (_offsets(input_windows[0]), _offsets(input_windows[1]), _offsets(input_windows[2]))
     depth, height, width = conv_output.shape[2:]
@@ -186,7 +189,7 @@ def _add(sums, place, terms, start, count, stride):
             sums[uint64(place + i)] += terms[uint64(start + i * stride)]
 
 
-@compiled
+@inlined
 def _products(seen, counts, start):
     """The sum of the products of counts with as many others from `start` on."""
     total = np.int64(0)
@@ -210,7 +213,11 @@ def add_weight_step(team, counting, position, weight, shape, profile, meets, str
     kernel = array_at(weight, (2, shape[0], met.shape[0], met.shape[1], met.shape[2]), int32)
     sums = np.zeros((shares_of(team, shape[0]), 6, 2), np.int64)
     in_parallel(team, len(sums), _add_channels, (grid, kernel, meets, strides, met, sizes, sums))
-    total = sums.sum(0)
+    total = sums[0]
+    for share in range(1, len(sums)):
+        for i in range(6):
+            for b in range(2):
+                total[i, b] += sums[share, i, b]
     _record(_row(counters, known, call), total[:2], total[2], total[3], total[4], total[5], sizes)
     _add_profile(lanes, profile)
 
@@ -234,7 +241,7 @@ def add_grid_step(team, counting, conv_input, conv_output, meets, sizes, output_
     other = conv_output[1]
     others = array_at(conv_output[0], (2, other[0], other[1], other[2], other[3]), int32)
     _grid_totals(grids, meets[0], meets[2], alone[0])
-    _grid_totals(others, meets[1], np.ones(3, np.int64), alone[1])
+    _grid_totals(others, meets[1], meets[3], alone[1])
     first, second = (2, conv_input[3], shape[1], shape[2], shape[3]), (2, conv_input[3], other[1], other[2], other[3])
     if conv_input[4]:
         samples = (array_at(conv_input[2], first, uint8), array_at(conv_output[2], second, uint8))
@@ -242,16 +249,16 @@ def add_grid_step(team, counting, conv_input, conv_output, meets, sizes, output_
     else:
         samples = (array_at(conv_input[2], first, int32), array_at(conv_output[2], second, int32))
         in_parallel(team, len(both), _add_samples, (*samples, meets, both))
-    inputs, outputs, pairs = alone[0, 1] * sizes[2], alone[1, 1] * sizes[3], both.sum(0)
-    row = _row(counters, known, call)
-    if output_first:
-        _record(row, pairs.T.copy(), outputs, inputs, alone[1, 0], alone[0, 0], sizes)
-        _add_profile(lanes, conv_output[5])
-        _add_profile(lanes + ENTRIES * 8, conv_input[5])
-    else:
-        _record(row, pairs, inputs, outputs, alone[0, 0], alone[1, 0], sizes)
-        _add_profile(lanes, conv_input[5])
-        _add_profile(lanes + ENTRIES * 8, conv_output[5])
+    first, second = (1, 0) if output_first else (0, 1)
+    met, pairs = np.empty((2, 2), np.int64), np.zeros((2, 2), np.int64)
+    for b in range(2):
+        met[0, b], met[1, b] = alone[0, 1, b] * sizes[2], alone[1, 1, b] * sizes[3]
+        for a in range(2):
+            for share in range(len(both)):
+                pairs[a, b] += both[share, b, a] if output_first else both[share, a, b]
+    _record(_row(counters, known, call), pairs, met[first], met[second], alone[first, 0], alone[second, 0], sizes)
+    _add_profile(lanes, conv_output[5] if output_first else conv_input[5])
+    _add_profile(lanes + ENTRIES * 8, conv_input[5] if output_first else conv_output[5])
 
 
 @compiled
@@ -272,9 +279,11 @@ def _row(counters, known, call):
     return rows[MIXED]
 
 
-@compiled
+@inlined
 def _add_profile(target, profile):
     """Add a lane profile to another; both are addresses, the second 0 if there is none."""
     if profile:
         entries = array_at(target, (ENTRIES,), int64)
-        entries += array_at(profile, (ENTRIES,), int64)
+        added = array_at(profile, (ENTRIES,), int64)
+        for i in range(ENTRIES):
+            entries[i] += added[i]

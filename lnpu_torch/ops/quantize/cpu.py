@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import LANE_CONFIGS
+from lnpu_torch.counts.lane_configs import RUN
+from lnpu_torch.ops.lanes.cpu import lane_profile, profile_of_runs
 from lnpu_torch.ops.memory_format import dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.parallel import team
@@ -68,26 +69,33 @@ def compiled_rule(text: str) -> CompiledRule:
 def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool = False) -> tuple[Rounded, int]:
     """Round and count a dense float32 operand; if `choosing`, also choose the threshold that x asks for."""
     rule, _, layout, wanted, joined = request
-    kind, positions, samples, sizes, step = _shapes(x.shape, layout)
+    kind, positions, samples, sizes, runs_shape, step = _shapes(x.shape, layout, joined or x.dim() == 2)
+    chosen = 0
+    if choosing:
+        chosen = choose_threshold(x, compiled_rule(rule), threshold, step)
     single = torch.empty_like(x) if wanted[0] else None
     half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else None
-    position = torch.empty(positions, dtype=torch.int32, device="cpu")
-    sample = torch.empty(samples, dtype=kind, device="cpu") if wanted[2] else None
-    lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else None
-    address = 0 if sample is None else sample.data_ptr()
-    chosen = cpu_loops.quantize_operand(
+    over_batch = torch.empty(positions, dtype=torch.int32, device="cpu")
+    over_channels = torch.empty(samples, dtype=kind, device="cpu") if wanted[2] else None
+    runs = torch.empty(runs_shape, dtype=torch.uint8, device="cpu") if wanted[3] and runs_shape[0] else None
+    address = 0 if over_channels is None else over_channels.data_ptr()
+    cpu_loops.quantize_operand(
         team(x.numel()),
         x.data_ptr(),
         0 if single is None else single.data_ptr(),
         0 if half is None else half.data_ptr(),
-        position.data_ptr(),
+        over_batch.data_ptr(),
         (address, 0) if kind == torch.uint8 else (0, address),
-        (0 if lanes is None else lanes.data_ptr(), joined or len(positions) == 3),
+        (0 if runs is None else runs.data_ptr(), runs_shape),
         (*sizes, not x.is_contiguous()),
         parameters(rule, threshold),
-        (step, compiled_rule(rule).choice if choosing else 0, threshold),
     )
-    return Rounded(single, half, position, sample, lanes, threshold), chosen
+    lanes, values = None, half if single is None else single
+    if runs is not None:
+        lanes = profile_of_runs(runs)
+    elif wanted[3] and values is not None:
+        lanes = lane_profile(values, joined)
+    return Rounded(single, half, over_batch, over_channels, lanes, threshold), chosen
 
 
 def quantize(
@@ -111,10 +119,10 @@ def round_half(x: Tensor) -> None:
     cpu_loops.round_half(team(x.numel()), x.data_ptr(), x.numel())
 
 
-def choose_threshold(x: Tensor, rule: CompiledRule, current: int) -> int:
-    """`reference.choose_threshold` by a histogram of a dense float32 tensor."""
-    choosing = (sample_step(x.numel()), rule.choice, current)
-    return int(cpu_threshold_loops.threshold_of(team(x.numel()), x.data_ptr(), x.numel(), choosing, _turned(x)))
+def choose_threshold(x: Tensor, rule: CompiledRule, current: int, step: int) -> int:
+    """`reference.choose_threshold` by a histogram of every step-th element of a dense float32 tensor."""
+    size, choosing = x.numel(), (step, rule.choice, current)
+    return int(cpu_threshold_loops.choose_threshold(team(size), x.data_ptr(), size, choosing, _turned(x)))
 
 
 def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
@@ -124,14 +132,17 @@ def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _shapes(shape: torch.Size, layout: tuple[int, int]) -> tuple[Any, ...]:
-    """Of counts by sample the dtype, shapes of counts by position and by sample, sizes as the loops take them, the step
-    of a sample.
+def _shapes(shape: torch.Size, layout: tuple[int, int], joined: bool) -> tuple[Any, ...]:
+    """The dtype of counts over channels; the shapes of counts over the batch and over channels; sizes as the loops take
+    them; the shape of runs, none if they are counted apart; the step of a sample.
     """
     (share, groups), (batch, channels, *grid) = layout, shape
     positions, samples = (2, batch // share, channels, *grid), (2, batch, groups, *grid)
-    sizes = (batch, channels, prod(grid), groups, share)
-    return sample_dtype(channels, groups), positions, samples, sizes, sample_step(shape.numel())
+    length = prod(grid)
+    sizes, runs = (batch, channels, length, groups, share), (batch, channels, -(-length // RUN))
+    if joined:
+        runs = (1, channels, -(-batch // RUN)) if length == 1 else (0, channels, 0)
+    return sample_dtype(channels, groups), positions, samples, sizes, runs, sample_step(shape.numel())
 
 
 def _turned(x: Tensor) -> tuple[int, int]:

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, uint8, uint16, uint32, uint64
+from numba import float32, int32, uint8, uint16, uint64
 from numba.extending import intrinsic
 
 from lnpu_torch.counts.lane_configs import RUN
 from lnpu_torch.ops.arrays import array_at, wanted
-from lnpu_torch.ops.lanes.cpu_loops import add_profile, runs_of
 from lnpu_torch.ops.numba_jit import compiled, inlined
 from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
-from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY, MAGNITUDE, bits_of, choose_threshold
+from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY, MAGNITUDE, bits_of
 
 FP8, WIDE = 1, 0x100
 """The marks of both groups; a zero has none."""
@@ -82,28 +81,28 @@ def _rounded(x, parameters):
     return value, mark if result != 0 else uint16(0)
 
 
-@compiled
+@inlined
 def _round(x, values, marks, parameters):
     """Round a chunk."""
     for i in range(len(x)):
         values[i], marks[i] = _rounded(x[i], parameters)
 
 
-@compiled
+@inlined
 def _to_half(x, halves):
     """Write float32 numbers as the bits of binary16."""
     for i in range(len(x)):
         halves[i] = _half_bits(x[i])
 
 
-@compiled
+@inlined
 def _add(sums, terms):
     """Add terms to the first of the sums."""
     for i in range(len(terms)):
         sums[i] += terms[i]
 
 
-@compiled
+@inlined
 def _unpack(packed, fp8, wide):
     """Add packed counts to FP8 and wide ones; the packed ones are zero afterwards."""
     for i in range(len(packed)):
@@ -112,7 +111,7 @@ def _unpack(packed, fp8, wide):
     packed[:] = 0
 
 
-@compiled
+@inlined
 def _fold(packed, both, fp8, wide):
     """Sum packed counts [channels, positions] over a power of two of channels; the packed ones are zero afterwards."""
     for i in range(len(packed)):
@@ -127,7 +126,7 @@ def _fold(packed, both, fp8, wide):
         wide[i] += both[i] >> int32(16)
 
 
-@compiled
+@inlined
 def _count_runs(marks, positions, runs):
     """Non-zeros of each run of whole channels [channels, positions], in a row, into `runs`."""
     if positions % RUN == 0:
@@ -147,24 +146,23 @@ def _count_runs(marks, positions, runs):
 
 
 @compiled
-def _quantize_rows(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters):
-    """Round a part of the rows [channels, positions] of x, write it, and count its groups by position, sample and run.
+def _quantize_rows(part, parts, x, single, half, counts, few, many, runs, share, sizes, parameters):
+    """Round a part of the rows [channels, positions] of x, write it, and count its classes by position, sample and run.
 
-    `counts` [parts, 2, blocks, size] is added to, row r in block r // share; `samples` [2, rows, groups, positions]
-    and `runs` (see `lanes.cpu_loops.runs_of`) are written. `single`, `half`, `samples` and `runs`
-    may be empty. `sizes` are the rows' number and shape.
+    `counts` [parts, 2, blocks, size] is added to, row r in block r // share. Counts over channels go to `few` or to
+    `many` [2, rows, groups * positions], non-zeros of each run to `runs` [rows, channels, times]. Each array but x and
+    counts may be empty. `sizes`: rows, channels, positions, groups.
     """
-    rows, channels, positions = sizes
-    size, groups = channels * positions, samples.shape[2]
+    rows, channels, positions, groups = sizes
+    size, sampled = channels * positions, few.shape[1] + many.shape[1] > 0
     group = size // groups
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
     packed, sums = np.zeros(size, np.uint16), np.zeros(run, np.uint16)
     values, marks, both = np.empty(run, np.float32), np.empty(run, np.uint16), np.empty(run, np.int32)
+    over_channels = np.zeros((2, groups, positions), np.int32)
     added, summed = 0, 0
     begin_row, end_row = bounds(rows, part, parts)
     for row in range(begin_row, end_row):
-        if samples.shape[1]:
-            samples[:, row] = 0
         start = 0
         while start < size:
             stop = min(start + run, start - start % group + group)
@@ -174,15 +172,17 @@ def _quantize_rows(part, parts, x, single, half, counts, samples, runs, share, s
             if len(half):
                 _to_half(chunk, half[a:b])
             _add(packed[start:stop], known)
-            if samples.shape[1]:
+            if sampled:
                 _add(sums, known)
                 summed += 1
                 if stop % group == 0 or summed == MOST:
-                    _fold(sums, both, samples[0, row, start // group], samples[1, row, start // group])
+                    _fold(sums, both, over_channels[0, start // group], over_channels[1, start // group])
                     summed = 0
             if len(runs):
                 _count_runs(known, positions, runs[row].reshape(-1)[start // positions * runs.shape[2] :])
             start = stop
+        if sampled:
+            _keep(over_channels.reshape((2, groups * positions)), few, many, row)
         added += 1
         if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
             _unpack(packed, counts[part, 0, row // share], counts[part, 1, row // share])
@@ -190,48 +190,72 @@ def _quantize_rows(part, parts, x, single, half, counts, samples, runs, share, s
 
 
 @compiled
-def _quantize_rows_last(part, parts, x, single, half, counts, samples, runs, share, sizes, parameters):
-    """`_quantize_rows` for rows [positions, channels]; short rows are rounded several at once."""
-    rows, channels, positions = sizes
-    size, groups = channels * positions, samples.shape[2]
+def _quantize_rows_last(part, parts, x, single, half, counts, few, many, runs, share, sizes, parameters):
+    """`_quantize_rows` for rows [positions, channels]; short rows are rounded several at once.
+
+    Where there is one position, and `runs` are of one row, they go on from row to row.
+    """
+    rows, channels, positions, groups = sizes
+    size, sampled = channels * positions, few.shape[1] + many.shape[1] > 0
     together = min(RUN, _power_of_two(CHUNK // channels))  # positions, a divisor of RUN
     run, length = channels * together, channels // groups
-    many = max(1, CHUNK // size) if run >= size else 1
+    at_once = max(1, CHUNK // size) if run >= size else 1
+    rounded = max(run, at_once * size)
     packed, sums = np.zeros(size, np.uint16), np.zeros(run, np.uint16)
-    rounded = max(run, many * size)
     values, marks = np.empty(rounded, np.float32), np.empty(rounded, np.uint16)
-    added = 0
-    begin_row, end_row = bounds(rows, part, parts)
+    over_channels = np.zeros((2, groups, positions), np.int32)
+    added, joined = 0, len(runs) == 1 and positions == 1
+    begin_row, end_row = bounds((rows + RUN - 1) // RUN if joined else rows, part, parts)
+    if joined:
+        begin_row, end_row = begin_row * RUN, min(end_row * RUN, rows)
     for row in range(begin_row, end_row):
         for start in range(0, size, run):
             stop, position, place = min(start + run, size), start // channels, 0
-            if many > 1:
-                place = (row - begin_row) % many * size
+            if at_once > 1:
+                place = (row - begin_row) % at_once * size
             if place == 0:
-                a, b = row * size + start, row * size + stop if many == 1 else min(row + many, end_row) * size
+                a, b = row * size + start, row * size + stop if at_once == 1 else min(row + at_once, end_row) * size
                 chunk = single[a:b] if len(single) else values[: b - a]
                 _round(x[a:b], chunk, marks, parameters)
                 if len(half):
                     _to_half(chunk, half[a:b])
             known = marks[place : place + stop - start]
             _add(packed[start:stop], known)
-            if samples.shape[1]:
+            if sampled:
                 for p in range(len(known) // channels):
                     for g in range(groups):
                         first = p * channels + g * length
                         fp8, wide = _totals(known[first : first + length])
-                        samples[0, row, g, position + p], samples[1, row, g, position + p] = fp8, wide
+                        over_channels[0, g, position + p], over_channels[1, g, position + p] = fp8, wide
             if len(runs):
                 _add(sums, known)
-                if (position + together) % RUN == 0 or stop == size:
+                if joined:
+                    if (row + 1) % RUN == 0 or row == end_row - 1:
+                        _fold_runs(sums, runs[0], row // RUN)
+                elif (position + together) % RUN == 0 or stop == size:
                     _fold_runs(sums, runs[row], position // RUN)
+        if sampled:
+            _keep(over_channels.reshape((2, groups * positions)), few, many, row)
         added += 1
         if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
             _unpack(packed, counts[part, 0, row // share], counts[part, 1, row // share])
             added = 0
 
 
-@compiled
+@inlined
+def _keep(counts, few, many, row):
+    """Write a row's counts over channels [2, groups * positions] to what keeps them; they are zero afterwards."""
+    for a in range(2):
+        if few.shape[1]:
+            for i in range(counts.shape[1]):
+                few[a, row, i] = counts[a, i]
+        else:
+            for i in range(counts.shape[1]):
+                many[a, row, i] = counts[a, i]
+    counts[:] = 0
+
+
+@inlined
 def _totals(marks):
     """How many elements are FP8, and how many wider."""
     fp8, wide = int32(0), int32(0)
@@ -241,7 +265,7 @@ def _totals(marks):
     return fp8, wide
 
 
-@compiled
+@inlined
 def _fold_runs(packed, runs, t):
     """Packed counts [positions, channels] -> non-zeros of a run of each channel; packed ones are zero afterwards."""
     channels = len(runs)
@@ -252,14 +276,14 @@ def _fold_runs(packed, runs, t):
     packed[:] = 0
 
 
-@compiled
+@inlined
 def _put_classes(marks, groups):
     """The group of each element (0, 8, 16) by its mark."""
     for i in range(len(marks)):
         groups[i] = uint8(uint8(marks[i] << uint16(3)) | uint8(marks[i] >> uint16(4)))
 
 
-@compiled
+@inlined
 def _power_of_two(n):
     """The largest that is not above n; 1 if there is none."""
     power = 1
@@ -268,7 +292,7 @@ def _power_of_two(n):
     return power
 
 
-@compiled
+@inlined
 def _rounding(p):
     """A rule's parameters in the types of `_rounded`."""
     bits = (int32(p[2]), int32(p[3]), int32(p[4]), int32(p[5]), int32(p[6]))
@@ -276,60 +300,42 @@ def _rounding(p):
 
 
 @compiled
-def quantize_operand(team, x, single, half, position, samples, profiling, sizes, parameters, choosing):
-    """Round a tensor of rows [channels, positions] and count it; returns the threshold to come, 0 if none is chosen.
+def quantize_operand(team, x, single, half, over_batch, over_channels, runs, sizes, parameters):
+    """Round a tensor of rows [channels, positions] and count it.
 
     Args:
         team: as from `parallel.team`.
         x: address (see `ops.arrays`), of float32.
         single, half: the rounded values, float32 and the bits of binary16.
-        position: int32 [2, rows / share, channels, positions], sums over `share` rows each.
-        samples: two addresses, of uint8 or of int32 [2, rows, groups, positions].
-        profiling: a lane profile that is added to, int64, and whether runs go on from row to row.
+        over_batch: int32 [2, rows / share, channels, positions], sums over `share` rows each.
+        over_channels: two addresses, of uint8 or of int32 [2, rows, groups, positions].
+        runs: address and shape of the non-zeros of each run, uint8 [rows, channels, times]; [1, channels, times] where
+            rows have one position, and runs go on from row to row.
         sizes: rows, channels, positions, groups, share, and whether rows are [positions, channels].
         parameters: what `_rounding` takes.
-        choosing: what `choose_threshold` takes: sampling step, the address of a choice, and the threshold in use;
-            without a choice none is made.
     """
     rows, channels, positions, groups, share, last = sizes
     last |= positions == 1
     size, blocks = rows * channels * positions, rows // share
-    values = array_at(x, (size,), float32)
-    chosen = choose_threshold(team, values, choosing, (channels, positions) if last else (0, 0)) if choosing[1] else 0
-    singles = array_at(single, (wanted(single, size),), float32)
-    halves = array_at(half, (wanted(half, size),), uint16)
-    rounding = _rounding(parameters)
     counts = np.zeros((shares_of(team, rows), 2, blocks, channels * positions), np.int32)
-    lanes, joined = profiling
-    times = (positions + RUN - 1) // RUN
-    runs = np.empty((rows if lanes and not joined else 0, channels, times), np.uint8)
-    if samples[0]:
-        few = array_at(samples[0], (2, rows, groups, positions), uint8)
-        _quantize(team, values, singles, halves, counts, few, runs, share, (rows, channels, positions), rounding, last)
-    else:
-        many = array_at(samples[1], (2, wanted(samples[1], rows), groups, positions), int32)
-        _quantize(team, values, singles, halves, counts, many, runs, share, (rows, channels, positions), rounding, last)
-    target = array_at(position, (2, blocks, channels * positions), int32)
-    in_parallel(team, 2 * blocks, _sum_counts, (counts, target, positions, last))
-    if lanes and joined:
-        shape = (rows, positions, channels) if last else (rows, channels, positions)
-        if half:
-            runs = runs_of(team, array_at(half, shape, uint16), uint16(0x7FFF), last, True)
-        else:
-            runs = runs_of(team, array_at(single, shape, uint32), uint32(MAGNITUDE), last, True)
-    if lanes:
-        add_profile(team, runs, lanes)
-    return chosen
-
-
-@compiled
-def _quantize(team, x, single, half, counts, samples, runs, share, sizes, parameters, last):
-    """Loops over rows, in either order of a row's elements."""
-    arguments = (x, single, half, counts, samples, runs, share, sizes, parameters)
+    arguments = (
+        array_at(x, (size,), float32),
+        array_at(single, (wanted(single, size),), float32),
+        array_at(half, (wanted(half, size),), uint16),
+        counts,
+        array_at(over_channels[0], (2, wanted(over_channels[0], rows), groups * positions), uint8),
+        array_at(over_channels[1], (2, wanted(over_channels[1], rows), groups * positions), int32),
+        array_at(runs[0], (wanted(runs[0], runs[1][0]), channels, runs[1][2]), uint8),
+        share,
+        (rows, channels, positions, groups),
+        _rounding(parameters),
+    )
     if last:
         in_parallel(team, len(counts), _quantize_rows_last, arguments)
     else:
         in_parallel(team, len(counts), _quantize_rows, arguments)
+    target = array_at(over_batch, (2, blocks, channels * positions), int32)
+    in_parallel(team, 2 * blocks, _sum_counts, (counts, target, positions, last))
 
 
 @compiled
@@ -344,7 +350,8 @@ def _sum_counts(number, shares, counts, position, positions, last):
             for p in range(positions):
                 target[uint64(c * positions + p)] = total[uint64(p * channels + c)]
     else:
-        target[:] = total
+        for i in range(len(target)):
+            target[i] = total[i]
 
 
 @compiled
@@ -354,7 +361,9 @@ def quantize_flat(team, x, values, groups, size, parameters):
     marked = array_at(groups, (wanted(groups, size),), uint8)
     arrays = (array_at(x, (size,), float32), array_at(values, (size,), float32), marked)
     in_parallel(team, len(counts), _quantize_flat, (*arrays, _rounding(parameters), counts))
-    return counts[:, 0].sum(), counts[:, 1].sum()
+    for share in range(1, len(counts)):
+        counts[0] += counts[share]
+    return counts[0, 0], counts[0, 1]
 
 
 @compiled

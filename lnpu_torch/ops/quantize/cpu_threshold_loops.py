@@ -13,7 +13,7 @@ from numba import float32, float64, int32, int64
 from numba.extending import intrinsic
 
 from lnpu_torch.ops.arrays import array_at
-from lnpu_torch.ops.numba_jit import compiled
+from lnpu_torch.ops.numba_jit import compiled, inlined
 from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
 from lnpu_torch.ops.quantize.reference import RANGE
 
@@ -31,10 +31,12 @@ def bits_of(context: Any, x: Any) -> Any:
     return int32(float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
 
-@compiled
+@inlined
 def _best_by_share(counts, share):
     """Index of the threshold that `reference.choose_by_histogram` takes by `fp16_share`."""
-    total, above = int64(counts.sum()), int64(0)
+    total, above = int64(0), int64(0)
+    for count in counts:
+        total += count
     for t in range(len(counts) - 2, -1, -1):
         above += counts[t + 1]
         if above > share * total:
@@ -42,14 +44,15 @@ def _best_by_share(counts, share):
     return 0
 
 
-@compiled
-def _best_by_error(counts, smallest, bound, formats):
+@inlined
+def _best_by_error(counts, seen, smallest, bound, formats):
     """Index of the threshold that `reference.choose_by_histogram` takes by `max_error`, whose square is the bound.
 
-    `formats`: mantissa bits and least exponent of both formats, after FP8's its top exponent and how low that may go.
+    `seen`: the bins that are not empty, ascending. `formats`: mantissa bits and least exponent of both formats, after
+    FP8's its top exponent and how low that may go.
     """
     low_mantissa, low_least, low_top, lowest, wide_mantissa, wide_least = formats
-    seen, whole, lost, before = np.flatnonzero(counts), int64(0), int64(0), int64(-(2**62))
+    whole, lost, before = int64(0), int64(0), int64(-(2**62))
     unit = ((seen[-1] + smallest - 1) >> 2) - RANGE
     for i in seen:
         quarter = i + smallest - 1
@@ -71,7 +74,7 @@ def _best_by_error(counts, smallest, bound, formats):
     return t
 
 
-@compiled
+@inlined
 def _error(quarter, least, mantissa, unit):
     """`reference.error_table`'s expected squared error of an element in a format's least exponent and mantissa bits."""
     exponent = quarter >> 2
@@ -81,26 +84,70 @@ def _error(quarter, least, mantissa, unit):
     return _units(int64(1), exponent + over - unit)
 
 
-@compiled
+@inlined
 def _square(quarter):
     k = quarter & 3
     return int64(3 * k * k + 27 * k + 61)
 
 
-@compiled
+@inlined
 def _units(factor, power):
     return factor << (2 * min(power, RANGE + 3)) if power >= 0 else int64(0)
 
 
 @compiled
-def _histogram_of(x, step, first, last, smallest, largest, channels, positions):
-    """`reference.histogram` of elements [first, last) of x's sample, every step-th element: int64 [bins].
+def choose_threshold(team, x, size, choosing, turned):
+    """`reference.choose_threshold` of so many elements: by `fp16_share`, or by `max_error` where that is negative.
 
-    x is in memory as it is in logical order, or each sample's [channels, positions] are turned over, if there are any.
-    They are fetched before they are counted, so that no fetch waits for where an earlier one is counted.
+    Args:
+        x: address, of float32.
+        choosing: every how manieth element is looked at, the address of a choice (share, squared error, six integers
+            of both formats, smallest and largest threshold: float64), and what an array of zeros gets.
+        turned: see `_add_histogram`.
+    """
+    step, place, fallback = choosing
+    choice = array_at(place, (CHOICE,), float64)
+    smallest, largest = int64(choice[8]), int64(choice[9])
+    counts = histogram(team, x, size, step, smallest, largest, turned)
+    seen = np.empty(len(counts), np.int64)
+    found = 0
+    for i in range(len(counts)):
+        if counts[i]:
+            seen[found] = i
+            found += 1
+    if found == 0:
+        return fallback
+    if choice[0] >= 0:
+        return _best_by_share(counts, choice[0]) + smallest
+    low_mantissa, low_least, low_top = int64(choice[2]), int64(choice[3]), int64(choice[4])
+    lowest, wide_mantissa, wide_least = int64(choice[5]), int64(choice[6]), int64(choice[7])
+    formats = (low_mantissa, low_least, low_top, lowest, wide_mantissa, wide_least)
+    return _best_by_error(counts, seen[:found], smallest, choice[1], formats) + smallest
+
+
+@compiled
+def histogram(team, x, size, step, smallest, largest, turned):
+    """`reference.histogram` between a rule's smallest and largest threshold, of so many elements at an address."""
+    count = (size + step - 1) // step
+    parts = np.zeros((shares_of(team, count), largest - smallest + 2), np.int64)
+    arguments = (array_at(x, (size,), float32), step, count, smallest, largest, turned, parts)
+    in_parallel(team, len(parts), _add_histogram, arguments)
+    for share in range(1, len(parts)):
+        for i in range(parts.shape[1]):
+            parts[0, i] += parts[share, i]
+    return parts[0]
+
+
+@compiled
+def _add_histogram(share, shares, x, step, count, smallest, largest, turned, parts):
+    """Count a share of x's sample, every step-th element, in `parts[share]`.
+
+    x is in memory as it is in logical order, or each sample's [channels, positions], as `turned` tells, are turned
+    over. Elements are fetched before they are counted, so that no fetch waits for where an earlier one is counted.
     """
     counts = np.zeros((4, largest - smallest + 2), np.int32)  # in turn, so that no sum waits for the one before
-    fetched = np.empty(FETCHED, np.int32)
+    fetched, (channels, positions) = np.empty(FETCHED, np.int32), turned
+    first, last = bounds(count, share, shares)
     for start in range(first, last, FETCHED):
         number = min(FETCHED, last - start)
         for i in range(number):
@@ -113,56 +160,6 @@ def _histogram_of(x, step, first, last, smallest, largest, channels, positions):
             magnitude = fetched[i]
             quarter = min(max((magnitude >> 21) - 4 * 127, smallest - 1), largest) - (smallest - 1)
             counts[i & 3, quarter] += 0 < magnitude < INFINITY
-    return counts.sum(0).astype(np.int64)
-
-
-@compiled
-def choose_threshold(team, x, choosing, turned):
-    """`reference.choose_threshold` of a float32 array: by `fp16_share`, or by `max_error` where that is negative.
-
-    `choosing`: every how manieth element is looked at, the address of a choice (share, squared error, six integers of
-    both formats, smallest and largest threshold: float64), and what an array of zeros gets.
-    """
-    step, place, fallback = choosing
-    choice = array_at(place, (CHOICE,), float64)
-    smallest, largest = int64(choice[8]), int64(choice[9])
-    counts = _histogram(team, x, step, smallest, largest, turned)
-    if not counts.any():
-        return fallback
-    if choice[0] >= 0:
-        return _best_by_share(counts, choice[0]) + smallest
-    formats = (
-        int64(choice[2]),
-        int64(choice[3]),
-        int64(choice[4]),
-        int64(choice[5]),
-        int64(choice[6]),
-        int64(choice[7]),
-    )
-    return _best_by_error(counts, smallest, choice[1], formats) + smallest
-
-
-@compiled
-def threshold_of(team, x, size, choosing, turned):
-    """`choose_threshold` of so many elements at an address."""
-    return choose_threshold(team, array_at(x, (size,), float32), choosing, turned)
-
-
-@compiled
-def histogram(team, x, size, step, smallest, largest, turned):
-    """`reference.histogram` between a rule's smallest and largest threshold, of so many elements at an address."""
-    return _histogram(team, array_at(x, (size,), float32), step, smallest, largest, turned)
-
-
-@compiled
-def _histogram(team, x, step, smallest, largest, turned):
-    count = (len(x) + step - 1) // step
-    parts = np.zeros((shares_of(team, count), largest - smallest + 2), np.int64)
-    in_parallel(team, len(parts), _add_histogram, (x, step, count, smallest, largest, turned, parts))
-    return parts.sum(0)
-
-
-@compiled
-def _add_histogram(share, shares, x, step, count, smallest, largest, turned, parts):
-    a, b = bounds(count, share, shares)
-    parts[share] = _histogram_of(x, step, a, b, smallest, largest, turned[0], turned[1])
+    for turn in range(4):
+        for i in range(counts.shape[1]):
+            parts[share, i] += counts[turn, i]
