@@ -10,19 +10,20 @@ import torch
 from handmade import bottom_up, counts, network, step, variant
 
 import lnpu_torch as lnpu
+from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, builtin_names
-from lnpu_torch.hardware.chip import Chip
+from lnpu_torch.hardware.chip import Chip, chip
 from lnpu_torch.profiler.cost_counter import CostCounter
 
 E8, E16, SKIP = 0.575, 1.15, 0.024  # pJ, as in lnpu.yaml
 CHIPS = builtin_names("chips")
 
 
-def one(entry: Any, chip: str | Chip = "lnpu") -> CostRow:
-    (row,) = price(counts(entry), chip).rows
+def one(entry: Any, on: str | Chip = "lnpu") -> CostRow:
+    (row,) = price(counts(entry), on).rows
     return row
 
 
@@ -30,7 +31,7 @@ def test_lnpu_skips_zero_inputs_and_streams_them_in_fp8() -> None:
     row = one(step())
     assert (row.macs, row.executed, row.skipped, row.padding, row.not_run) == (55, 39, 6, 10, 0)
     assert row.pairs == {"fp8*zero": 4, "fp8*fp8": 5, "fp8*fp16": 6, "fp16*zero": 7, "fp16*fp8": 8, "fp16*fp16": 9}
-    assert row.mac_energy_pj == pytest.approx(15 * E8 + 24 * E16 + (6 + 10) * SKIP)
+    assert row.mac_energy_pj == pytest.approx(15 * E8 + 24 * E16 + 6 * SKIP)
     assert row.cycles == 15 / 1536 + 24 / 768
     assert (row.zero_share, row.fp8_share) == (5 / 10, 3 / 5)
     assert (row.layer, row.kind, row.step) == ("conv1", "Conv2d", "forward")
@@ -49,7 +50,7 @@ POLICIES = [
 def test_skip_policies(
     policy: str, executed: int, fp8: int, fp16: int, skipped: int, zero_share: float, fp8_share: float
 ) -> None:
-    row = one(step(), variant(skip__forward=policy))
+    row = one(step(), variant(skip__forward=policy, padding="as_zero"))
     assert (row.executed, row.skipped) == (executed, 45 - executed)
     assert row.mac_energy_pj == pytest.approx(fp8 * E8 + fp16 * E16 + skipped * SKIP)
     assert row.cycles == pytest.approx(fp8 / 1536 + fp16 / 768)
@@ -67,7 +68,7 @@ def test_a_skipped_second_operand_is_the_streamed_one(name: str, policy: str) ->
 
 @pytest.mark.parametrize(("skip", "fp8", "fp16", "skipped"), [("input", 9, 30, 16), ("none", 12, 33 + 10, 0)])
 def test_fp8_only_where_both_operands_are(skip: str, fp8: int, fp16: int, skipped: int) -> None:
-    row = one(step(), variant(fp8_pairs="both", skip__forward=skip))
+    row = one(step(), variant(fp8_pairs="both", skip__forward=skip, padding="as_zero"))
     assert row.mac_energy_pj == pytest.approx(fp8 * E8 + fp16 * E16 + skipped * SKIP)
     assert row.cycles == pytest.approx(fp8 / 1536 + fp16 / 768)
 
@@ -76,28 +77,54 @@ def test_fp8_only_where_both_operands_are(skip: str, fp8: int, fp16: int, skippe
 def test_free_padding_costs_nothing(skip: str) -> None:
     free = one(step(padding=10), variant(padding="free", skip__forward=skip))
     none = one(step(padding=0), variant(skip__forward=skip))
+    zeros = one(step(padding=10), variant(padding="as_zero", skip__forward=skip))
     assert (free.energy_zj, free.cycles) == (none.energy_zj, none.cycles)
     assert (free.padding, none.padding) == (10, 0)
+    assert zeros.chip_zj == free.chip_zj + free.border_zj > free.chip_zj
+    assert (none.border_zj, zeros.border_zj) == (0, 0)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_no_chip_multiplies_the_border_or_exceeds_its_peak_by_it(name: str) -> None:
+    """A dense chip's border is no work: its efficiency is its multipliers' with as much of it as one likes."""
+    entry = step(pairs=((0, 0, 0), (0, 0, 0), (0, 0, 10**6)), padding=10**6)
+    plain = step(pairs=((0, 0, 0), (0, 0, 0), (0, 0, 10**6)), padding=0)
+    bordered, without = price(counts(entry), name), price(counts(plain), name)
+    assert bordered.tflops_per_watt == without.tflops_per_watt
+    zeros = price(counts(entry), chip(name).with_values({"padding": "as_zero"}))
+    assert zeros.tflops_per_watt < without.tflops_per_watt
+    assert "outside the image: 50.0% of all MACs, not scheduled; as zeros they would add " in str(bordered)
+    assert "outside the image: 50.0% of all MACs, priced as zeros" in str(zeros)
+    assert "outside the image" not in str(without)
+
+
+def test_a_comparison_shows_both_policies() -> None:
+    """Without the border chips differ by their MACs; with it, by what each makes of zeros."""
+    entry = step(pairs=((0, 0, 0), (0, 0, 0), (0, 0, 10**6)), padding=10**6)
+    table = str(Comparison([price(counts(entry), name) for name in ("lnpu-fp16", "dense-fp16")]))
+    (line,) = [line.split() for line in table.splitlines() if line.startswith("  dense-fp16") and "..." in line]
+    as_zero = (2 * 10**6 * E16) / (10**6 * (E16 + SKIP))
+    assert line[-1] == f"{as_zero:.3f}" and float(line[-2]) == pytest.approx(1, abs=0.001)
 
 
 def test_a_dense_fp16_chip_multiplies_everything() -> None:
     row = one(step(), "dense-fp16")
     assert (row.executed, row.skipped, row.padding) == (45, 0, 10)
     assert row.pairs["zero*zero"] == 1
-    assert row.mac_energy_pj == pytest.approx(55 * E16)
-    assert row.cycles == pytest.approx(55 / 768)
+    assert row.mac_energy_pj == pytest.approx(45 * E16)
+    assert row.cycles == pytest.approx(45 / 768)
 
 
 def test_sparse_inference_skips_in_the_forward_step_only() -> None:
     forward, backward = one(step(), "sparse-inference"), one(step("grad_weight"), "sparse-inference")
-    assert forward.mac_energy_pj == pytest.approx(39 * E16 + 16 * SKIP)
-    assert backward.mac_energy_pj == pytest.approx(55 * E16)
+    assert forward.mac_energy_pj == pytest.approx(39 * E16 + 6 * SKIP)
+    assert backward.mac_energy_pj == pytest.approx(45 * E16)
 
 
 def test_fp16_chips_skip_alike_but_have_no_fp8_rate() -> None:
     ours, theirs = one(step()), one(step(), "lnpu-fp16")
     assert ours.pairs == theirs.pairs
-    assert theirs.mac_energy_pj == pytest.approx(39 * E16 + 16 * SKIP)
+    assert theirs.mac_energy_pj == pytest.approx(39 * E16 + 6 * SKIP)
     assert theirs.cycles == pytest.approx(39 / 768)
 
 
@@ -175,10 +202,10 @@ def test_saved_counts_are_priced_alike(tmp_path: Path) -> None:
 
 OF_VERSION_3 = Path(__file__).parent / "old_files" / "counts_of_version_3.json"
 OLD_PRICES = {
-    "lnpu": {"mac": 130795000000, "sram": 988359900000, "simd": 47104000000, "dram": 31520000000000},
-    "lnpu-fp16": {"mac": 165870000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},
-    "dense-fp16": {"mac": 340400000000, "sram": 1307088000000, "simd": 47104000000, "dram": 49600000000000},
-    "sparse-inference": {"mac": 315628000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},
+    "lnpu": {"mac": 130315000000, "sram": 988359900000, "simd": 47104000000, "dram": 31520000000000},
+    "lnpu-fp16": {"mac": 165390000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},
+    "dense-fp16": {"mac": 317400000000, "sram": 1307088000000, "simd": 47104000000, "dram": 49600000000000},
+    "sparse-inference": {"mac": 303888000000, "sram": 1116136200000, "simd": 47104000000, "dram": 39360000000000},
 }
 """What the release that wrote the file priced it at, in zJ."""
 

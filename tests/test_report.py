@@ -108,8 +108,8 @@ def test_groups_keep_the_models_order() -> None:
 def test_time_and_efficiency() -> None:
     report = price(network(), "lnpu")
     assert report.time_s == report.total.cycles / 50e6
-    asked = report.total.macs - report.total.not_run
-    assert report.total.not_run == 55
+    asked = report.total.macs - 55 - 20
+    assert (report.total.not_run, report.total.padding) == (55, 20)
     assert report.tflops_per_watt == pytest.approx(2 * asked / report.total.energy_pj)
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 # MACs as in test_cost. The operands are 71 and 96 bits, and the first was written: 238 bits for 28 elements of 16;
 # SRAM has 238 bits written at 0.2469 pJ, and 71 read at 0.3195 pJ.
-ENERGIES = "36.61 pJ 81.45 pJ 118.1 pJ 4.76 nJ 309 bit 238 bit -46.9%"
+ENERGIES = "36.37 pJ 81.45 pJ 117.8 pJ 4.76 nJ 309 bit 238 bit -46.9%"
 
 
 def test_the_table() -> None:
@@ -218,9 +218,9 @@ def test_chips_side_by_side() -> None:
     lnpu, dense = price(network(), "lnpu"), price(network(), "dense-fp16")
     text = str(Comparison([dense, lnpu]))
     first = next(line for line in text.splitlines() if "conv1" in line)
-    assert first.split()[-4:] == ["225", "pJ", "118.1", "pJ"]  # 63.25 + 160 * 0.3195 + 448 * 0.2469
+    assert first.split()[-4:] == ["213.5", "pJ", "117.8", "pJ"]  # 51.75 + 160 * 0.3195 + 448 * 0.2469
     ratio = lnpu.total.energy_pj / dense.total.energy_pj
-    assert any(line.split()[:1] == ["lnpu"] and line.endswith(f"{ratio:.3f}") for line in text.splitlines())
+    assert any(line.split()[:1] == ["lnpu"] and f" {ratio:.3f} " in line for line in text.splitlines())
     assert text.count("\nenergy of a MAC: on a line") == 1  # it holds for both, so no chip is named
     assert any(line.split()[:1] == ["lnpu"] and f" {ACCESS:.3f} " in line for line in text.splitlines())
     assert "dense-fp16: this chip has no FP8" in text

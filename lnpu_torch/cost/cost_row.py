@@ -43,6 +43,8 @@ class CostRow:
         energy_zj: exact energy by component, in zJ.
         bits: traffic by kind ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram").
         range_zj: what either end of the report's energy range adds to the energy on the chip, in zJ.
+        border_zj: what `padding` would add to the energy on the chip if it were multiplied as zeros, in zJ; 0 on a chip
+            where it is.
 
     Raises:
         ValueError: the MACs do not add up.
@@ -66,6 +68,7 @@ class CostRow:
     energy_zj: dict[Component, int] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     range_zj: tuple[int, int] = (0, 0)
+    border_zj: int = 0
 
     def __post_init__(self) -> None:
         if self.macs != self.executed + self.skipped + self.padding + self.not_run:
@@ -96,6 +99,11 @@ class CostRow:
     def executed(self) -> int:
         """MACs that were neither skipped, nor padding, nor left out."""
         return sum(self.executed_pairs.values())
+
+    @property
+    def asked(self) -> int:
+        """MACs inside the image that were asked for, skipped or not: the work of which TFLOPS/W are counted."""
+        return self.macs - self.not_run - self.padding
 
     @property
     def pairs(self) -> dict[str, int]:
@@ -195,7 +203,7 @@ class CostRow:
         return sum(known) if known else None
 
 
-SUMS = ("macs", "skipped", "padding", "not_run", "zero", "fp8", "wide")
+SUMS = ("macs", "skipped", "padding", "not_run", "zero", "fp8", "wide", "border_zj")
 
 
 def _added(tables: Iterable[dict[Key, int]]) -> dict[Key, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.energy_table import EnergyTable
@@ -56,10 +57,12 @@ def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, error_is_new: bo
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
     pairs = _executed(entry, policy)
     skipped = entry.macs - entry.padding - entry.not_run - sum(pairs.values())
-    work = _work(entry, chip, policy, pairs, skipped)
+    inside, border = _work(chip, pairs, skipped), _border(entry, chip, policy)
+    scheduled = chip.padding.value == "as_zero"
+    work = _added(inside, border) if scheduled else inside
     bits = bits_moved(entry, chip, error_is_new=error_is_new)
     zero, fp8, wide = streamed.elements
-    ideal = chip.cycles(*work[:2])
+    ideal = chip.cycles(work.fp8, work.fp16)
     lanes = lane_cycles(entry, chip, ideal)
     return CostRow(
         layer=entry.layer,
@@ -77,7 +80,8 @@ def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, error_is_new: bo
         lanes=lanes,
         energy_zj=energies.of_work(*work) | energies.of_bits(bits),
         bits=bits,
-        range_zj=energies.energy_range(work[1]),
+        range_zj=energies.energy_range(work.fp16),
+        border_zj=0 if scheduled else energies.of_work(*border)["mac"],
     )
 
 
@@ -98,21 +102,33 @@ def _executed(entry: StepCounts, policy: str) -> dict[tuple[str, str], int]:
     return {(b, a): macs for (a, b), macs in run.items()} if policy == second else run
 
 
-def _work(
-    entry: StepCounts, chip: Chip, policy: str, pairs: dict[tuple[str, str], int], skipped: int
-) -> tuple[int, int, int]:
-    """FP8 multiplications, FP16 multiplications and skipped MACs, padding among them as the chip treats it."""
-    first, second = OPERANDS[entry.step]
+class Work(NamedTuple):
+    """Multiplications at FP8's and at FP16's rate, and skipped MACs."""
+
+    fp8: int
+    fp16: int
+    skipped: int
+
+
+def _added(a: Work, b: Work) -> Work:
+    return Work(a.fp8 + b.fp8, a.fp16 + b.fp16, a.skipped + b.skipped)
+
+
+def _work(chip: Chip, pairs: dict[tuple[str, str], int], skipped: int) -> Work:
+    """What a step does inside the image."""
     fp8 = sum(macs for pair, macs in pairs.items() if chip.runs_fp8(*pair))
-    fp16 = sum(pairs.values()) - fp8
-    if chip.padding.value == "free":
-        return fp8, fp16, skipped
-    if policy in (first, "both"):  # padding is a zero of the first operand
-        return fp8, fp16, skipped + entry.padding
+    return Work(fp8, sum(pairs.values()) - fp8, skipped)
+
+
+def _border(entry: StepCounts, chip: Chip, policy: str) -> Work:
+    """What a step does outside the image if that holds zeros of its first operand."""
+    first, second = OPERANDS[entry.step]
+    if policy in (first, "both"):
+        return Work(0, 0, entry.padding)
     # executed: zero times a value that is not known, taken as FP16
     if chip.runs_fp8(*(("fp16", "zero") if policy == second else ("zero", "fp16"))):
-        return fp8 + entry.padding, fp16, skipped
-    return fp8, fp16 + entry.padding, skipped
+        return Work(entry.padding, 0, 0)
+    return Work(0, entry.padding, 0)
 
 
 def _notes(counts: Counts, chip: Chip) -> list[str]:

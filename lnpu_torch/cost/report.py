@@ -86,10 +86,12 @@ class Report:
 
     @property
     def tflops_per_watt(self) -> float | None:
-        """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either."""
+        """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either.
+
+        MACs outside the image are no work that anyone asked for, whether a chip multiplies them or not.
+        """
         total = self.total
-        asked = total.macs - total.not_run
-        return 2 * asked / total.energy_pj if asked and total.energy_pj else None
+        return 2 * total.asked / total.energy_pj if total.asked and total.energy_pj else None
 
     def by(self, key: Literal["layer", "step"]) -> Report:
         """The same report with one row per layer, or per step. Raises ValueError for another key."""
@@ -251,9 +253,25 @@ def _footer(report: Report) -> list[str]:
         *_layers_access(report),
         *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
         f"executed, streamed operand first: {pairs}",
+        *_border(report),
         *lacking(report),
         *report.notes,
     ]
+
+
+def border(total: CostRow) -> str:
+    """What the MACs outside the image would add as zeros, or "-" where they are priced, or there are none."""
+    return si(pj(total.border_zj), "pJ") if total.border_zj else "-"
+
+
+def _border(report: Report) -> list[str]:
+    """What lies outside the image, and what it would cost."""
+    total = report.total
+    if not total.padding:
+        return []
+    share_ = f"outside the image: {total.padding / (total.macs - total.not_run):.1%} of all MACs"
+    cost = f"not scheduled; as zeros they would add {border(total)}" if total.border_zj else "priced as zeros"
+    return [f"{share_}, {cost}"]
 
 
 def _time(report: Report) -> str:
