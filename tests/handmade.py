@@ -26,9 +26,11 @@ def step(
     wide: tuple[str, str] = ("fp16", "fp16"),
     result: int = 6,
     calls: int = 1,
+    passed: tuple[int, int, int] | None = None,
 ) -> StepCounts:
     sizes = (sum(first) // calls, sum(second) // calls, result)
-    by_size = [{"count": calls, "sizes": sizes, "first": first, "second": second}] if any(first) else []
+    call = {"count": calls, "sizes": sizes, "first": first, "second": second, "passed": passed}
+    by_size = [call] if any(first) else []
     data = {
         "layer": layer,
         "kind": "Conv2d",

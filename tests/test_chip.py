@@ -118,7 +118,7 @@ BAD = [
     ("sram_bytes.value", 0, ["sram_bytes.value"]),
     ("sram_kb", 372, ["unknown key 'sram_kb'", "nearest: sram_bytes"]),
     ("storage.zero_bits.value", -1, ["storage.zero_bits.value"]),
-    ("storage.results.value", "dense", ["storage.results.value", "'dense'"]),
+    ("energy.sram_size.exponent.value", -1.0, ["energy.sram_size.exponent.value", "greater than 0"]),
     ("storage", ..., ["storage", "required"]),
     ("energy_model", "guess", ["energy_model", "'guess'"]),
     ("bottom_up.macs_per_read.source", ..., ["bottom_up.macs_per_read.source", "required"]),

@@ -45,6 +45,7 @@ class CostRow:
         range_zj: what either end of the report's energy range adds to the energy on the chip, in zJ.
         border_zj: what `padding` would add to the energy on the chip if it were multiplied as zeros, in zJ; 0 on a chip
             where it is.
+        after: of vector operations, the layer that they follow; "" where that was not recorded, and in sums.
 
     Raises:
         ValueError: the MACs do not add up.
@@ -69,6 +70,7 @@ class CostRow:
     bits: dict[str, int] = field(default_factory=dict)
     range_zj: tuple[int, int] = (0, 0)
     border_zj: int = 0
+    after: str = ""
 
     def __post_init__(self) -> None:
         if self.macs != self.executed + self.skipped + self.padding + self.not_run:

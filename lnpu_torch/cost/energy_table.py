@@ -32,7 +32,7 @@ class EnergyTable:
         """The chip's energies by its energy model and at its voltage, each rounded once, to 1 zJ."""
         if chip.energy_model == "bottom_up" and chip.bottom_up:
             return cls._bottom_up(chip, chip.bottom_up)
-        energy, scale = chip.energy, chip.operating_point.energy_scale
+        energy, scale, larger = chip.energy, chip.operating_point.energy_scale, _sram_scale(chip)
         fp8, ratio = energy.fp8_mac_pj.value * scale, energy.fp16_to_fp8
         fp16 = zj(fp8 * ratio.value)
         return cls(
@@ -40,8 +40,8 @@ class EnergyTable:
             fp16_mac=fp16,
             fp16_range=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
             skipped_mac=zj(energy.skipped_mac_pj.value * scale),
-            sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
-            sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
+            sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale * larger),
+            sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale * larger),
             dram_bit=zj(energy.dram_pj_per_bit.value),
             simd_operation=_simd(chip),
         )
@@ -50,7 +50,8 @@ class EnergyTable:
     def _bottom_up(cls, chip: Chip, tables: BottomUp) -> Self:
         """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped one reads a bit."""
         voltage, circuits, storage = chip.operating_point.voltage_v.value, tables.arithmetic, chip.storage
-        scale, read = circuits.scale(voltage), tables.sram.read_pj_per_bit(voltage)
+        scale, larger = circuits.scale(voltage), _sram_scale(chip)
+        read = tables.sram.read_pj_per_bit(voltage) * larger
         per_bit = read / tables.macs_per_read.value
         add = circuits.accumulate_pj.value * scale
         fp8_read = (storage.fp8_bits.value + storage.fp16_bits.value) * per_bit  # the other operand may be FP16
@@ -61,7 +62,7 @@ class EnergyTable:
             fp16_range=None,
             skipped_mac=zj(storage.zero_bits.value * per_bit),
             sram_read_bit=zj(read),
-            sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
+            sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage) * larger),
             dram_bit=zj(chip.energy.dram_pj_per_bit.value),
             simd_operation=_simd(chip),
         )
@@ -87,6 +88,12 @@ class EnergyTable:
         """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
         low, high = self.fp16_range or (0, 0)
         return low * fp16_macs, high * fp16_macs
+
+
+def _sram_scale(chip: Chip) -> float:
+    """Energy of a bit of the chip's SRAM over that of one as large as the one that its constants are of."""
+    size = chip.energy.sram_size
+    return float((chip.sram_bytes.value / size.at_bytes.value) ** size.exponent.value)
 
 
 def _simd(chip: Chip) -> int | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.lane_timing import lane_cycles, not_recorded
-from lnpu_torch.cost.memory_traffic import bits_moved
+from lnpu_torch.cost.memory_traffic import Context, bits_moved
 from lnpu_torch.cost.report import Report
 from lnpu_torch.cost.vector_op_pricing import vector_op_notes, vector_op_rows
 from lnpu_torch.counts.schema import OPERANDS, Counts, StepCounts
@@ -35,7 +35,10 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
     """
     chip = read_chip(chip)
     energies, told = EnergyTable.of(chip), _who_reads_errors(counts)
-    steps = tuple(_part(entry, chip, energies, entry.layer not in told) for entry in counts.steps)
+    first = counts.steps[0].layer if counts.steps else ""
+    steps = tuple(
+        _part(entry, chip, energies, Context(entry.layer == first, entry.layer not in told)) for entry in counts.steps
+    )
     return Report(
         chip=chip.name,
         clock_hz=chip.clock_hz,
@@ -51,7 +54,7 @@ def _who_reads_errors(counts: Counts) -> set[str]:
     return {entry.layer for entry in counts.steps if entry.step == "grad_input" and entry.macs > entry.not_run}
 
 
-def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, error_is_new: bool) -> CostRow:
+def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, context: Context) -> CostRow:
     """One step of one layer: what of it is executed, what is skipped, what is moved, and what all that costs."""
     policy = getattr(chip.skip, entry.step).value
     streamed = entry.second if policy == OPERANDS[entry.step][1] else entry.first
@@ -60,7 +63,7 @@ def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, error_is_new: bo
     inside, border = _work(chip, pairs, skipped), _border(entry, chip, policy)
     scheduled = chip.padding.value == "as_zero"
     work = _added(inside, border) if scheduled else inside
-    bits = bits_moved(entry, chip, error_is_new=error_is_new)
+    bits = bits_moved(entry, chip, context)
     zero, fp8, wide = streamed.elements
     ideal = chip.cycles(work.fp8, work.fp16)
     lanes = lane_cycles(entry, chip, ideal)

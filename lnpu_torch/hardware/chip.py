@@ -54,11 +54,18 @@ class Lanes(Frozen):
         return self
 
 
+class SramSize(Frozen):
+    """How the energy of a bit grows with SRAM: the size that the file's energies are of, and a power of the size."""
+
+    at_bytes: SourcedValue[Natural]
+    exponent: SourcedRange
+
+
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
     A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
-    moved from or to DRAM.
+    moved from or to DRAM. SRAM's are those of the size in `sram_size`.
     """
 
     fp8_mac_pj: SourcedValue[NotNegative]
@@ -66,26 +73,24 @@ class Energy(Frozen):
     fp16_to_fp8: SourcedRange
     sram_read_pj_per_bit: SourcedValue[NotNegative]
     sram_write_pj_per_bit: SourcedValue[NotNegative]
+    sram_size: SramSize
     dram_pj_per_bit: SourcedRange
 
 
-CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram")
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram_read", "energy.sram_write")
 """How the keys begin that only the calibrated model uses."""
 
 
 class Storage(Frozen):
     """How an operand's elements lie in both memories: bits of a zero, of an FP8 and of an FP16 element.
 
-    `results`: "as_read", only what the next step reads is written, in that format; "through_dram", a step's own result
-    is written to DRAM in FP16 before, and read back. `partial_sum_bits` is what one element of a result takes while
-    it is summed up.
+    `partial_sum_bits` is what one element of a result takes while it is summed up.
     """
 
     zero_bits: SourcedValue[Bits]
     fp8_bits: SourcedValue[Bits]
     fp16_bits: SourcedValue[Bits]
     partial_sum_bits: SourcedValue[Natural]
-    results: SourcedValue[Literal["as_read", "through_dram"]]
 
 
 class Skip(Frozen):
@@ -244,15 +249,31 @@ RENAMED = {
 }
 """Keys of older files, and what they are called today."""
 
+GONE = {("storage", "results")}
+"""Keys of older files that say nothing any more: what goes through DRAM follows from sizes."""
+
 
 def _current(data: dict[str, Any]) -> dict[str, Any]:
     """A chip's plain data, from older files and run folders too, under today's names."""
     return {
-        place: {RENAMED.get((place, key), key): value for key, value in inside.items()}
+        place: {RENAMED.get((place, key), key): value for key, value in inside.items() if (place, key) not in GONE}
         if isinstance(inside, dict)
         else inside
         for place, inside in data.items()
     }
+
+
+ADDED = (("energy", "sram_size"),)
+"""Keys that a run's chip of an older version lacks; it gets LNPU's."""
+
+
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's chip, as an older version wrote it, with the keys that it lacks."""
+    lnpu, data = _read(find("chips", "lnpu", "chip"), ()), _current(data)
+    for place, key in ADDED:
+        if isinstance(data.get(place), dict):
+            data[place].setdefault(key, lnpu[place][key])
+    return data
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -281,13 +302,13 @@ class ChipFile(NamedFile):
     @field_validator("content", mode="before")
     @classmethod
     def _of_plain_data(cls, value: Any) -> Any:
-        return validate(Chip, _current(value), "content") if isinstance(value, dict) else value
+        return validate(Chip, _completed(value), "content") if isinstance(value, dict) else value
 
 
 def chip_setting(value: Any) -> Any:
     """A chip in a run's settings, plain data, under today's names; a chip's name as it is."""
     if isinstance(value, dict) and isinstance(value.get("content"), dict):
-        return {**value, "content": _current(value["content"])}
+        return {**value, "content": _completed(value["content"])}
     return value
 
 
