@@ -102,8 +102,11 @@ def test_energies_are_bits_times_constants() -> None:
     (row,) = price(counts(step()), "lnpu").rows
     read, wrote = 71 + 96, 71
     assert row.sram_energy_pj == pytest.approx(wrote * 0.3195 + (read + wrote) * 0.2469)
-    assert row.dram_energy_pj == pytest.approx((read + wrote) * 20)
-    assert row.energy_pj == pytest.approx(row.mac_energy_pj + row.sram_energy_pj)  # DRAM is apart
+    seconds = (read + wrote) / 8 / 6.4e9
+    assert row.dram_energy_pj == pytest.approx((read + wrote) * 20 + 10e-3 * seconds * 1e12)
+    assert row.energy_pj == pytest.approx(row.mac_energy_pj + row.sram_energy_pj + row.idle_energy_pj)  # DRAM is apart
+    busy = (15 / 1536 + 24 / 768) / 50e6
+    assert row.idle_energy_pj == pytest.approx(8.6e-3 * (seconds - busy) * 1e12)
 
 
 # In FP16 words: operands of 10 and 8, a result of 6 (partial sums: 12).

@@ -15,6 +15,7 @@ in what was counted, and a sum of runs moves the sum of their bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from lnpu_torch.counts.schema import Calls, StepCounts, Triple
@@ -74,6 +75,13 @@ def vector_bits(entry: VectorOp, chip: Chip, width: int) -> dict[str, int]:
     if entry.uses is None and entry.phase != "update":
         return bits
     return {**bits, "dram_read": width * came, "dram_write": width * went, "dense_dram": width * (came + went)}
+
+
+def dram_cycles(bits: Mapping[str, int], chip: Chip) -> float | None:
+    """Cycles in which these bits come from DRAM and go there; None if no DRAM is among them."""
+    if "dram_read" not in bits:
+        return None
+    return (bits["dram_read"] + bits["dram_write"]) / (8 * chip.dram_bytes_per_s.value) * chip.clock_hz
 
 
 def capacity(chip: Chip) -> int:

@@ -70,13 +70,28 @@ class Report:
 
     @property
     def time_s(self) -> float:
-        """Cycles over clock, in seconds: the multipliers' or the SIMD core's, whichever are more."""
-        return max(self.total.cycles, self.total.simd_cycles or 0.0) / self.clock_hz
+        """In seconds: layer after layer, in each the longest of multipliers, SIMD core and DRAM."""
+        return self.total.time_cycles / self.clock_hz
 
     @property
     def mac_time_s(self) -> float:
-        """The multipliers' cycles over clock, in seconds, as if the SIMD core never kept them waiting."""
+        """The multipliers' cycles over clock, in seconds, as if nothing ever kept them waiting."""
         return self.total.cycles / self.clock_hz
+
+    @property
+    def simd_time_s(self) -> float:
+        """The SIMD core's own time, in seconds."""
+        return (self.total.simd_cycles or 0.0) / self.clock_hz
+
+    @property
+    def dram_time_s(self) -> float:
+        """In how many seconds all bits come from DRAM and go there, at its bandwidth."""
+        return (self.total.dram_cycles or 0.0) / self.clock_hz
+
+    @property
+    def power_w(self) -> float | None:
+        """The chip's mean power; None if nothing took any time."""
+        return self.total.chip_zj * 1e-21 / self.time_s if self.time_s else None
 
     @property
     def energy_range_pj(self) -> tuple[float, float]:
@@ -110,6 +125,10 @@ class Report:
             "clock_hz": self.clock_hz,
             "time_s": self.time_s,
             "mac_time_s": self.mac_time_s,
+            "simd_time_s": self.simd_time_s,
+            "dram_time_s": self.dram_time_s,
+            "bound_by": {bound: cycles / self.clock_hz for bound, cycles in self.total.time_by.items()},
+            "power_w": self.power_w,
             "tflops_per_watt": self.tflops_per_watt,
             "energy_range_pj": list(self.energy_range_pj),
             "energy_range": self.energy_range,
@@ -165,13 +184,14 @@ def csv_text(report: Report | Sequence[Report]) -> str:
     return text.getvalue()
 
 
-ENERGIES = columns("mac_energy_pj", "sram_energy_pj", "simd_energy_pj", "energy_pj", "dram_energy_pj")
+ENERGIES = columns("mac_energy_pj", "sram_energy_pj", "simd_energy_pj", "idle_energy_pj", "energy_pj", "dram_energy_pj")
 TRAFFIC = columns("sram_bits", "dram_bits")
 
 IN_WORDS = {
     "mac_energy_pj": "MACs",
     "sram_energy_pj": "SRAM",
     "simd_energy_pj": "what is no MAC (normalisation, activation, pooling, loss, the optimizer's update)",
+    "idle_energy_pj": "what flows while multipliers wait",
     "dram_energy_pj": "DRAM",
 }
 """What a reader calls the columns that may be not modelled; the numbers of bits go with their energy."""
@@ -247,8 +267,9 @@ def _footer(report: Report) -> list[str]:
     efficiency = "-" if report.tflops_per_watt is None else f"{report.tflops_per_watt:.2f}"
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
-        f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
+        f"total: {si(total.energy_pj, 'pJ')} on the chip, {si(report.time_s, 's')} at {si(report.clock_hz, 'Hz')}, "
         f"{efficiency} TFLOPS/W (2 FLOP per MAC, skipped ones too; DRAM apart)",
+        _time(report),
         *missing(report),
         *_layers_access(report),
         *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
@@ -275,9 +296,18 @@ def _border(report: Report) -> list[str]:
 
 
 def _time(report: Report) -> str:
-    """The run's time, and the multipliers' own where the SIMD core takes longer."""
-    bound = f" (the SIMD core's; the multipliers' {si(report.mac_time_s, 's')})"
-    return si(report.time_s, "s") + (bound if report.time_s > report.mac_time_s else "")
+    """What the run's time is made of: what each worker takes alone, and what each adds where it takes longest."""
+    alone = {"multipliers": report.mac_time_s, "DRAM": report.dram_time_s, "SIMD": report.simd_time_s}
+    words = ", ".join(f"{name} {si(time, 's')}" for name, time in alone.items())
+    added = ", ".join(
+        f"{name} {cycles / report.clock_hz / (report.time_s or 1):.0%}" for name, cycles in _bounds(report)
+    )
+    return f"time: each alone {words}; layer after layer the longest: {added or 'none'}"
+
+
+def _bounds(report: Report) -> list[tuple[str, float]]:
+    """Cycles of the run's time by what took longest, most first."""
+    return sorted(report.total.time_by.items(), key=lambda each: -each[1])
 
 
 def _layers_access(report: Report) -> list[str]:

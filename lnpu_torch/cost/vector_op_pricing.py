@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.energy_table import EnergyTable
-from lnpu_torch.cost.memory_traffic import vector_bits
+from lnpu_torch.cost.memory_traffic import dram_cycles, vector_bits
 from lnpu_torch.counts.vector_ops import KINDS, PHASES, NotCounted, VectorOp, VectorOpCounts
 from lnpu_torch.hardware.chip import Chip
 
@@ -60,6 +60,7 @@ def _part(entries: list[VectorOp], chip: Chip, energies: EnergyTable) -> CostRow
     return replace(
         row,
         simd_cycles=work / chip.simd.operations_per_cycle.value,
+        dram_cycles=dram_cycles(bits, chip),
         energy_zj=energies.of_operations(work) | energies.of_bits(bits),
         bits=dict(bits),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -65,7 +66,9 @@ class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
     A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
-    moved from or to DRAM. SRAM's are those of the size in `sram_size`.
+    moved from or to DRAM. SRAM's are those of the size in `sram_size`. `reuse_in_mac`: how many multiplications a value
+    that is read from SRAM serves in what a MAC costs. `idle_w` flows while multipliers wait; while they work, it
+    is in what a MAC costs. `dram_static_w` flows in DRAM all the time.
     """
 
     fp8_mac_pj: SourcedValue[NotNegative]
@@ -74,6 +77,9 @@ class Energy(Frozen):
     sram_read_pj_per_bit: SourcedValue[NotNegative]
     sram_write_pj_per_bit: SourcedValue[NotNegative]
     sram_size: SramSize
+    reuse_in_mac: SourcedValue[Natural]
+    idle_w: SourcedRange
+    dram_static_w: SourcedRange
     dram_pj_per_bit: SourcedRange
 
 
@@ -102,14 +108,14 @@ class Skip(Frozen):
 
 
 class SimdCore(Frozen):
-    """A core for vector operations, beside the multipliers: the slower of the two tells the time.
+    """A core for vector operations, beside the multipliers.
 
     `operation_pj` holds at the low end of the operating range, without operands: each operation reads them from SRAM,
     and writes its result there. A special function (division, a root, exp ...) takes as long and as much energy as
     `special_operations` operations.
     """
 
-    operations_per_cycle: SourcedValue[Natural]
+    operations_per_cycle: SourcedRange
     special_operations: SourcedValue[Natural]
     operation_pj: SourcedValue[NotNegative]
     element_bits: SourcedValue[Natural]
@@ -130,6 +136,7 @@ class Chip(Frozen):
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
     sram_bytes: SourcedValue[Natural]
+    dram_bytes_per_s: SourcedRange
     lanes: Lanes
     fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
     energy: Energy
@@ -164,10 +171,38 @@ class Chip(Frozen):
         asked = {"streamed": [streamed], "both": [streamed, other], "never": ["fp16"]}[self.fp8_pairs.value]
         return all(group in ("zero", "fp8") for group in asked)
 
-    def cycles(self, fp8_macs: int, fp16_macs: int) -> float:
-        """Cycles of these multiplications with every lane busy."""
-        fp8, fp16 = self.macs_per_cycle.fp8, self.macs_per_cycle.fp16
-        return (fp8_macs / fp8.value if fp8 else 0.0) + fp16_macs / fp16.value
+    @model_validator(mode="after")
+    def _works_with_more_than_it_waits_with(self) -> Self:
+        if not self.idle_w < self.operating_point.power_w:
+            raise ValueError(
+                f"energy.idle_w is no less than the chip's whole power, {self.operating_point.power_w:g} W"
+            )
+        return self
+
+    @property
+    def idle_w(self) -> float:
+        """Power while multipliers wait, at the chip's voltage, with whose square it grows."""
+        point = self.operating_point
+        return self.energy.idle_w.value * (point.voltage_v.value / point.low.voltage_v.value) ** 2
+
+    def cycles(self, fp8_macs: int, fp16_macs: int, channels: int | None = None, values: int = 1) -> float:
+        """Cycles of these multiplications with no lane waiting for another.
+
+        Args:
+            channels: of the operand that is streamed, each of which is a lane's; None takes every multiplier for busy.
+            values: of the other operand that an element meets, each of which is a multiplier's.
+        """
+        rates = (self.macs_per_cycle.fp8, self.macs_per_cycle.fp16)
+        pairs = zip((fp8_macs, fp16_macs), rates, strict=True)
+        return sum(macs / rate.value / self._busy(rate.value, channels, values) for macs, rate in pairs if rate)
+
+    def _busy(self, rate: int, channels: int | None, values: int) -> float:
+        """The share of lanes, and of their multipliers, that channels and values of such numbers fill."""
+        if channels is None:
+            return 1.0
+        lanes = self.lanes.count.value
+        width = rate / lanes
+        return channels / (lanes * -(-channels // lanes)) * (values / (width * math.ceil(values / width)))
 
     def values(self) -> dict[str, SourcedValue[Any]]:
         """Every sourced value under its dotted key, as in the YAML."""
@@ -263,7 +298,7 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ADDED = (("energy", "sram_size"),)
+ADDED = (("energy", "sram_size"), ("energy", "reuse_in_mac"), ("energy", "idle_w"), ("energy", "dram_static_w"))
 """Keys that a run's chip of an older version lacks; it gets LNPU's."""
 
 
@@ -273,7 +308,7 @@ def _completed(data: dict[str, Any]) -> dict[str, Any]:
     for place, key in ADDED:
         if isinstance(data.get(place), dict):
             data[place].setdefault(key, lnpu[place][key])
-    return data
+    return {"dram_bytes_per_s": lnpu["dram_bytes_per_s"], **data}
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
