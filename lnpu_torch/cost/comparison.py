@@ -76,6 +76,7 @@ class Comparison:
             "TFLOPS/W",
             f"chip / {first.chip}",
             "border as zeros",
+            f"chip + DRAM / {first.chip}",
         ]
         table = plain_table("Totals", ["chip"], heads)
         for report in self.reports:
@@ -90,6 +91,7 @@ class Comparison:
                 "-" if efficiency is None else f"{efficiency:.2f}",
                 _ratio(total.energy_pj, first.total.energy_pj),
                 _ratio(_with_border(total), _with_border(first.total)),
+                _ratio(total.all_energy_pj, first.total.all_energy_pj),
             )
         return table
 

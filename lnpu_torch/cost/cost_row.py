@@ -207,6 +207,11 @@ class CostRow:
         return self._energy_pj("dram")
 
     @property
+    def all_energy_pj(self) -> float | None:
+        """Energy on the chip and, where it is modelled, of DRAM."""
+        return None if self.energy_pj is None else pj(self.chip_zj + self.energy_zj.get("dram", 0))
+
+    @property
     def sram_bits(self) -> int | None:
         """Bits read from SRAM and written to it."""
         return self._bits("sram_read", "sram_write")
@@ -329,6 +334,7 @@ COLUMNS = (
     Column("idle_energy_pj", "idle", "energy that flows while multipliers wait", "pJ", "energy", modelled=True),
     Column("energy_pj", "chip", "energy on the chip: MAC, SRAM, SIMD and idle", "pJ", "energy"),
     Column("dram_energy_pj", "DRAM", "energy of DRAM, outside the chip", "pJ", "energy", modelled=True),
+    Column("all_energy_pj", "chip + DRAM", "energy on the chip and of DRAM", "pJ", "energy", on_page=False),
     Column("sram_bits", "SRAM access", "bits from and to SRAM", "bit", "energy", on_page=False, modelled=True),
     Column("dram_bits", "DRAM access", "bits from and to DRAM", "bit", "energy", on_page=False, modelled=True),
     Column("dense_dram_bits", "", "bits from and to DRAM in dense FP16", "bit", on_page=False, modelled=True),

@@ -51,6 +51,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         energy_range=_range(chip) if energies.fp16_range else None,
         notes=(*_notes(counts, chip), *not_recorded(steps), *_power(parts, chip)),
         in_float=counts.in_float,
+        dram_pj_per_bit=_dram_range(chip),
     )
 
 
@@ -96,6 +97,11 @@ def _part(entry: StepCounts, chip: Chip, energies: EnergyTable, context: Context
         range_zj=energies.energy_range(work.fp16),
         border_zj=0 if scheduled else energies.of_work(*border)["mac"],
     )
+
+
+def _dram_range(chip: Chip) -> tuple[float, float, float] | None:
+    entry = chip.energy.dram_pj_per_bit
+    return (entry.range[0], entry.value, entry.range[1]) if entry.range else None
 
 
 def _range(chip: Chip) -> str:

@@ -33,6 +33,7 @@ class Report:
     (None), a "layer" or a "step"; the total is the same whichever. `energy_range` says what the ends of
     `energy_range_pj` stand for, None if the chip gives no range; `notes` are printed below the table. `in_float` are
     multiply-accumulates outside of emulated layers, by torch op, which no figure has in it; None where nobody looked.
+    `dram_pj_per_bit` is what a bit of DRAM takes at least, as it is priced, and at most; None without a range.
     """
 
     chip: str
@@ -42,6 +43,7 @@ class Report:
     notes: tuple[str, ...]
     grouped: Literal["layer", "step"] | None = None
     in_float: Mapping[str, FloatProduct] | None = None
+    dram_pj_per_bit: tuple[float, float, float] | None = None
 
     @property
     def float_macs(self) -> int | None:
@@ -100,6 +102,15 @@ class Report:
         return pj(low), pj(high)
 
     @property
+    def dram_range_pj(self) -> tuple[float, float] | None:
+        """DRAM's energy at either end of what a bit takes, in pJ; None without a range, or if no model covers it."""
+        bits, priced = self.total.dram_bits, self.total.dram_energy_pj
+        if self.dram_pj_per_bit is None or bits is None or priced is None:
+            return None
+        low, taken, high = self.dram_pj_per_bit
+        return priced + bits * (low - taken), priced + bits * (high - taken)
+
+    @property
     def tflops_per_watt(self) -> float | None:
         """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either.
 
@@ -132,6 +143,7 @@ class Report:
             "tflops_per_watt": self.tflops_per_watt,
             "energy_range_pj": list(self.energy_range_pj),
             "energy_range": self.energy_range,
+            "dram_range_pj": self.dram_range_pj and list(self.dram_range_pj),
             "rows": [row.to_dict() for row in self.rows],
             "total": self.total.to_dict(),
             "float_macs": self.float_macs,
@@ -269,15 +281,53 @@ def _footer(report: Report) -> list[str]:
     return [
         f"total: {si(total.energy_pj, 'pJ')} on the chip, {si(report.time_s, 's')} at {si(report.clock_hz, 'Hz')}, "
         f"{efficiency} TFLOPS/W (2 FLOP per MAC, skipped ones too; DRAM apart)",
+        *_with_dram(report),
         _time(report),
         *missing(report),
         *_layers_access(report),
         *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
+        *_shares(report),
         f"executed, streamed operand first: {pairs}",
         *_border(report),
         *lacking(report),
         *report.notes,
     ]
+
+
+def _with_dram(report: Report) -> list[str]:
+    """DRAM's energy with its range, and the sum of both."""
+    total = report.total
+    if total.dram_energy_pj is None:
+        return []
+    words = f"DRAM: {si(total.dram_energy_pj, 'pJ')}"
+    if report.dram_range_pj and report.dram_pj_per_bit:
+        least, _, most = report.dram_pj_per_bit
+        ends = " ... ".join(si(energy, "pJ") for energy in report.dram_range_pj)
+        words += f" ({ends} at {least:g} ... {most:g} pJ a bit)"
+    return [f"{words}; chip and DRAM: {si(total.all_energy_pj, 'pJ')}"]
+
+
+LARGEST = 5
+"""How many shares a report names."""
+
+
+def _shares(report: Report) -> list[str]:
+    """What takes most of the energy of chip and DRAM; and after which layers vector operations do."""
+    whole = report.total.all_energy_pj
+    if not whole:
+        return []
+    rows = {f"{names(row)[0]} {row.step}": row.all_energy_pj or 0.0 for row in report.rows}
+    after: dict[str, float] = {}
+    for part in report.parts:
+        if part.after:
+            after[part.after] = after.get(part.after, 0.0) + (part.all_energy_pj or 0.0)
+    lines = [f"most of chip and DRAM: {_largest(rows, whole)}"]
+    return lines + ([f"vector operations, by the layer before them: {_largest(after, whole)}"] if after else [])
+
+
+def _largest(energies: Mapping[str, float], whole: float) -> str:
+    found = sorted(energies.items(), key=lambda each: -each[1])[:LARGEST]
+    return ", ".join(f"{name} {energy / whole:.1%}" for name, energy in found)
 
 
 def border(total: CostRow) -> str:
