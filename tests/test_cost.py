@@ -145,7 +145,7 @@ def test_float_operands_are_named_and_priced_as_fp16() -> None:
 def test_notes_say_what_the_figures_rest_on() -> None:
     fgmp, fp16 = counts(step()), counts(step(first=(1, 0, 2), second=(0, 0, 1)))
     assert any("at 0.78 V, 50 MHz" in note for note in price(fgmp, "lnpu").notes)
-    assert any(note.startswith("constants: 0 published, 6 derived") for note in price(fgmp, "lnpu").notes)
+    assert any(note.startswith("constants: 1 published, 6 derived") for note in price(fgmp, "lnpu").notes)
     assert any("bottom-up" in note for note in price(fgmp, bottom_up()).notes)
     unknown = step().model_copy(update={"by_size": ()})
     assert any("sizes of some calls were not recorded" in note for note in price(counts(unknown), "lnpu").notes)
@@ -387,3 +387,28 @@ def test_counter_before_its_block() -> None:
 def test_counter_of_a_model_that_is_not_converted() -> None:
     with pytest.raises(ConfigError, match="convert"), CostCounter(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_a_report_says_what_a_chip_takes_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("like: dense-fp16\ndescription: mine\nsram_bytes: {value: 1000, tag: assumed, source: test}\n")
+    mine = chip(path)
+    (note,) = (note for note in price(counts(step()), mine).notes if "takes from others" in note)
+    used = [key for key in mine.values() if not key.startswith("bottom_up.")]
+    assert (
+        note.startswith("values that mine takes from others: ") and "of dense-fp16" in note and "of lnpu-fp16" in note
+    )
+    assert sum(mine.origins().values()) - 1 == len(used) - 1  # all but the SRAM; no FP8 rate is a value that it takes
+    assert (mine.inherited["skip.forward"], mine.inherited["macs_per_cycle.fp8"]) == ("dense-fp16", "lnpu-fp16")
+    assert "sram_bytes" not in mine.inherited
+    assert "lanes.count" not in mine.with_values({"lanes.count": 32}).inherited
+    assert not [note for note in price(counts(step()), "lnpu").notes if "takes from others" in note]
+
+
+def test_mixed_tensors_on_a_chip_that_cannot_mix_are_noted() -> None:
+    apart = chip("lnpu").with_values({"mixed_tensors": False})
+    mixed, fp8 = counts(step()), counts(step(first=(5, 5, 0), second=(0, 8, 0)))
+    notes = price(mixed, apart).notes
+    assert any(note.startswith("2 of 2 operands mix FP8 and FP16, which this chip cannot") for note in notes)
+    for run, on in ((fp8, apart), (mixed, "lnpu"), (mixed, "dense-fp16")):
+        assert not any("which this chip cannot" in note for note in price(run, on).notes)

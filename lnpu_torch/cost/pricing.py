@@ -209,6 +209,13 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
         notes.append("the sizes of some calls were not recorded: what these moved is not in the traffic")
     if any(operand.wide == "fp32" for operand in operands):
         notes.append("fp32, an operand left in float, is priced as FP16")
+    if chip.inherited:
+        whose = ", ".join(f"{count} of {name}" for name, count in chip.origins().items())
+        notes.append(f"values that {chip.name} takes from others: {whose}; `lnpu chips` lists which")
+    mixed = [each for each in operands if each.elements[1] and each.elements[2]]
+    if mixed and chip.fp8_pairs.value != "never" and not chip.mixed_tensors.value:
+        told = f"{len(mixed)} of {len(operands)} operands mix FP8 and {mixed[0].wide.upper()}, which this chip cannot"
+        notes.append(f"{told}: priced as if it could; count a run with precision fp8 or fp16 for it")
     if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
         notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
     return [*notes, *vector_op_notes(counts.vector_ops, chip)]

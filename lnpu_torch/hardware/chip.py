@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -126,8 +126,9 @@ class Chip(Frozen):
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
-    ("streamed"), those whose operands "both" are, or "never". `padding` says what a MAC outside the image is: a zero
-    of the step's first operand ("as_zero"), or not scheduled ("free").
+    ("streamed"), those whose operands "both" are, or "never". `mixed_tensors` says whether elements of both may stand
+    in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand ("as_zero"), or
+    not scheduled ("free"). `inherited` are the values that the chip's file took from others, and from which.
     """
 
     name: str
@@ -139,12 +140,14 @@ class Chip(Frozen):
     dram_bytes_per_s: SourcedRange
     lanes: Lanes
     fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
+    mixed_tensors: SourcedValue[bool]
     energy: Energy
     storage: Storage
     skip: Skip
     padding: SourcedValue[Literal["as_zero", "free"]]
     simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
+    inherited: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _fp8_rate(self) -> Self:
@@ -210,9 +213,17 @@ class Chip(Frozen):
 
     def tags(self) -> dict[str, int]:
         """How many of the values that its energy model uses are published, derived and assumed."""
-        unused = CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
-        count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(unused))
+        count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(self._unused))
         return {tag: count[tag] for tag in ("published", "derived", "assumed")}
+
+    def origins(self) -> dict[str, int]:
+        """How many of these values its file took from which other one."""
+        return Counter(name for key, name in self.inherited.items() if not key.startswith(self._unused))
+
+    @property
+    def _unused(self) -> tuple[str, ...]:
+        """How the keys begin that the chip's energy model does not use."""
+        return CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
 
     def with_values(self, values: Mapping[str, Any]) -> Chip:
         """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
@@ -223,6 +234,7 @@ class Chip(Frozen):
         data = self.model_dump()
         for key, value in values.items():
             _set(data, self, key, value)
+            data["inherited"].pop(key, None)
         return validate(Chip, data, self.name)
 
 
@@ -272,9 +284,21 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a chip: a mapping of keys is expected")
     data, start = _current(data), {"name": path.stem}
-    if "like" in data:
-        start = {**_base(data.pop("like"), path, (*above, path.resolve())), **start}
-    return _merge(start, data)
+    if "like" not in data:
+        return _merge(start, data)
+    base = _base(data.pop("like"), path, (*above, path.resolve()))
+    known, own = base.pop("inherited", {}), set(_dotted(data))
+    inherited = {key: known.get(key, base["name"]) for key in _dotted(base) if key not in own}
+    return {**_merge({**base, **start}, data), "inherited": inherited}
+
+
+def _dotted(data: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all sourced values, and of what is null, in a chip file's plain data."""
+    for key, value in data.items() if isinstance(data, dict) else ():
+        if value is None or (isinstance(value, dict) and "value" in value):
+            yield prefix + key
+        elif key != "inherited":
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 RENAMED = {
@@ -308,7 +332,7 @@ def _completed(data: dict[str, Any]) -> dict[str, Any]:
     for place, key in ADDED:
         if isinstance(data.get(place), dict):
             data[place].setdefault(key, lnpu[place][key])
-    return {"dram_bytes_per_s": lnpu["dram_bytes_per_s"], **data}
+    return {**{key: lnpu[key] for key in ("dram_bytes_per_s", "mixed_tensors")}, **data}
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
