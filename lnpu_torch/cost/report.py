@@ -316,7 +316,8 @@ def _shares(report: Report) -> list[str]:
     whole = report.total.all_energy_pj
     if not whole:
         return []
-    rows = {f"{names(row)[0]} {row.step}": row.all_energy_pj or 0.0 for row in report.rows}
+    labels = (" ".join(word for word in (names(row)[0], row.step) if word != ALL) for row in report.rows)
+    rows = {label: row.all_energy_pj or 0.0 for label, row in zip(labels, report.rows, strict=True)}
     after: dict[str, float] = {}
     for part in report.parts:
         if part.after:
