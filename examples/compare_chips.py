@@ -35,8 +35,8 @@ def counted_epoch(images: int) -> lnpu.Counts:
 
 def line(name: str, report: lnpu.Report) -> str:
     total = report.total
-    energies = total.mac_energy_pj, total.sram_energy_pj, total.simd_energy_pj, total.dram_energy_pj
-    cells = "".join(f"{energy / 1e9:>9.3f}" for energy in energies)
+    parts = total.mac_energy_pj, total.sram_energy_pj, total.simd_energy_pj, total.idle_energy_pj, total.dram_energy_pj
+    cells = "".join(f"{energy / 1e9:>9.3f}" for energy in parts)
     return f"{name:<17}{cells}{report.mac_time_s * 1e3:>13.2f}{report.time_s * 1e3:>8.2f}"
 
 
@@ -48,8 +48,8 @@ def main(images: int = 1500) -> None:
     chips = {name: lnpu.chip(name) for name in ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")}
     reports = {name: lnpu.price(counts, chip) for name, chip in {**chips, "4 x the lanes": four_times}.items()}
 
-    print("                        energy, mJ                          time, ms")
-    print("chip                  MAC     SRAM     SIMD     DRAM  multipliers     all")
+    print("                        energy, mJ                                   time, ms")
+    print("chip                  MAC     SRAM     SIMD     idle     DRAM  multipliers     all")
     for name, report in reports.items():
         print(line(name, report))
 

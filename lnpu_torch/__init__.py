@@ -10,6 +10,7 @@ from lnpu_torch import nn  # noqa: E402
 from lnpu_torch.cost.cost_row import CostRow  # noqa: E402
 from lnpu_torch.cost.pricing import price  # noqa: E402
 from lnpu_torch.cost.report import Report  # noqa: E402
+from lnpu_torch.cost.sensitivity import Sensitivity, sensitivity  # noqa: E402
 from lnpu_torch.cost.sweep import Sweep, sweep  # noqa: E402
 from lnpu_torch.counts.schema import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "Precision",
     "Report",
     "Rule",
+    "Sensitivity",
     "Sweep",
     "ThresholdSync",
     "chip",
@@ -47,6 +49,7 @@ __all__ = [
     "price",
     "quantize",
     "revert",
+    "sensitivity",
     "sweep",
     "thresholds",
     "versions",

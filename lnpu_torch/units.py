@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-Component = Literal["mac", "sram", "simd", "dram"]
-COMPONENTS: tuple[Component, ...] = ("mac", "sram", "simd", "dram")
+Component = Literal["mac", "sram", "simd", "idle", "dram"]
+COMPONENTS: tuple[Component, ...] = ("mac", "sram", "simd", "idle", "dram")
 """What energy is spent on; "dram" is outside the chip, and outside TFLOPS/W."""
 
-ON_CHIP: tuple[Component, ...] = ("mac", "sram", "simd")
+ON_CHIP: tuple[Component, ...] = ("mac", "sram", "simd", "idle")
 
 ZJ_PER_PJ = 10**9
 """Energies are whole zeptojoules (1e-21 J) until they are shown: sums of integers close to the last digit."""

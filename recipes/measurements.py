@@ -46,7 +46,7 @@ def energy(counts: lnpu.Counts, chip: Chip = "lnpu", *, dram: bool = False) -> f
 def tflops_per_watt(counts: lnpu.Counts, chip: Chip = "lnpu", *, dram: bool = False) -> float:
     """2 FLOP per MAC of the layers' steps over their energy on the chip; over DRAM's too if asked for."""
     total = layers(counts, chip).total
-    return 2 * (total.macs - total.not_run) / energy(counts, chip, dram=dram)
+    return 2 * total.asked / energy(counts, chip, dram=dram)
 
 
 def over_sparse(probe: Probe, ratio: float | None = None) -> float:

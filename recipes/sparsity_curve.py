@@ -65,6 +65,6 @@ def masked(shape: tuple[int, ...], zeros: float, random: torch.Generator) -> Ten
 def point(report: lnpu.Report, zeros: float) -> Point:
     """What a priced run says of one share of zeros."""
     total = report.total
-    macs = 2 * (total.macs - total.not_run) / (total.mac_energy_pj or float("nan"))
+    macs = 2 * total.asked / (total.mac_energy_pj or float("nan"))
     power_mw = (total.mac_energy_pj or 0.0) * 1e-9 / report.mac_time_s
     return Point(zeros, macs, report.tflops_per_watt or float("nan"), power_mw)

@@ -19,6 +19,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.cli import price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
+from lnpu_torch.cli.training_step import Loss, OptimizerName, TrainingStep, infer, silent_layers
 from lnpu_torch.files import ConfigError
 
 app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -58,24 +59,39 @@ def profile(
     precision: Annotated[
         str, typer.Option(parser=os.path.expanduser, metavar="NAME", help="fgmp, fp8, fp16 or a YAML file.")
     ] = "fgmp",
+    loss: Annotated[
+        Loss | None, typer.Option(help="Else cross-entropy with random labels where there are classes, or the mean.")
+    ] = None,
+    optimizer: Annotated[OptimizerName, typer.Option(help="SGD has momentum.")] = "sgd",
+    inference: Annotated[bool, typer.Option("--inference", help="A forward pass in evaluation mode alone.")] = False,
     by: By = None,
     format: Format = "table",
 ) -> None:
     """Run one training step of any importable model on random input, and price it.
 
-    The loss is the mean of all outputs. Weights are the model's own, so a model that is not trained shows
-    the zeros and the FP8 share of one that is not trained.
+    The loss is scaled, as in mixed precision: a step before, which is not counted, finds a scale at which nothing
+    overflows. Weights are the model's own, so a model that is not trained shows the zeros and the FP8 share of one
+    that is not trained.
     """
+    if inference and (loss or optimizer != "sgd"):
+        raise ConfigError("--inference: a forward pass has neither --loss nor --optimizer")
     chips = [lnpu.chip(name, voltage) for name in chip]
     batch = make_batch(parse_shape(input_shape))
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that nothing was converted is an error here
         network = lnpu.convert(import_model(model), precision)
     if not lnpu.coverage(network).emulated:
         raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(network)}")
+    step = None if inference else TrainingStep(network, batch, loss, optimizer)
+    if step:
+        step.warm_up()
     with lnpu.CostCounter(network) as cost:
-        _training_step(network, batch)
+        step.run() if step else infer(network, batch)
     if format == "table":
         print(lnpu.coverage(network))
+        print("one forward pass" if step is None else f"one training step, its loss times {step.scale:g}")
+    if silent := silent_layers(cost.counts):
+        told = f"all errors of {len(silent)} layers are zero, and their products skipped; the first is {silent[0]}"
+        print(told, file=sys.stderr)
     print_reports([cost.report(chip=each) for each in chips], by, format)
 
 
@@ -141,22 +157,3 @@ def make_batch(shape: tuple[int, ...]) -> Tensor:
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--input-shape: a batch of shape {shape} cannot be made: {reason}") from None
-
-
-def _training_step(network: nn.Module, batch: Tensor) -> None:
-    try:
-        outputs = _tensors(network.train()(batch))
-        losses = [output.float().mean() for output in outputs if output.requires_grad]
-        if not losses:
-            raise ConfigError("the model returns no tensor that depends on its parameters; there is nothing to train")
-        sum(losses[1:], start=losses[0]).backward()
-    except ConfigError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"the model cannot take an input of shape {tuple(batch.shape)}: {error}") from error
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Every tensor in a model's output, which may nest mappings, sequences and dataclasses of them."""
-    leaves, _ = torch.utils._pytree.tree_flatten(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -13,6 +13,7 @@ from rich.console import Console
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.pricing import price as price_on
 from lnpu_torch.cost.report import Report, csv_text, json_text
+from lnpu_torch.cost.sensitivity import sensitivity
 from lnpu_torch.cost.sweep import parse_setting
 from lnpu_torch.cost.sweep import sweep as sweep_over
 from lnpu_torch.counts.schema import Counts
@@ -45,9 +46,17 @@ def price(
     voltage: Voltage = None,
     by: By = None,
     format: Format = "table",
+    ranges: Annotated[
+        bool, typer.Option("--ranges", help="Show what the range of each constant does, in place of layers.")
+    ] = False,
 ) -> None:
     """Price what a run counted on one chip or several."""
     counted = load(counts)
+    if ranges:
+        if by or format != "table":
+            raise ConfigError("--ranges prints a table of its own: without --by and --format")
+        print(sensitivity(counted, [read_chip(name, voltage) for name in chip]))
+        return
     print_reports([price_on(counted, read_chip(name, voltage)) for name in chip], by, format)
 
 

@@ -22,6 +22,7 @@ from lnpu_torch.cost.report import (
     names,
 )
 from lnpu_torch.text_tables import add_row, plain, plain_table, si
+from lnpu_torch.units import pj
 
 
 class Comparison:
@@ -74,6 +75,8 @@ class Comparison:
             "of MACs",
             "TFLOPS/W",
             f"chip / {first.chip}",
+            "border as zeros",
+            f"chip + DRAM / {first.chip}",
         ]
         table = plain_table("Totals", ["chip"], heads)
         for report in self.reports:
@@ -87,6 +90,8 @@ class Comparison:
                 si(report.mac_time_s, "s"),
                 "-" if efficiency is None else f"{efficiency:.2f}",
                 _ratio(total.energy_pj, first.total.energy_pj),
+                _ratio(_with_border(total), _with_border(first.total)),
+                _ratio(total.all_energy_pj, first.total.all_energy_pj),
             )
         return table
 
@@ -100,6 +105,11 @@ class Comparison:
             ratio = _ratio(total.dram_bits, first.total.dram_bits)
             add_row(table, report.chip, *numbers, access(total), ratio, access(report.of_layers().total))
         return table
+
+
+def _with_border(total: CostRow) -> float | None:
+    """Energy on the chip if MACs outside the image were multiplied as zeros."""
+    return None if total.energy_pj is None else pj(total.chip_zj + total.border_zj)
 
 
 def _ratio(part: float | None, whole: float | None) -> str:

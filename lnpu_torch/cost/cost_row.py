@@ -15,6 +15,10 @@ from lnpu_torch.units import COMPONENTS, ON_CHIP, Component, pj
 Key = TypeVar("Key", bound=str)
 
 
+Bound = Literal["multipliers", "SIMD", "DRAM"]
+"""What a row's time may hang on."""
+
+
 class LaneCycles(NamedTuple):
     """Cycles of a step: if no lane had to wait, with the chip's load balancer, and with that off."""
 
@@ -37,12 +41,18 @@ class CostRow:
         executed_pairs: executed MACs by the groups of both operands, the streamed one first ("fp8*fp16").
         zero, fp8, wide: elements of the streamed operand by group.
         cycles: of the multipliers.
-        lanes: how `cycles` came about; None where that was not recorded, or nothing was run.
+        lanes: how `cycles` came about, but for multipliers that a layer is too small for; None where that was not
+            recorded, or nothing was run.
         operations: vector operations; None in a row without any.
         simd_cycles: of the SIMD core, which works beside the multipliers; None in a row without vector operations.
+        dram_cycles: cycles in which the row's bits come from DRAM and go there; None if no model covers them.
+        time_by: cycles that the row adds to the run's time, by what takes longest in its pass.
         energy_zj: exact energy by component, in zJ.
         bits: traffic by kind ("sram_read", "sram_write", "dram_read", "dram_write", "dense_dram").
         range_zj: what either end of the report's energy range adds to the energy on the chip, in zJ.
+        border_zj: what `padding` would add to the energy on the chip if it were multiplied as zeros, in zJ; 0 on a chip
+            where it is.
+        after: of vector operations, the layer that they follow; "" where that was not recorded, and in sums.
 
     Raises:
         ValueError: the MACs do not add up.
@@ -63,9 +73,13 @@ class CostRow:
     lanes: LaneCycles | None = None
     operations: int | None = None
     simd_cycles: float | None = None
+    dram_cycles: float | None = None
+    time_by: dict[Bound, float] = field(default_factory=dict)
     energy_zj: dict[Component, int] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     range_zj: tuple[int, int] = (0, 0)
+    border_zj: int = 0
+    after: str = ""
 
     def __post_init__(self) -> None:
         if self.macs != self.executed + self.skipped + self.padding + self.not_run:
@@ -76,6 +90,8 @@ class CostRow:
         """One row for several, under these names. Cycles are summed exactly and rounded once, whatever their order."""
         operations = [row.operations for row in rows if row.operations is not None]
         simd = [row.simd_cycles for row in rows if row.simd_cycles is not None]
+        dram = [row.dram_cycles for row in rows if row.dram_cycles is not None]
+        bounds = dict.fromkeys(bound for row in rows for bound in row.time_by)
         lanes = [row.lanes for row in rows if row.lanes]
         return cls(
             layer=layer,
@@ -87,6 +103,8 @@ class CostRow:
             lanes=LaneCycles(*map(math.fsum, zip(*lanes, strict=True))) if lanes else None,
             operations=sum(operations) if operations else None,
             simd_cycles=math.fsum(simd) if simd else None,
+            dram_cycles=math.fsum(dram) if dram else None,
+            time_by={bound: math.fsum(row.time_by.get(bound, 0.0) for row in rows) for bound in bounds},
             energy_zj=_in_order(_added(row.energy_zj for row in rows)),
             bits=_added(row.bits for row in rows),
             range_zj=(sum(row.range_zj[0] for row in rows), sum(row.range_zj[1] for row in rows)),
@@ -96,6 +114,11 @@ class CostRow:
     def executed(self) -> int:
         """MACs that were neither skipped, nor padding, nor left out."""
         return sum(self.executed_pairs.values())
+
+    @property
+    def asked(self) -> int:
+        """MACs inside the image that were asked for, skipped or not: the work of which TFLOPS/W are counted."""
+        return self.macs - self.not_run - self.padding
 
     @property
     def pairs(self) -> dict[str, int]:
@@ -121,6 +144,21 @@ class CostRow:
     def unbalanced_utilisation(self) -> float | None:
         """`utilisation` with the load balancer off."""
         return share(self.lanes.ideal, self.lanes.unbalanced) if self.lanes else None
+
+    @property
+    def array_use(self) -> float | None:
+        """The share of the multipliers that the layers are wide enough for; None if not recorded."""
+        return share(self.lanes.balanced, self.cycles) if self.lanes else None
+
+    @property
+    def time_cycles(self) -> float:
+        """Cycles that the row adds to the run's time; none where other rows of its pass take longer."""
+        return math.fsum(self.time_by.values())
+
+    @property
+    def bound(self) -> str | None:
+        """What takes most of the row's time; None if it takes none."""
+        return max(self.time_by, key=lambda bound: self.time_by[bound]) if self.time_cycles else None
 
     @property
     def chip_zj(self) -> int:
@@ -159,9 +197,19 @@ class CostRow:
         return self._energy_pj("simd")
 
     @property
+    def idle_energy_pj(self) -> float | None:
+        """Energy on the chip that flows while multipliers wait, in the row's time."""
+        return self._energy_pj("idle")
+
+    @property
     def dram_energy_pj(self) -> float | None:
-        """Energy of DRAM, which is no part of `energy_pj`."""
+        """Energy of DRAM, also what flows there whatever is done; it is no part of `energy_pj`."""
         return self._energy_pj("dram")
+
+    @property
+    def all_energy_pj(self) -> float | None:
+        """Energy on the chip and, where it is modelled, of DRAM."""
+        return None if self.energy_pj is None else pj(self.chip_zj + self.energy_zj.get("dram", 0))
 
     @property
     def sram_bits(self) -> int | None:
@@ -195,7 +243,7 @@ class CostRow:
         return sum(known) if known else None
 
 
-SUMS = ("macs", "skipped", "padding", "not_run", "zero", "fp8", "wide")
+SUMS = ("macs", "skipped", "padding", "not_run", "zero", "fp8", "wide", "border_zj")
 
 
 def _added(tables: Iterable[dict[Key, int]]) -> dict[Key, int]:
@@ -274,13 +322,19 @@ COLUMNS = (
     Column(
         "unbalanced_utilisation", "balancer off", "lanes busy without load balancer", "%", table="macs", on_page=False
     ),
+    Column("array_use", "array busy", "multipliers that the layer is wide enough for", "%", "macs", on_page=False),
     Column("operations", "operations", "vector operations, on the SIMD core", table="vector"),
     Column("simd_cycles", "SIMD cycles", "of the SIMD core", table="vector", on_page=False),
+    Column("dram_cycles", "", "in which bits come from DRAM and go there", on_page=False),
+    Column("time_cycles", "", "that the row adds to the run's time", on_page=False),
+    Column("bound", "bound by", "what takes most of the row's time", None, "energy"),
     Column("mac_energy_pj", "MAC", "energy of executed and skipped MACs", "pJ", "energy", modelled=True),
     Column("sram_energy_pj", "SRAM", "energy of SRAM", "pJ", "energy", modelled=True),
     Column("simd_energy_pj", "SIMD", "energy of the SIMD core", "pJ", "energy", modelled=True),
-    Column("energy_pj", "chip", "energy on the chip: MAC, SRAM and SIMD", "pJ", "energy"),
+    Column("idle_energy_pj", "idle", "energy that flows while multipliers wait", "pJ", "energy", modelled=True),
+    Column("energy_pj", "chip", "energy on the chip: MAC, SRAM, SIMD and idle", "pJ", "energy"),
     Column("dram_energy_pj", "DRAM", "energy of DRAM, outside the chip", "pJ", "energy", modelled=True),
+    Column("all_energy_pj", "chip + DRAM", "energy on the chip and of DRAM", "pJ", "energy", on_page=False),
     Column("sram_bits", "SRAM access", "bits from and to SRAM", "bit", "energy", on_page=False, modelled=True),
     Column("dram_bits", "DRAM access", "bits from and to DRAM", "bit", "energy", on_page=False, modelled=True),
     Column("dense_dram_bits", "", "bits from and to DRAM in dense FP16", "bit", on_page=False, modelled=True),

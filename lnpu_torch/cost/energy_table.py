@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Self
 
 from lnpu_torch.hardware.chip import Chip
@@ -13,7 +14,7 @@ from lnpu_torch.units import Component, zj
 
 @dataclass(frozen=True)
 class EnergyTable:
-    """Energy of one event each, in zJ: a multiplication or a skipped MAC, a bit of SRAM or DRAM.
+    """Energy of one event each, in zJ: a multiplication or a skipped MAC, a bit of SRAM or DRAM, a cycle of waiting.
 
     `fp16_range` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
     """
@@ -26,13 +27,15 @@ class EnergyTable:
     sram_write_bit: int
     dram_bit: int
     simd_operation: int | None
+    idle_cycle: int | None
+    dram_cycle: int
 
     @classmethod
     def of(cls, chip: Chip) -> Self:
         """The chip's energies by its energy model and at its voltage, each rounded once, to 1 zJ."""
         if chip.energy_model == "bottom_up" and chip.bottom_up:
             return cls._bottom_up(chip, chip.bottom_up)
-        energy, scale = chip.energy, chip.operating_point.energy_scale
+        energy, scale, larger = chip.energy, chip.operating_point.energy_scale, _sram_scale(chip)
         fp8, ratio = energy.fp8_mac_pj.value * scale, energy.fp16_to_fp8
         fp16 = zj(fp8 * ratio.value)
         return cls(
@@ -40,17 +43,20 @@ class EnergyTable:
             fp16_mac=fp16,
             fp16_range=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
             skipped_mac=zj(energy.skipped_mac_pj.value * scale),
-            sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale),
-            sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale),
+            sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale * larger),
+            sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale * larger),
             dram_bit=zj(energy.dram_pj_per_bit.value),
             simd_operation=_simd(chip),
+            idle_cycle=_per_cycle(chip.idle_w, chip),
+            dram_cycle=_per_cycle(energy.dram_static_w.value, chip),
         )
 
     @classmethod
     def _bottom_up(cls, chip: Chip, tables: BottomUp) -> Self:
         """A MAC is a multiplication, an addition, and its share of reading both operands; a skipped one reads a bit."""
         voltage, circuits, storage = chip.operating_point.voltage_v.value, tables.arithmetic, chip.storage
-        scale, read = circuits.scale(voltage), tables.sram.read_pj_per_bit(voltage)
+        scale, larger = circuits.scale(voltage), _sram_scale(chip)
+        read = tables.sram.read_pj_per_bit(voltage) * larger
         per_bit = read / tables.macs_per_read.value
         add = circuits.accumulate_pj.value * scale
         fp8_read = (storage.fp8_bits.value + storage.fp16_bits.value) * per_bit  # the other operand may be FP16
@@ -61,9 +67,11 @@ class EnergyTable:
             fp16_range=None,
             skipped_mac=zj(storage.zero_bits.value * per_bit),
             sram_read_bit=zj(read),
-            sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage)),
+            sram_write_bit=zj(tables.sram.write_pj_per_bit(voltage) * larger),
             dram_bit=zj(chip.energy.dram_pj_per_bit.value),
             simd_operation=_simd(chip),
+            idle_cycle=None,
+            dram_cycle=_per_cycle(chip.energy.dram_static_w.value, chip),
         )
 
     def of_work(self, fp8_macs: int, fp16_macs: int, skipped: int) -> dict[Component, int]:
@@ -79,6 +87,22 @@ class EnergyTable:
             energy["dram"] = self.dram_bit * (bits["dram_read"] + bits["dram_write"])
         return energy
 
+    def of_time(self, cycles: float, idle: float, known: Mapping[Component, int]) -> dict[Component, int]:
+        """Energy that flows in so many cycles, of which multipliers wait in some, on top of what is known of it.
+
+        Of what is not known at all, it stays unknown.
+        """
+        energy: dict[Component, int] = {}
+        if self.idle_cycle is not None and known:
+            energy["idle"] = round(self.idle_cycle * idle)
+        if "dram" in known:
+            energy["dram"] = known["dram"] + round(self.dram_cycle * cycles)
+        return energy
+
+    def of_reads(self, bits: int, extra: Fraction) -> int:
+        """Energy of reading bits from SRAM as often again as `extra` says, rounded once for each bit."""
+        return bits * round(self.sram_read_bit * extra)
+
     def of_operations(self, operations: int) -> dict[Component, int]:
         """Energy of vector operations; of none if the chip's SIMD core is not modelled."""
         return {} if self.simd_operation is None else {"simd": self.simd_operation * operations}
@@ -87,6 +111,17 @@ class EnergyTable:
         """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
         low, high = self.fp16_range or (0, 0)
         return low * fp16_macs, high * fp16_macs
+
+
+def _per_cycle(power_w: float, chip: Chip) -> int:
+    """Energy of a cycle at a power."""
+    return zj(power_w / chip.clock_hz * 1e12)
+
+
+def _sram_scale(chip: Chip) -> float:
+    """Energy of a bit of the chip's SRAM over that of one as large as the one that its constants are of."""
+    size = chip.energy.sram_size
+    return float((chip.sram_bytes.value / size.at_bytes.value) ** size.exponent.value)
 
 
 def _simd(chip: Chip) -> int | None:

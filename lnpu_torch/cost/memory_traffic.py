@@ -6,65 +6,136 @@ Of a step's three tensors - two operands and a result - one stays in SRAM while 
 - Else it stays in parts. Either the smaller operand stays, and the larger is fetched again for every part; or the
   result stays, and the smaller operand is fetched again. The one that fetches less is taken.
 
+A tensor is not fetched at all if SRAM still holds it: if it, and all that has passed since it was there, fit beside the
+tensor that stays. Otherwise it was written to DRAM, and comes from there.
+
 The plan is made in dense FP16, before the zeros are known. So it depends only on the sizes of a call, bits are linear
 in what was counted, and a sum of runs moves the sum of their bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from lnpu_torch.counts.schema import Calls, StepCounts, Triple
+from lnpu_torch.counts.vector_ops import VectorOp
 from lnpu_torch.hardware.chip import Chip, Storage
 
 FP16_BITS = 16
 
 
-def bits_moved(entry: StepCounts, chip: Chip, *, error_is_new: bool) -> dict[str, int]:
+class Context(NamedTuple):
+    """Where a layer's operands come from.
+
+    `outside`: its input comes from outside the chip, as that of a model's first layer. `error_is_new`: grad_weight is
+    the first step to read its error, as nobody asked for grad_input.
+    """
+
+    outside: bool
+    error_is_new: bool
+
+
+def bits_moved(entry: StepCounts, chip: Chip, context: Context) -> dict[str, int]:
     """Bits of one step by kind, as `CostRow.bits` names them; empty if the sizes of its calls were not recorded.
 
-    DRAM: operands are read as often as they are fetched. An activation or error was written once, by whoever made it,
-    in the format in which it is read; so its write is added to the step that reads it first: a layer's input on
-    forward, its error on grad_input. grad_weight writes the gradient, in FP16.
+    DRAM: operands that SRAM does not hold are read as often as they are fetched. An activation or error was written
+    once, by whoever made it, in the format in which it is read; so its write is added to the step that is the first to
+    read it from DRAM. grad_weight writes the gradient, in FP16.
 
     SRAM: what comes is written, what goes is written and read. Reading towards the multipliers is part of a MAC.
-
-    Args:
-        error_is_new: grad_weight is the first step to read this layer's error, as nobody asked for grad_input.
     """
     if not entry.by_size and any(entry.first.elements):
         return {}
     read = write = dense = 0
     for calls in entry.by_size:
-        came, went = _moved(entry.step, calls, chip, _stored(calls, chip.storage), error_is_new)
+        came, went = _moved(entry.step, calls, chip, _stored(calls, chip.storage), context)
         read, write = read + came, write + went
-        dense += sum(_moved(entry.step, calls, chip, _dense(calls), error_is_new))
+        dense += sum(_moved(entry.step, calls, chip, _dense(calls), context))
     memory = {"dram_read": read, "dram_write": write, "dense_dram": dense}
     return {"sram_read": write, "sram_write": read + write, **memory}
+
+
+def vector_bits(entry: VectorOp, chip: Chip, width: int) -> dict[str, int]:
+    """Bits that the calls of a vector op move, of words of so many bits, by kind.
+
+    Operands come from SRAM and results go there; in an update each tensor once a step. What SRAM does not hold comes
+    from DRAM and is written to SRAM first, and what it cannot keep is read from it last. Where the order was not
+    recorded, an update alone moves anything from and to DRAM, its elements being words.
+    """
+    if entry.uses is None:
+        read, written, came, went = entry.read, entry.written, entry.fetched, entry.stored
+    else:
+        missed = [use for use in entry.uses if use[0] > capacity(chip)]
+        came, went = sum(use[1] for use in missed), sum(use[2] for use in missed)
+        read, written = entry.read, entry.written
+        if entry.phase == "update":
+            read, written = sum(use[1] for use in entry.uses), sum(use[2] for use in entry.uses)
+    bits = {"sram_read": width * (read + went), "sram_write": width * (written + came)}
+    if entry.uses is None and entry.phase != "update":
+        return bits
+    return {**bits, "dram_read": width * came, "dram_write": width * went, "dense_dram": width * (came + went)}
+
+
+def dram_cycles(bits: Mapping[str, int], chip: Chip) -> float | None:
+    """Cycles in which these bits come from DRAM and go there; None if no DRAM is among them."""
+    if "dram_read" not in bits:
+        return None
+    return (bits["dram_read"] + bits["dram_write"]) / (8 * chip.dram_bytes_per_s.value) * chip.clock_hz
+
+
+def capacity(chip: Chip) -> int:
+    """Words of 16 bits that fit into SRAM."""
+    return 8 * chip.sram_bytes.value // FP16_BITS
 
 
 def fetches(sizes: Triple, chip: Chip) -> tuple[int, int]:
     """How often the first and the second operand are fetched in a call of these sizes."""
     first, second, result = sizes
-    capacity = 8 * chip.sram_bytes.value
+    room = 8 * chip.sram_bytes.value
     smaller, larger = FP16_BITS * min(first, second), FP16_BITS * max(first, second)
     partial_sums = chip.storage.partial_sum_bits.value * result
-    if min(smaller, partial_sums) <= capacity:
+    if min(smaller, partial_sums) <= room:
         return 1, 1
     if partial_sums < larger:
-        again, first_again = -(-partial_sums // capacity), first <= second
+        again, first_again = -(-partial_sums // room), first <= second
     else:
-        again, first_again = -(-smaller // capacity), first > second
+        again, first_again = -(-smaller // room), first > second
     return (again, 1) if first_again else (1, again)
 
 
-def _moved(step: str, calls: Calls, chip: Chip, bits: tuple[int, int], error_is_new: bool) -> tuple[int, int]:
+def stays(words: int, passed: int, sizes: Triple, chip: Chip) -> bool:
+    """Whether SRAM holds an operand from before, in a step of these sizes, though so much has passed since."""
+    others = [FP16_BITS * size for size in sizes[:2]]
+    partial_sums = chip.storage.partial_sum_bits.value * sizes[2]
+    plan = min(*others, partial_sums)
+    if plan == FP16_BITS * words and plan != partial_sums:  # it is what stays anyway
+        plan = 0
+    return FP16_BITS * (words + passed) + plan <= 8 * chip.sram_bytes.value
+
+
+def _moved(step: str, calls: Calls, chip: Chip, bits: tuple[int, int], context: Context) -> tuple[int, int]:
     """Bits from and to DRAM, for operands of so many bits."""
-    often, result = fetches(calls.sizes, chip), FP16_BITS * calls.sizes[2] * calls.count
-    read = often[0] * bits[0] + often[1] * bits[1]
-    if step == "grad_weight":
-        return read, result + (bits[1] if error_is_new else 0)
-    if chip.storage.results.value == "through_dram":
-        return read + result, bits[0] + result
-    return read, bits[0]
+    often, (first, second, result) = fetches(calls.sizes, chip), calls.sizes
+    fetched = (often[0] * bits[0], often[1] * bits[1])
+
+    def here(words: int, passed: int, sizes: Triple = calls.sizes) -> bool:
+        return calls.passed is not None and stays(words, passed, sizes, chip)
+
+    since_first, since_second, until_used = calls.passed or (0, 0, 0)
+    if step != "grad_weight":
+        read = 0 if here(second, since_second) else fetched[1]
+        if here(first, since_first) and not (step == "forward" and context.outside):
+            return read, 0
+        return read + fetched[0], bits[0]
+    read, write = 0, 0 if here(result, until_used) else FP16_BITS * result * calls.count
+    if not here(first, since_first):
+        held = here(first, 0, (first, result, second)) and not context.outside  # in forward, so it is not in DRAM yet
+        read, write = read + fetched[0], write + (bits[0] if held else 0)
+    if not here(second, since_second if context.error_is_new else since_second + first + result):
+        held = context.error_is_new or here(second, 0, (second, result, first))  # in grad_input
+        read, write = read + fetched[1], write + (bits[1] if held else 0)
+    return read, write
 
 
 def _stored(calls: Calls, storage: Storage) -> tuple[int, int]:

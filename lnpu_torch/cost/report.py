@@ -33,6 +33,7 @@ class Report:
     (None), a "layer" or a "step"; the total is the same whichever. `energy_range` says what the ends of
     `energy_range_pj` stand for, None if the chip gives no range; `notes` are printed below the table. `in_float` are
     multiply-accumulates outside of emulated layers, by torch op, which no figure has in it; None where nobody looked.
+    `dram_pj_per_bit` is what a bit of DRAM takes at least, as it is priced, and at most; None without a range.
     """
 
     chip: str
@@ -42,6 +43,7 @@ class Report:
     notes: tuple[str, ...]
     grouped: Literal["layer", "step"] | None = None
     in_float: Mapping[str, FloatProduct] | None = None
+    dram_pj_per_bit: tuple[float, float, float] | None = None
 
     @property
     def float_macs(self) -> int | None:
@@ -70,13 +72,28 @@ class Report:
 
     @property
     def time_s(self) -> float:
-        """Cycles over clock, in seconds: the multipliers' or the SIMD core's, whichever are more."""
-        return max(self.total.cycles, self.total.simd_cycles or 0.0) / self.clock_hz
+        """In seconds: layer after layer, in each the longest of multipliers, SIMD core and DRAM."""
+        return self.total.time_cycles / self.clock_hz
 
     @property
     def mac_time_s(self) -> float:
-        """The multipliers' cycles over clock, in seconds, as if the SIMD core never kept them waiting."""
+        """The multipliers' cycles over clock, in seconds, as if nothing ever kept them waiting."""
         return self.total.cycles / self.clock_hz
+
+    @property
+    def simd_time_s(self) -> float:
+        """The SIMD core's own time, in seconds."""
+        return (self.total.simd_cycles or 0.0) / self.clock_hz
+
+    @property
+    def dram_time_s(self) -> float:
+        """In how many seconds all bits come from DRAM and go there, at its bandwidth."""
+        return (self.total.dram_cycles or 0.0) / self.clock_hz
+
+    @property
+    def power_w(self) -> float | None:
+        """The chip's mean power; None if nothing took any time."""
+        return self.total.chip_zj * 1e-21 / self.time_s if self.time_s else None
 
     @property
     def energy_range_pj(self) -> tuple[float, float]:
@@ -85,11 +102,22 @@ class Report:
         return pj(low), pj(high)
 
     @property
+    def dram_range_pj(self) -> tuple[float, float] | None:
+        """DRAM's energy at either end of what a bit takes, in pJ; None without a range, or if no model covers it."""
+        bits, priced = self.total.dram_bits, self.total.dram_energy_pj
+        if self.dram_pj_per_bit is None or bits is None or priced is None:
+            return None
+        low, taken, high = self.dram_pj_per_bit
+        return priced + bits * (low - taken), priced + bits * (high - taken)
+
+    @property
     def tflops_per_watt(self) -> float | None:
-        """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either."""
+        """2 FLOP per MAC that was asked for, skipped or not, over energy; None if there were none of either.
+
+        MACs outside the image are no work that anyone asked for, whether a chip multiplies them or not.
+        """
         total = self.total
-        asked = total.macs - total.not_run
-        return 2 * asked / total.energy_pj if asked and total.energy_pj else None
+        return 2 * total.asked / total.energy_pj if total.asked and total.energy_pj else None
 
     def by(self, key: Literal["layer", "step"]) -> Report:
         """The same report with one row per layer, or per step. Raises ValueError for another key."""
@@ -108,9 +136,14 @@ class Report:
             "clock_hz": self.clock_hz,
             "time_s": self.time_s,
             "mac_time_s": self.mac_time_s,
+            "simd_time_s": self.simd_time_s,
+            "dram_time_s": self.dram_time_s,
+            "bound_by": {bound: cycles / self.clock_hz for bound, cycles in self.total.time_by.items()},
+            "power_w": self.power_w,
             "tflops_per_watt": self.tflops_per_watt,
             "energy_range_pj": list(self.energy_range_pj),
             "energy_range": self.energy_range,
+            "dram_range_pj": self.dram_range_pj and list(self.dram_range_pj),
             "rows": [row.to_dict() for row in self.rows],
             "total": self.total.to_dict(),
             "float_macs": self.float_macs,
@@ -163,13 +196,14 @@ def csv_text(report: Report | Sequence[Report]) -> str:
     return text.getvalue()
 
 
-ENERGIES = columns("mac_energy_pj", "sram_energy_pj", "simd_energy_pj", "energy_pj", "dram_energy_pj")
+ENERGIES = columns("mac_energy_pj", "sram_energy_pj", "simd_energy_pj", "idle_energy_pj", "energy_pj", "dram_energy_pj")
 TRAFFIC = columns("sram_bits", "dram_bits")
 
 IN_WORDS = {
     "mac_energy_pj": "MACs",
     "sram_energy_pj": "SRAM",
     "simd_energy_pj": "what is no MAC (normalisation, activation, pooling, loss, the optimizer's update)",
+    "idle_energy_pj": "what flows while multipliers wait",
     "dram_energy_pj": "DRAM",
 }
 """What a reader calls the columns that may be not modelled; the numbers of bits go with their energy."""
@@ -245,21 +279,86 @@ def _footer(report: Report) -> list[str]:
     efficiency = "-" if report.tflops_per_watt is None else f"{report.tflops_per_watt:.2f}"
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
-        f"total: {si(total.energy_pj, 'pJ')} on the chip, {_time(report)} at {si(report.clock_hz, 'Hz')}, "
+        f"total: {si(total.energy_pj, 'pJ')} on the chip, {si(report.time_s, 's')} at {si(report.clock_hz, 'Hz')}, "
         f"{efficiency} TFLOPS/W (2 FLOP per MAC, skipped ones too; DRAM apart)",
+        *_with_dram(report),
+        _time(report),
         *missing(report),
         *_layers_access(report),
         *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
+        *_shares(report),
         f"executed, streamed operand first: {pairs}",
+        *_border(report),
         *lacking(report),
         *report.notes,
     ]
 
 
+def _with_dram(report: Report) -> list[str]:
+    """DRAM's energy with its range, and the sum of both."""
+    total = report.total
+    if total.dram_energy_pj is None:
+        return []
+    words = f"DRAM: {si(total.dram_energy_pj, 'pJ')}"
+    if report.dram_range_pj and report.dram_pj_per_bit:
+        least, _, most = report.dram_pj_per_bit
+        ends = " ... ".join(si(energy, "pJ") for energy in report.dram_range_pj)
+        words += f" ({ends} at {least:g} ... {most:g} pJ a bit)"
+    return [f"{words}; chip and DRAM: {si(total.all_energy_pj, 'pJ')}"]
+
+
+LARGEST = 5
+"""How many shares a report names."""
+
+
+def _shares(report: Report) -> list[str]:
+    """What takes most of the energy of chip and DRAM; and after which layers vector operations do."""
+    whole = report.total.all_energy_pj
+    if not whole:
+        return []
+    labels = (" ".join(word for word in (names(row)[0], row.step) if word != ALL) for row in report.rows)
+    rows = {label: row.all_energy_pj or 0.0 for label, row in zip(labels, report.rows, strict=True)}
+    after: dict[str, float] = {}
+    for part in report.parts:
+        if part.after:
+            after[part.after] = after.get(part.after, 0.0) + (part.all_energy_pj or 0.0)
+    lines = [f"most of chip and DRAM: {_largest(rows, whole)}"]
+    return lines + ([f"vector operations, by the layer before them: {_largest(after, whole)}"] if after else [])
+
+
+def _largest(energies: Mapping[str, float], whole: float) -> str:
+    found = sorted(energies.items(), key=lambda each: -each[1])[:LARGEST]
+    return ", ".join(f"{name} {energy / whole:.1%}" for name, energy in found)
+
+
+def border(total: CostRow) -> str:
+    """What the MACs outside the image would add as zeros, or "-" where they are priced, or there are none."""
+    return si(pj(total.border_zj), "pJ") if total.border_zj else "-"
+
+
+def _border(report: Report) -> list[str]:
+    """What lies outside the image, and what it would cost."""
+    total = report.total
+    if not total.padding:
+        return []
+    share_ = f"outside the image: {total.padding / (total.macs - total.not_run):.1%} of all MACs"
+    cost = f"not scheduled; as zeros they would add {border(total)}" if total.border_zj else "priced as zeros"
+    return [f"{share_}, {cost}"]
+
+
 def _time(report: Report) -> str:
-    """The run's time, and the multipliers' own where the SIMD core takes longer."""
-    bound = f" (the SIMD core's; the multipliers' {si(report.mac_time_s, 's')})"
-    return si(report.time_s, "s") + (bound if report.time_s > report.mac_time_s else "")
+    """What the run's time is made of: what each worker takes alone, and what each adds where it takes longest."""
+    alone = {"multipliers": report.mac_time_s, "DRAM": report.dram_time_s, "SIMD": report.simd_time_s}
+    words = ", ".join(f"{name} {si(time, 's')}" for name, time in alone.items())
+    added = ", ".join(
+        f"{name} {cycles / report.clock_hz / (report.time_s or 1):.0%}" for name, cycles in _bounds(report)
+    )
+    return f"time: each alone {words}; layer after layer the longest: {added or 'none'}"
+
+
+def _bounds(report: Report) -> list[tuple[str, float]]:
+    """Cycles of the run's time by what took longest, most first."""
+    return sorted(report.total.time_by.items(), key=lambda each: -each[1])
 
 
 def _layers_access(report: Report) -> list[str]:

@@ -16,8 +16,12 @@ from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts
 from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
 
-VERSION: Literal[4] = 4
-"""Version of the file format. Older files are read: 1 has no lane profiles, 2 no `in_float`, 3 has other names."""
+VERSION: Literal[5] = 5
+"""Version of the file format.
+
+Older files are read: 1 has no lane profiles, 2 no `in_float`, 3 has other names, 4 does not know the order in which
+things ran, nor multiplications by size.
+"""
 
 Step = Literal["forward", "grad_input", "grad_weight"]
 STEPS: tuple[Step, ...] = ("forward", "grad_input", "grad_weight")
@@ -30,6 +34,7 @@ OPERANDS: dict[Step, tuple[str, str]] = {
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Triple = tuple[Count, Count, Count]  # zero, fp8, wide
+Table = tuple[Triple, Triple, Triple]
 
 
 class Operand(Frozen):
@@ -58,13 +63,18 @@ class Calls(Frozen):
     """A step's calls of one size, such as those with full batches, or the one with the last, smaller batch.
 
     `sizes` are the elements of both operands and of the result in one call; `first` and `second` say how the
-    operands' elements fell into groups, summed over these calls.
+    operands' elements fell into groups, summed over these calls; `macs` and `pairs` are their part of the step's.
+    `passed` is what passes through the chip, in words of 16 bits, since the first and the second operand were there
+    last, and until the result is used, besides these tensors themselves; None where nobody looked.
     """
 
     count: Annotated[int, Field(ge=1, le=MOST)]
     sizes: Triple
     first: Triple
     second: Triple
+    macs: Count | None = None
+    pairs: Table | None = None
+    passed: Triple | None = None
 
 
 class Origin:
@@ -104,7 +114,7 @@ class StepCounts(Frozen):
     macs: Count
     padding: Count
     not_run: Count
-    pairs: tuple[Triple, Triple, Triple]
+    pairs: Table
     first: Operand
     second: Operand
     by_size: tuple[Calls, ...] = ()
@@ -116,6 +126,9 @@ class StepCounts(Frozen):
             parts = [getattr(each, which) for each in self.by_size]
             if reduce(_add, parts) != getattr(self, which).elements:
                 raise ValueError(f"{self.layer} {self.step}: {which} elements are not the sum of those by size")
+        known = [each.pairs for each in self.by_size if each.pairs]
+        if known and len(known) == len(self.by_size) and reduce(_add_tables, known) != self.pairs:
+            raise ValueError(f"{self.layer} {self.step}: pairs are not the sum of those by size")
         return self
 
     @model_validator(mode="after")
@@ -137,7 +150,7 @@ class StepCounts(Frozen):
         return self.model_copy(
             update={
                 **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "macs", "padding", "not_run")},
-                "pairs": tuple(map(_add, self.pairs, other.pairs)),
+                "pairs": _add_tables(self.pairs, other.pairs),
                 "first": self.first + other.first,
                 "second": self.second + other.second,
                 "by_size": _merge_sizes(self, other),
@@ -164,7 +177,7 @@ class Counts(Frozen):
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
     """
 
-    version: Literal[4] = VERSION
+    version: Literal[5] = VERSION
     extrapolated: bool = False
     steps: tuple[StepCounts, ...]
     vector_ops: VectorOpCounts | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
@@ -262,16 +275,22 @@ def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:
     """The calls of both by size; none, if those of either were not recorded."""
     if any(sum(entry.first.elements) and not entry.by_size for entry in (a, b)):
         return ()
-    merged: dict[Triple, Calls] = {}
+    merged: dict[tuple[Triple, Triple | tuple[()], bool], Calls] = {}
     for each in (*a.by_size, *b.by_size):
-        known = merged.get(each.sizes)
-        merged[each.sizes] = _add_calls(known, each) if known else each
-    return tuple(merged[sizes] for sizes in sorted(merged))
+        key = (each.sizes, each.passed or (), each.pairs is None)
+        merged[key] = _add_calls(merged[key], each) if key in merged else each
+    return tuple(merged[key] for key in sorted(merged))
 
 
 def _add_calls(a: Calls, b: Calls) -> Calls:
-    sums = {"first": _add(a.first, b.first), "second": _add(a.second, b.second)}
-    return a.model_copy(update={"count": a.count + b.count, **sums})
+    pairs = a.pairs and b.pairs and _add_tables(a.pairs, b.pairs)
+    macs = None if a.macs is None or b.macs is None else a.macs + b.macs
+    groups = {"first": _add(a.first, b.first), "second": _add(a.second, b.second), "pairs": pairs}
+    return a.model_copy(update={"count": a.count + b.count, "macs": macs, **groups})
+
+
+def _add_tables(a: Table, b: Table) -> Table:
+    return (_add(a[0], b[0]), _add(a[1], b[1]), _add(a[2], b[2]))
 
 
 def _add(a: Triple, b: Triple) -> Triple:

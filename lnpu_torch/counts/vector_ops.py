@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -16,16 +16,49 @@ KINDS: tuple[Kind, ...] = ("normalisation", "activation", "pooling", "loss", "op
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
+Signed = Annotated[int, Field(ge=-MOST, le=MOST)]
 SUMS = ("calls", "read", "written", "operations", "special", "fetched", "stored")
+
+NEVER = 1 << 50
+"""A distance from which no memory holds anything."""
+
+
+def rounded(distance: int) -> int:
+    """A distance to at most four binary digits, upwards, so that there are few different ones."""
+    step = 1 << max(distance.bit_length() - 4, 0)
+    return -(-distance // step) * step
+
+
+class Use(NamedTuple):
+    """Words of 16 bits that are read from, and written to, DRAM by a chip that holds fewer than `distance` words.
+
+    `distance` is what passes between two uses of a tensor, itself included. Of a tensor that is read from further and
+    further, it is written once: what was written for a shorter distance is taken off.
+    """
+
+    distance: int
+    read: int
+    written: int
+
+
+def sum_uses(uses: Iterable[Use]) -> tuple[Use, ...]:
+    """The sum by distance."""
+    sums: dict[int, Use] = {}
+    for use in uses:
+        known = sums.get(use.distance, Use(use.distance, 0, 0))
+        sums[use.distance] = Use(use.distance, known.read + use.read, known.written + use.written)
+    return tuple(sums[distance] for distance in sorted(sums))
 
 
 class VectorOp(Frozen):
-    """All calls of one torch op in one phase.
+    """All calls of one torch op in one phase, after one layer.
 
     `read` and `written` are elements, of each call's operands and results. `operations` are additions, multiplications,
     comparisons (with the selection that they decide); `special` are functions that take a table or several operations:
     division, roots, exp, log, tanh ... `fetched` and `stored` are elements of tensors that were there before an
     optimizer's step and are there after it: each once a step, however many of its calls read or change it.
+    `layer` is the emulated layer that ran last, "" in an update and where that was not recorded. `uses` say what comes
+    from DRAM and goes there, by the size of memory that would hold it; None where that was not recorded.
     """
 
     kind: Kind
@@ -38,13 +71,17 @@ class VectorOp(Frozen):
     special: Count
     fetched: Count = 0
     stored: Count = 0
+    layer: str = ""
+    uses: tuple[tuple[Count, Count, Signed], ...] | None = None
 
     @property
-    def key(self) -> tuple[Kind, Phase, str]:
-        return self.kind, self.phase, self.op
+    def key(self) -> tuple[Kind, Phase, str, str]:
+        return self.kind, self.phase, self.op, self.layer
 
     def __add__(self, other: VectorOp) -> VectorOp:
-        return self.model_copy(update={name: getattr(self, name) + getattr(other, name) for name in SUMS})
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        known = None if self.uses is None or other.uses is None else sum_uses(map(Use._make, self.uses + other.uses))
+        return self.model_copy(update={**sums, "uses": known})
 
 
 class VectorOpCounts(Frozen):
@@ -61,7 +98,7 @@ class VectorOpCounts(Frozen):
     @model_validator(mode="after")
     def _unique(self) -> Self:
         if len({entry.key for entry in self.entries}) != len(self.entries):
-            raise ValueError("an op of one kind and phase stands twice")
+            raise ValueError("an op of one kind, phase and layer stands twice")
         return self
 
 
@@ -83,7 +120,7 @@ def merge(parts: Sequence[VectorOpCounts | NotCounted]) -> VectorOpCounts | NotC
     reasons = dict.fromkeys(part.reason for part in parts if isinstance(part, NotCounted))
     if reasons:
         return NotCounted(reason="; ".join(reasons))
-    merged: dict[tuple[Kind, Phase, str], VectorOp] = {}
+    merged: dict[tuple[Kind, Phase, str, str], VectorOp] = {}
     uncounted: Counter[str] = Counter()
     for part in parts:
         assert isinstance(part, VectorOpCounts)
@@ -98,6 +135,6 @@ def merge(parts: Sequence[VectorOpCounts | NotCounted]) -> VectorOpCounts | NotC
     )
 
 
-def place(entry: VectorOp) -> tuple[int, int, str]:
+def place(entry: VectorOp) -> tuple[int, int, str, str]:
     """An entry's place in the order of KINDS and PHASES."""
-    return KINDS.index(entry.kind), PHASES.index(entry.phase), entry.op
+    return KINDS.index(entry.kind), PHASES.index(entry.phase), entry.op, entry.layer

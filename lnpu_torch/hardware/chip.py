@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -54,11 +55,20 @@ class Lanes(Frozen):
         return self
 
 
+class SramSize(Frozen):
+    """How the energy of a bit grows with SRAM: the size that the file's energies are of, and a power of the size."""
+
+    at_bytes: SourcedValue[Natural]
+    exponent: SourcedRange
+
+
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
     A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
-    moved from or to DRAM.
+    moved from or to DRAM. SRAM's are those of the size in `sram_size`. `reuse_in_mac`: how many multiplications a value
+    that is read from SRAM serves in what a MAC costs. `idle_w` flows while multipliers wait; while they work, it
+    is in what a MAC costs. `dram_static_w` flows in DRAM all the time.
     """
 
     fp8_mac_pj: SourcedValue[NotNegative]
@@ -66,26 +76,27 @@ class Energy(Frozen):
     fp16_to_fp8: SourcedRange
     sram_read_pj_per_bit: SourcedValue[NotNegative]
     sram_write_pj_per_bit: SourcedValue[NotNegative]
+    sram_size: SramSize
+    reuse_in_mac: SourcedValue[Natural]
+    idle_w: SourcedRange
+    dram_static_w: SourcedRange
     dram_pj_per_bit: SourcedRange
 
 
-CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram")
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram_read", "energy.sram_write")
 """How the keys begin that only the calibrated model uses."""
 
 
 class Storage(Frozen):
     """How an operand's elements lie in both memories: bits of a zero, of an FP8 and of an FP16 element.
 
-    `results`: "as_read", only what the next step reads is written, in that format; "through_dram", a step's own result
-    is written to DRAM in FP16 before, and read back. `partial_sum_bits` is what one element of a result takes while
-    it is summed up.
+    `partial_sum_bits` is what one element of a result takes while it is summed up.
     """
 
     zero_bits: SourcedValue[Bits]
     fp8_bits: SourcedValue[Bits]
     fp16_bits: SourcedValue[Bits]
     partial_sum_bits: SourcedValue[Natural]
-    results: SourcedValue[Literal["as_read", "through_dram"]]
 
 
 class Skip(Frozen):
@@ -97,14 +108,14 @@ class Skip(Frozen):
 
 
 class SimdCore(Frozen):
-    """A core for vector operations, beside the multipliers: the slower of the two tells the time.
+    """A core for vector operations, beside the multipliers.
 
     `operation_pj` holds at the low end of the operating range, without operands: each operation reads them from SRAM,
     and writes its result there. A special function (division, a root, exp ...) takes as long and as much energy as
     `special_operations` operations.
     """
 
-    operations_per_cycle: SourcedValue[Natural]
+    operations_per_cycle: SourcedRange
     special_operations: SourcedValue[Natural]
     operation_pj: SourcedValue[NotNegative]
     element_bits: SourcedValue[Natural]
@@ -115,8 +126,9 @@ class Chip(Frozen):
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
-    ("streamed"), those whose operands "both" are, or "never". `padding` says what a MAC outside the image is: a zero
-    of the step's first operand ("as_zero"), or not scheduled ("free").
+    ("streamed"), those whose operands "both" are, or "never". `mixed_tensors` says whether elements of both may stand
+    in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand ("as_zero"), or
+    not scheduled ("free"). `inherited` are the values that the chip's file took from others, and from which.
     """
 
     name: str
@@ -125,14 +137,17 @@ class Chip(Frozen):
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
     sram_bytes: SourcedValue[Natural]
+    dram_bytes_per_s: SourcedRange
     lanes: Lanes
     fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
+    mixed_tensors: SourcedValue[bool]
     energy: Energy
     storage: Storage
     skip: Skip
     padding: SourcedValue[Literal["as_zero", "free"]]
     simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
+    inherited: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _fp8_rate(self) -> Self:
@@ -159,10 +174,38 @@ class Chip(Frozen):
         asked = {"streamed": [streamed], "both": [streamed, other], "never": ["fp16"]}[self.fp8_pairs.value]
         return all(group in ("zero", "fp8") for group in asked)
 
-    def cycles(self, fp8_macs: int, fp16_macs: int) -> float:
-        """Cycles of these multiplications with every lane busy."""
-        fp8, fp16 = self.macs_per_cycle.fp8, self.macs_per_cycle.fp16
-        return (fp8_macs / fp8.value if fp8 else 0.0) + fp16_macs / fp16.value
+    @model_validator(mode="after")
+    def _works_with_more_than_it_waits_with(self) -> Self:
+        if not self.idle_w < self.operating_point.power_w:
+            raise ValueError(
+                f"energy.idle_w is no less than the chip's whole power, {self.operating_point.power_w:g} W"
+            )
+        return self
+
+    @property
+    def idle_w(self) -> float:
+        """Power while multipliers wait, at the chip's voltage, with whose square it grows."""
+        point = self.operating_point
+        return self.energy.idle_w.value * (point.voltage_v.value / point.low.voltage_v.value) ** 2
+
+    def cycles(self, fp8_macs: int, fp16_macs: int, channels: int | None = None, values: int = 1) -> float:
+        """Cycles of these multiplications with no lane waiting for another.
+
+        Args:
+            channels: of the operand that is streamed, each of which is a lane's; None takes every multiplier for busy.
+            values: of the other operand that an element meets, each of which is a multiplier's.
+        """
+        rates = (self.macs_per_cycle.fp8, self.macs_per_cycle.fp16)
+        pairs = zip((fp8_macs, fp16_macs), rates, strict=True)
+        return sum(macs / rate.value / self._busy(rate.value, channels, values) for macs, rate in pairs if rate)
+
+    def _busy(self, rate: int, channels: int | None, values: int) -> float:
+        """The share of lanes, and of their multipliers, that channels and values of such numbers fill."""
+        if channels is None:
+            return 1.0
+        lanes = self.lanes.count.value
+        width = rate / lanes
+        return channels / (lanes * -(-channels // lanes)) * (values / (width * math.ceil(values / width)))
 
     def values(self) -> dict[str, SourcedValue[Any]]:
         """Every sourced value under its dotted key, as in the YAML."""
@@ -170,9 +213,17 @@ class Chip(Frozen):
 
     def tags(self) -> dict[str, int]:
         """How many of the values that its energy model uses are published, derived and assumed."""
-        unused = CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
-        count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(unused))
+        count = Counter(entry.tag for key, entry in self.values().items() if not key.startswith(self._unused))
         return {tag: count[tag] for tag in ("published", "derived", "assumed")}
+
+    def origins(self) -> dict[str, int]:
+        """How many of these values its file took from which other one."""
+        return Counter(name for key, name in self.inherited.items() if not key.startswith(self._unused))
+
+    @property
+    def _unused(self) -> tuple[str, ...]:
+        """How the keys begin that the chip's energy model does not use."""
+        return CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
 
     def with_values(self, values: Mapping[str, Any]) -> Chip:
         """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
@@ -183,6 +234,7 @@ class Chip(Frozen):
         data = self.model_dump()
         for key, value in values.items():
             _set(data, self, key, value)
+            data["inherited"].pop(key, None)
         return validate(Chip, data, self.name)
 
 
@@ -232,9 +284,21 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a chip: a mapping of keys is expected")
     data, start = _current(data), {"name": path.stem}
-    if "like" in data:
-        start = {**_base(data.pop("like"), path, (*above, path.resolve())), **start}
-    return _merge(start, data)
+    if "like" not in data:
+        return _merge(start, data)
+    base = _base(data.pop("like"), path, (*above, path.resolve()))
+    known, own = base.pop("inherited", {}), set(_dotted(data))
+    inherited = {key: known.get(key, base["name"]) for key in _dotted(base) if key not in own}
+    return {**_merge({**base, **start}, data), "inherited": inherited}
+
+
+def _dotted(data: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all sourced values, and of what is null, in a chip file's plain data."""
+    for key, value in data.items() if isinstance(data, dict) else ():
+        if value is None or (isinstance(value, dict) and "value" in value):
+            yield prefix + key
+        elif key != "inherited":
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 RENAMED = {
@@ -244,15 +308,31 @@ RENAMED = {
 }
 """Keys of older files, and what they are called today."""
 
+GONE = {("storage", "results")}
+"""Keys of older files that say nothing any more: what goes through DRAM follows from sizes."""
+
 
 def _current(data: dict[str, Any]) -> dict[str, Any]:
     """A chip's plain data, from older files and run folders too, under today's names."""
     return {
-        place: {RENAMED.get((place, key), key): value for key, value in inside.items()}
+        place: {RENAMED.get((place, key), key): value for key, value in inside.items() if (place, key) not in GONE}
         if isinstance(inside, dict)
         else inside
         for place, inside in data.items()
     }
+
+
+ADDED = (("energy", "sram_size"), ("energy", "reuse_in_mac"), ("energy", "idle_w"), ("energy", "dram_static_w"))
+"""Keys that a run's chip of an older version lacks; it gets LNPU's."""
+
+
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's chip, as an older version wrote it, with the keys that it lacks."""
+    lnpu, data = _read(find("chips", "lnpu", "chip"), ()), _current(data)
+    for place, key in ADDED:
+        if isinstance(data.get(place), dict):
+            data[place].setdefault(key, lnpu[place][key])
+    return {**{key: lnpu[key] for key in ("dram_bytes_per_s", "mixed_tensors")}, **data}
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -281,13 +361,13 @@ class ChipFile(NamedFile):
     @field_validator("content", mode="before")
     @classmethod
     def _of_plain_data(cls, value: Any) -> Any:
-        return validate(Chip, _current(value), "content") if isinstance(value, dict) else value
+        return validate(Chip, _completed(value), "content") if isinstance(value, dict) else value
 
 
 def chip_setting(value: Any) -> Any:
     """A chip in a run's settings, plain data, under today's names; a chip's name as it is."""
     if isinstance(value, dict) and isinstance(value.get("content"), dict):
-        return {**value, "content": _current(value["content"])}
+        return {**value, "content": _completed(value["content"])}
     return value
 
 

@@ -57,6 +57,11 @@ class OperatingPoint(Frozen):
             return 1.0
         return self._between(1.0, self.high.energy_per_cycle_j / self.low.energy_per_cycle_j)
 
+    @property
+    def power_w(self) -> float:
+        """The chip's power at this voltage."""
+        return self.low.energy_per_cycle_j * self.energy_scale * self.clock_hz
+
     def _between(self, low: float, high: float) -> float:
         """A quantity at this voltage from those at both ends, on a line between their logarithms; exact at the ends."""
         assert self.high is not None

@@ -38,7 +38,9 @@ class CostCounter:
         """Start. Raises ConfigError if the model has no emulated layer."""
         self._stop()
         self._ledger = LayerLedger(self._model)
-        self._tracer = OpTracer(self._ledger.owns, self._ledger.layers) if self._vector_ops else None
+        self._tracer = (
+            OpTracer(self._ledger.owns, self._ledger.layers, self._ledger.facts) if self._vector_ops else None
+        )
         if self._tracer:
             self._tracer.start()
         return self
@@ -59,10 +61,13 @@ class CostCounter:
         """What was done so far inside the block, or, after it, in all of it. Raises RuntimeError before the block."""
         if self._ledger is None:
             raise RuntimeError("nothing was counted: run the model inside `with CostCounter(model) as cost:`")
-        counts = self._ledger.counts()
         if not self._tracer:
+            counts = self._ledger.counts()
             return counts.model_copy(update={"vector_ops": NotCounted(reason="CostCounter(vector_ops=False)")})
+        counts = self._ledger.counts(self._tracer.reuse)
         calls = sum(entry.calls for entry in counts.steps)
+        if isinstance(self._tracer.result(calls), NotCounted):  # nor was the order seen in which layers ran
+            counts = self._ledger.counts()
         products = sorted(self._tracer.products.items()) if self._tracer.sees_products(calls) else None
         in_float = products and {op: FloatProduct(calls=times, macs=macs) for op, (times, macs) in products}
         seen = {"vector_ops": self._tracer.result(calls), "in_float": {} if products == [] else in_float}

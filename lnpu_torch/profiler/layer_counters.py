@@ -21,6 +21,7 @@ from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import why_nothing_is_emulated
 from lnpu_torch.nn.modules import LISTENERS, EmulatedModule, emulated_layers, unwrapped
 from lnpu_torch.nn.observers import pause_op_tracing
+from lnpu_torch.profiler.reuse_tracker import ReuseTracker
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's
 _SERIALS = itertools.count()
@@ -49,6 +50,7 @@ class Life:
     kind: str
     wide: dict[tuple[str, str], str]
     channels: dict[str, int]
+    weights: int
     emulation: Any
     before: Counted | None
     after: Counted | None = None
@@ -93,11 +95,16 @@ class LayerLedger:
         """The ids of the emulations of the model's layers."""
         return set(self._lives)
 
-    def counts(self) -> Counts:
-        """What was done so far, or, once closed, in all."""
+    def facts(self, emulation: Any) -> tuple[str, int]:
+        """The name of a layer, and the number of its parameters; of one that is not the model's, "" and 0."""
+        life = self._lives.get(id(emulation)) if self.owns(emulation) else None
+        return (life.name, life.weights) if life else ("", 0)
+
+    def counts(self, reuse: ReuseTracker | None = None) -> Counts:
+        """What was done so far, or, once closed, in all; with what `reuse` has seen of the order of it."""
         if not self._closed:
             self._changed()
-        return Counts.merge([_counts(life, self._model) for life in self._lives.values()])
+        return Counts.merge([_counts(life, self._model, reuse) for life in self._lives.values()])
 
     def _changed(self) -> None:
         """Find layers that are new. They began at zero, or as they were when they were put in their place."""
@@ -107,7 +114,8 @@ class LayerLedger:
         for name, layer in emulated_layers(self._model).items():
             emulation = layer.emulation
             if id(emulation) not in self._lives:
-                facts = (name, layer.torch_class.__name__, _wide(layer), _channels(layer))
+                weights = sum(parameter.numel() for parameter in layer.parameters())
+                facts = (name, layer.torch_class.__name__, _wide(layer), _channels(layer), weights)
                 self._lives[id(emulation)] = Life(*facts, emulation, before(emulation))
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -139,7 +147,7 @@ def no_count(model: nn.Module) -> Iterator[None]:
             each.counting = was
 
 
-def _counts(life: Life, model: nn.Module) -> Counts:
+def _counts(life: Life, model: nn.Module, reuse: ReuseTracker | None) -> Counts:
     """What was done in one life of a layer."""
     after = life.after or Counted.of(life.emulation)
     counters, lanes, sizes = _values(after.counters), _values(after.lanes), after.call_sizes.clone()
@@ -147,7 +155,7 @@ def _counts(life: Life, model: nn.Module) -> Counts:
         counters, lanes = counters - _values(life.before.counters), lanes - _values(life.before.lanes)
         sizes[:, -1] -= life.before.call_sizes[:, -1]
     steps = [
-        _entry(life, step, counters[index], sizes[index], lanes[index].tolist())
+        _entry(life, step, counters[index], sizes[index], lanes[index].tolist(), reuse)
         for index, step in enumerate(STEPS)
         if counters[index].any()
     ]
@@ -160,7 +168,9 @@ def _values(counters: Tensor) -> Tensor:
     return torch.zeros(counters.shape, dtype=counters.dtype, device="cpu") if counters.is_meta else counters.cpu()
 
 
-def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]]) -> StepCounts:
+def _entry(
+    life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list[int]], reuse: ReuseTracker | None
+) -> StepCounts:
     values = rows.sum(0).tolist()
     calls, macs, padding, not_run = values[:4]
     table, elements = values[4:13], (values[13:16], values[16:19])
@@ -176,10 +186,10 @@ def _entry(life: Life, step: Step, rows: Tensor, sizes: Tensor, lanes: list[list
             "macs": macs,
             "padding": padding,
             "not_run": not_run,
-            "pairs": tuple(tuple(table[i : i + 3]) for i in (0, 3, 6)),
+            "pairs": _table(table),
             "first": first,
             "second": second,
-            "by_size": _by_size(rows.tolist(), sizes.tolist()),
+            "by_size": _by_size(life, step, rows.tolist(), sizes.tolist(), reuse),
         }
     )
 
@@ -191,15 +201,33 @@ def _operand(life: Life, step: Step, name: str, elements: list[int], lanes: list
     return Operand(wide=life.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
 
 
-def _by_size(rows: list[list[int]], sizes: list[list[int]]) -> tuple[Calls, ...]:
+def _table(values: list[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(values[i : i + 3]) for i in (0, 3, 6))
+
+
+def _passed(life: Life, step: Step, sizes: list[int], reuse: ReuseTracker) -> tuple[int, int, int] | None:
+    """What passes while a call's operands, and its result, wait: `Calls.passed`."""
+    outputs = {"forward": sizes[2], "grad_input": sizes[0], "grad_weight": sizes[1]}[step]
+    idle = reuse.idle(id(life.emulation), outputs)
+    if idle is None:
+        return None
+    weights, saved = idle
+    return {"forward": (0, weights, 0), "grad_input": (0, saved, 0), "grad_weight": (saved, 0, reuse.period)}[step]
+
+
+def _by_size(
+    life: Life, step: Step, rows: list[list[int]], sizes: list[list[int]], reuse: ReuseTracker | None
+) -> tuple[Calls, ...]:
     """A step's calls by their size; those of further sizes as if all were of their mean size."""
     calls = []
     for row, (values, size) in enumerate(zip(rows, sizes, strict=False)):
         count, mixed = values[0], row == len(sizes) - 1
         if count:
             size = [-(-total // count) for total in size] if mixed else size
-            parts = {"sizes": tuple(size), "first": tuple(values[13:16]), "second": tuple(values[16:19])}
-            calls.append(Calls.model_validate({"count": count, **parts}))
+            groups = {"first": tuple(values[13:16]), "second": tuple(values[16:19]), "pairs": _table(values[4:13])}
+            passed = _passed(life, step, size, reuse) if reuse else None
+            rest = {"count": count, "sizes": tuple(size), "macs": values[1], "passed": passed}
+            calls.append(Calls.model_validate({**rest, **groups}))
     return tuple(sorted(calls, key=lambda each: each.sizes))
 
 

@@ -65,7 +65,9 @@ class Formula:
     """An op's kind, and its operations and special functions in a call; None if that call is no vector operation.
 
     `read` and `written` give the tensors that go in and out, where those are not all arguments and all results.
-    `product`: it is a matrix product or a convolution; here is what it adds to it.
+    `product`: it is a matrix product or a convolution; here is what it adds to it. `whole`: it needs all of a tensor
+    before it reads any of it again, as batch norm does. `mask`: a tensor, and how many bits were kept of all of it.
+    `on_the_way`: it works on data as they pass, which nobody has to fetch for it.
     """
 
     kind: Kind
@@ -73,6 +75,9 @@ class Formula:
     read: Callable[[Call], Any] | None = None
     written: Callable[[Call], Any] | None = None
     product: bool = False
+    whole: bool = False
+    mask: Callable[[Call], tuple[Tensor, int]] | None = None
+    on_the_way: bool = False
 
     def work(self, call: Call) -> Work | None:
         """What one call amounts to; None if it is no vector operation, as a product without bias or of integers."""
@@ -131,6 +136,15 @@ def each_read(kind: Kind, operations: int, special: int = 0, root: bool = False)
 def scatter_add(kind: Kind, place: int = 0) -> Formula:
     """An argument's elements are added where they belong, one addition each."""
     return Formula(kind, lambda call: (elements(call.args[place]), 0), lambda call: call.args[place])
+
+
+def of_error(kind: Kind, operations: int, bits: int) -> Formula:
+    """A backward that needs, besides the error, so many bits of each element of its second argument: a mask."""
+
+    def mask(call: Call) -> tuple[Tensor, int]:
+        return call.args[1], bits * elements(call.args[0])
+
+    return Formula(kind, lambda call: (operations * elements(call.args[0]), 0), lambda call: call.args[0], mask=mask)
 
 
 def add(call: Call) -> Operations:

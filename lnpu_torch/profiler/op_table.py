@@ -9,7 +9,7 @@ import torch
 
 from lnpu_torch.counts.vector_ops import Kind
 from lnpu_torch.profiler import op_formulas
-from lnpu_torch.profiler.op_formulas import Call, Formula, each, each_read, scatter_add
+from lnpu_torch.profiler.op_formulas import Call, Formula, each, each_read, of_error, scatter_add
 
 
 class Other(Enum):
@@ -56,8 +56,9 @@ REDUCTIONS: dict[str, Formula] = {
 }
 ACTIVATIONS: dict[str, Formula] = {
     **_all("relu threshold", each("activation", 1)),
-    "threshold_backward": scatter_add("activation"),  # of the output a chip keeps a bit per element, not its value
-    **_all("relu6 hardtanh hardtanh_backward leaky_relu leaky_relu_backward _prelu_kernel", each("activation", 2)),
+    "threshold_backward": of_error("activation", 1, bits=1),
+    "hardtanh_backward": of_error("activation", 2, bits=1),
+    **_all("relu6 hardtanh leaky_relu leaky_relu_backward _prelu_kernel", each("activation", 2)),
     "_prelu_kernel_backward": each("activation", 3),
     **_all("tanh sigmoid", each("activation", 0, 1)),
     **_all("tanh_backward sigmoid_backward", each("activation", 3)),  # dy (1 - y^2), dy y (1 - y)
@@ -81,14 +82,16 @@ ACTIVATIONS: dict[str, Formula] = {
 NORMALISATIONS: dict[str, Formula] = {
     **_all(
         "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
-        Formula("normalisation", op_formulas.batch_norm, op_formulas.batch_norm_reads),
+        Formula("normalisation", op_formulas.batch_norm, op_formulas.batch_norm_reads, whole=True),
     ),
     "native_batch_norm_backward": Formula(
-        "normalisation", op_formulas.batch_norm_backward, op_formulas.batch_norm_backward_reads
+        "normalisation", op_formulas.batch_norm_backward, op_formulas.batch_norm_backward_reads, whole=True
     ),
     **_all(
         "cudnn_batch_norm_backward miopen_batch_norm_backward",
-        Formula("normalisation", op_formulas.gpu_batch_norm_backward, op_formulas.gpu_batch_norm_backward_reads),
+        Formula(
+            "normalisation", op_formulas.gpu_batch_norm_backward, op_formulas.gpu_batch_norm_backward_reads, whole=True
+        ),
     ),
     **_all("native_layer_norm native_group_norm", Formula("normalisation", op_formulas.row_norm, op_formulas.twice(0))),
     "_fused_rms_norm": Formula("normalisation", op_formulas.rms_norm, op_formulas.twice(0)),
@@ -106,7 +109,7 @@ NORMALISATIONS: dict[str, Formula] = {
 }
 POOLINGS: dict[str, Formula] = {
     **{f"max_pool{d}d_with_indices": op_formulas.max_pool(d) for d in (2, 3)},
-    **{f"max_pool{d}d_with_indices_backward": scatter_add("pooling") for d in (2, 3)},
+    **{f"max_pool{d}d_with_indices_backward": of_error("pooling", 1, bits=4) for d in (2, 3)},
     **{f"avg_pool{d}d": op_formulas.average_pool(d) for d in (1, 2, 3)},
     **{f"avg_pool{d}d_backward": op_formulas.average_pool_backward(d) for d in (2, 3)},
     **{f"_adaptive_avg_pool{d}d": op_formulas.adaptive_pool(d) for d in (2, 3)},
@@ -141,7 +144,10 @@ OPTIMIZERS: dict[str, Formula] = {
     "_fused_adam": Formula("optimizer", op_formulas.adam(decay=2), written=op_formulas.states),
     "_fused_adamw": Formula("optimizer", op_formulas.adam(decay=1), written=op_formulas.states),
     "_fused_adagrad": Formula("optimizer", op_formulas.adagrad, written=op_formulas.states),
-    "_amp_foreach_non_finite_check_and_unscale": each("optimizer", 2),
+    # a comparison as gradients leave the accumulators; the scale is folded into the learning rate
+    "_amp_foreach_non_finite_check_and_unscale": Formula(
+        "optimizer", lambda call: (op_formulas.elements(call.args[0]), 0), on_the_way=True
+    ),
 }
 PRODUCTS: dict[str, Formula] = {
     **_all("mm bmm mv dot vdot", op_formulas.product()),

@@ -5,19 +5,32 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-from lnpu_torch.counts.vector_ops import ELSEWHERE, SUMS, Kind, NotCounted, Phase, VectorOp, VectorOpCounts, place
+from lnpu_torch.counts.vector_ops import (
+    ELSEWHERE,
+    SUMS,
+    Kind,
+    NotCounted,
+    Phase,
+    Use,
+    VectorOp,
+    VectorOpCounts,
+    place,
+    sum_uses,
+)
 from lnpu_torch.nn.coverage import is_product, macs
 from lnpu_torch.nn.observers import LayerObserver, LayerSteps
 from lnpu_torch.profiler.op_formulas import Call, Formula, tensors
 from lnpu_torch.profiler.op_table import Other, find, general_kind
+from lnpu_torch.profiler.reuse_tracker import PERIOD, Flow, Piece, ReuseTracker, pieces, width
 
 UNREADABLE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a formula raises for arguments that it was not written for; they must not end anyone's training."""
@@ -35,19 +48,47 @@ INSIDE_LAYERS = ("::read", "::round_and_count", "::count_float")
 """Ops of emulated layers. They are hidden where the layers run in eager mode."""
 
 
+class Moved(NamedTuple):
+    """What an update's call moves: elements that it fetches and stores, and the words of 16 bits that those are."""
+
+    fetched: int
+    stored: int
+    read: int
+    written: int
+
+
+class Seen(NamedTuple):
+    """A call of an op: what it is, its sums as `vector_ops.SUMS` has them, and what it moves.
+
+    `moved` is given for an update, in the step of that number; `total` for a gradient that is added to another one.
+    """
+
+    kind: Kind
+    phase: Phase
+    op: str
+    values: tuple[int, ...]
+    flow: Flow
+    moved: Moved | None = None
+    step: int = 0
+    total: Piece | None = None
+
+
 class _Ranges(threading.local):
     """Of each thread: the named ranges that are open, and whether each is an optimizer's step.
 
     Of the step's tensors, by address: those that were fetched for it, those stored by it, and those that it made.
     `closure` says whether the step is at its closure, which computes loss and gradients; None before that is known.
+    `step` is the number of the latest step.
     """
 
     def __init__(self) -> None:
         self.open: list[bool] = []
+        self.step = 0
         self.begin()
 
     def begin(self) -> None:
         """Begin a step, which in backward belongs to the running graph."""
+        self.step += 1
         self.closure: bool | None = None
         self.graph = torch._C._current_graph_task_id()
         self.forget()
@@ -73,20 +114,33 @@ class _Ranges(threading.local):
             self.made.add(x.data_ptr())
             self.fetched.discard(x.data_ptr())
 
-    def moved(self, operands: Any, results: Any) -> tuple[int, int]:
-        """Elements that a call of the step is the first to fetch, and the first to change of what stays after it."""
-        fetched = stored = 0
+    def moved(self, operands: Any, results: Any) -> Moved:
+        """What a call of the step is the first to fetch, and the first to change of what stays after it.
+
+        What is fetched and not changed is a gradient, in FP16. What is changed has torch's own width; if that is more,
+        its parameter is written in FP16 once more, as layers read it. A gradient that some of torch's loops change on
+        the way is none of what stays.
+        """
+        fetched = stored = read = written = 0
         for x in tensors(operands):
+            if isinstance(x, Parameter) and x.grad is not None and x.grad.data_ptr() in self.stored:
+                self.stored.remove(x.grad.data_ptr())
+                stored -= x.numel()
+                read -= (width(x) - 1) * x.numel()
+                written -= (width(x) - min(width(x) - 1, 1)) * x.numel()
             if (address := x.data_ptr()) not in self.fetched and address not in self.made:
                 self.fetched.add(address)
                 fetched += x.numel()
+                read, written = read + x.numel(), written + min(width(x) - 1, 1) * x.numel()
         for x in tensors(results):
             if (address := x.data_ptr()) not in self.fetched:
                 self.made.add(address)
             elif address not in self.stored:
                 self.stored.add(address)
                 stored += x.numel()
-        return fetched, stored
+                read += (width(x) - 1) * x.numel()
+                written += (width(x) - min(width(x) - 1, 1)) * x.numel()
+        return Moved(fetched, stored, read, written)
 
 
 class OpTracer:
@@ -100,15 +154,22 @@ class OpTracer:
     """
 
     def __init__(
-        self, owns: Callable[[Any], bool] = lambda emulation: True, layers: Callable[[], set[int]] = set
+        self,
+        owns: Callable[[Any], bool] = lambda emulation: True,
+        layers: Callable[[], set[int]] = set,
+        facts: Callable[[Any], tuple[str, int]] = lambda emulation: ("", 0),
     ) -> None:
         """Trace beside the layers of one model.
 
         Args:
             owns: whether an emulation is one of the model's layers.
             layers: the ids of the model's emulations, at the moment.
+            facts: the name of an emulation's layer, and the number of its parameters.
         """
-        self.owns, self.layers = owns, layers
+        self.owns, self.layers, self.facts = owns, layers, facts
+        self.reuse = ReuseTracker()
+        self._layer = ""  # the one that ran last
+        self._uses: dict[tuple[Kind, Phase, str, str], list[Use]] = {}
         self.products: dict[str, list[int]] = {}  # calls and multiply-accumulates in float, by op
         self._layer_calls = 0
         self._compiled_before = compiled_code()
@@ -116,7 +177,7 @@ class OpTracer:
         self._alive = False  # whether there is compiled code
         self._reason: str | None = None  # why what ran may not all have been seen
         self._elsewhere = False
-        self._sums: dict[tuple[Kind, Phase, str], list[int]] = {}
+        self._sums: dict[tuple[Kind, Phase, str, str], list[int]] = {}
         self._uncounted: Counter[str] = Counter()
         self._lock = threading.Lock()  # backward has a thread for each device
         self._mode: _OpMode | None = None
@@ -167,19 +228,49 @@ class OpTracer:
         """What was seen so far."""
         with self._lock:
             sums, uncounted = dict(self._sums), dict(sorted(self._uncounted.items()))
+            period = self.reuse.period
             entries = [
-                VectorOp(kind=kind, phase=phase, op=op, **dict(zip(SUMS, values, strict=True)))
-                for (kind, phase, op), values in sums.items()
+                VectorOp(
+                    kind=kind,
+                    phase=phase,
+                    op=op,
+                    layer=layer,
+                    uses=self._resolved((kind, phase, op, layer), period),
+                    **dict(zip(SUMS, values, strict=True)),
+                )
+                for (kind, phase, op, layer), values in sums.items()
             ]
         note = (ELSEWHERE,) if self._elsewhere else ()
         return VectorOpCounts(entries=tuple(sorted(entries, key=place)), uncounted=uncounted, notes=note)
 
-    def add_up(self, kind: Kind, phase: Phase, op: str, values: tuple[int, ...]) -> None:
-        """Add a call of an op, as `vector_ops.SUMS` has it."""
+    def _resolved(self, key: tuple[Kind, Phase, str, str], period: int) -> tuple[Use, ...]:
+        """Uses, with the distance from one update to the next where it was not known yet."""
+        return sum_uses(use._replace(distance=use.distance or period) for use in self._uses.get(key, []))
+
+    def saw(self, call: Seen) -> None:
+        """Add a call of an op, and follow what it moves."""
         with self._lock:
-            sums = self._sums.setdefault((kind, phase, op), [0] * len(SUMS))
-            for index, value in enumerate(values):
-                sums[index] += value
+            if call.moved:
+                self.reuse.update(call.step, call.moved.read + call.moved.written)
+                uses = [Use(PERIOD, call.moved.read, call.moved.written)]
+            elif call.total:
+                uses = self.reuse.summed(call.total)
+            else:
+                uses = self.reuse.op(call.flow)
+            layer = "" if call.phase == "update" else self._layer
+            self._add_up((call.kind, call.phase, call.op, layer), call.values, uses)
+
+    def made(self, results: tuple[Piece, ...]) -> None:
+        """Note what an op has made that computes nothing."""
+        with self._lock:
+            self.reuse.made(results)
+
+    def _add_up(self, key: tuple[Kind, Phase, str, str], values: tuple[int, ...], uses: Sequence[Use] = ()) -> None:
+        sums = self._sums.setdefault(key, [0] * len(SUMS))
+        for index, value in enumerate(values):
+            sums[index] += value
+        if any(use.read or use.written for use in uses):
+            self._uses[key] = list(sum_uses((*self._uses.get(key, ()), *uses)))
 
     def add_product(self, func: Any, number: int) -> None:
         """Add a product that ran outside of emulated layers."""
@@ -202,12 +293,15 @@ class OpTracer:
 
     def layer_ran(self, steps: LayerSteps) -> None:
         """Add up a layer's bias, added as results leave the accumulators, or its gradient: the sum of all errors."""
+        layer, weights = self.facts(steps.emulation)
         with self._lock:
-            self._layer_calls += steps.counted
-        if steps.bias and steps.backward:
-            self.add_up("other", "backward", "bias", (1, steps.results, steps.bias, steps.results))
-        elif steps.bias:
-            self.add_up("other", "forward", "bias", (1, steps.bias, 0, steps.results))
+            self._layer, self._layer_calls = layer, self._layer_calls + steps.counted
+            self.reuse.layer(id(steps.emulation), steps.backward, weights, steps.results)
+            if steps.bias and steps.backward:
+                values = (1, steps.results, steps.bias, steps.results)
+                self._add_up(("other", "backward", "bias", layer), values)
+            elif steps.bias:
+                self._add_up(("other", "forward", "bias", layer), (1, steps.bias, 0, steps.results))
 
     def _look_for_compiled_code(self) -> None:
         codes = compiled_code()
@@ -302,13 +396,15 @@ class _OpMode(LayerObserver):
             if work is None:
                 return
             kind, phase = self._place(func, formula, call)
-            moved = self._moved(formula, call) if phase == "update" else (0, 0)
+            moved = self._moved(formula, call) if phase == "update" else None
+            flow = _flow(formula, call)
         except UNREADABLE:
             self._note(func, Other.UNKNOWN, call)
             return
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        values = (1, work.read, work.written, work.operations, work.special, *moved)
-        self._tell(OpTracer.add_up, kind, phase, name, values)
+        values = (1, work.read, work.written, work.operations, work.special, *(moved or ())[:2])
+        total = flow.results[0] if phase == "backward" and flow.results and _sums_gradients() else None
+        self._tell(OpTracer.saw, Seen(kind, phase, name, values, flow, moved, self._ranges.step, total))
 
     def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
         """An op's kind and phase."""
@@ -322,8 +418,10 @@ class _OpMode(LayerObserver):
         kind = formula.kind if formula.kind != "other" else general_kind(func, call, node)
         return kind, "backward" if backward else "forward"
 
-    def _moved(self, formula: Formula, call: Call) -> tuple[int, int]:
+    def _moved(self, formula: Formula, call: Call) -> Moved:
         """What an update's call fetches and stores; one that is in no optimizer's step is a step of its own."""
+        if formula.on_the_way:
+            return Moved(0, 0, 0, 0)
         if not any(self._ranges.open):
             self._ranges.forget()
         return self._ranges.moved([call.args, *call.kwargs.values()], formula.results(call))
@@ -334,6 +432,8 @@ class _OpMode(LayerObserver):
             updates = any(self._ranges.open) and not self._ranges.in_closure()
             if updates and (not call.args or call.out is not call.args[0]):
                 self._ranges.renew(call.out)
+            if not updates:
+                self._tell(OpTracer.made, pieces(call.out))
         elif found is Other.BEGINS:
             self._ranges.open.append(str(call.args[0]).startswith(OPTIMIZER_STEP))
             if self._ranges.open[-1]:
@@ -350,6 +450,22 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def _flow(formula: Formula, call: Call) -> Flow:
+    """What a call reads and writes."""
+    reads = formula.read(call) if formula.read else [call.args, [x for key, x in call.kwargs.items() if key != "out"]]
+    masks: tuple[Piece, ...] = ()
+    if formula.mask:
+        of, bits = formula.mask(call)
+        masks = pieces(of, -(-bits // 16))
+    return Flow(pieces(reads), pieces(formula.results(call)), formula.whole, masks)
+
+
+def _sums_gradients() -> bool:
+    """Whether autograd is adding a gradient to the one that a parameter has already."""
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
 def _in_backward() -> bool:

@@ -34,10 +34,12 @@ def chips_table(chips: Sequence[Chip]) -> Table:
 
 
 def chip_table(chip: Chip) -> Table:
-    """Every value of one chip, with its tag and source."""
-    table = plain_table(f"{chip.name}: {chip.description}", ["key", "value", "tag", "source"], [])
+    """Every value of one chip, with its tag and source, and the file that it is from if that is not the chip's own."""
+    heads = ["key", "value", "tag", *(["from"] if chip.inherited else []), "source"]
+    table = plain_table(f"{chip.name}: {chip.description}", heads, [])
     for key, entry in chip.values().items():
-        add_row(table, key, value_text(entry), entry.tag, entry.source)
+        origin = [chip.inherited.get(key, "")] if chip.inherited else []
+        add_row(table, key, value_text(entry), entry.tag, *origin, entry.source)
     return table
 
 

@@ -27,12 +27,13 @@ PARTS = {
     "mac": ("MAC", "#332288"),
     "sram": ("SRAM", "#6699CC"),
     "simd": ("SIMD", "#F0E442"),
+    "idle": ("idle", "#AA4466"),
     "dram": ("DRAM", "#C9CCD1"),
 }
 """What energy is spent on; DRAM's is apart."""
 
-ON_CHIP = ("mac", "sram", "simd")
-CORES = {"time of the multipliers": "cycles", "time of the SIMD core": "simd_cycles"}
+ON_CHIP = ("mac", "sram", "simd", "idle")
+TIMES = {"time of the run": "time_cycles", "of the multipliers alone": "cycles"}
 CHIPS = ("#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#117733")
 """Colours of chips, none of them a step's or a part's."""
 
@@ -110,7 +111,7 @@ def chips_side_by_side(report: RunReport) -> Figure:
             energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
     _label_bars(energy, places, ends, "J", lacks)
-    for (label, field), colour, shift in zip(CORES.items(), ("#4B5563", PARTS["simd"][1]), (-0.17, 0.17), strict=True):
+    for (label, field), colour, shift in zip(TIMES.items(), ("#4B5563", PARTS["simd"][1]), (-0.17, 0.17), strict=True):
         cycles = [getattr(chip.total, field) for chip in chips]
         times = [
             None if each is None else each / chip.report.clock_hz for each, chip in zip(cycles, chips, strict=True)

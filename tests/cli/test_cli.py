@@ -20,9 +20,11 @@ import lnpu_torch as lnpu
 from helpers.command import lnpu_command, refused
 from helpers.handmade import network
 from lnpu_torch.cli import app as cli
+from lnpu_torch.cli.training_step import TrainingStep
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.report import csv_text, json_text
 from lnpu_torch.counts.schema import Counts
+from lnpu_torch.files import ConfigError
 
 
 @pytest.fixture
@@ -200,7 +202,94 @@ def test_models_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: pyt
 
 
 def test_outputs_that_do_not_depend_on_parameters_are_refused() -> None:
-    assert "nothing to train" in refused("profile", "test_cli:detached", "--input-shape", "1,3")
+    class Constant(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    for model, said in ((NoParameters(), "no parameter to train"), (Constant(2, 2), "nothing to train")):
+        with pytest.raises(ConfigError, match=said):
+            TrainingStep(model, torch.zeros(1, 2), None, "sgd").run()
+
+
+@pytest.mark.parametrize(("optimizer", "words"), [("none", 0), ("sgd", 10), ("adam", 14), ("adamw", 14)])
+def test_profile_takes_the_optimizers_step(optimizer: str, words: int, tmp_path: Path) -> None:
+    """Of every parameter: its gradient, 1; itself and each state, 2 and 2; its FP16 copy, 1."""
+    (tmp_path / "small.yaml").write_text(
+        "like: lnpu\ndescription: no room\nsram_bytes: {value: 16, tag: assumed, source: test}\n"
+    )
+    options = ("--optimizer", optimizer, "--format", "json", "--by", "step", "--chip", f"{tmp_path}/small.yaml")
+    done = lnpu_command("profile", "test_cli:Classifier", "--input-shape", "2,3,6,6", *options)
+    assert done.exit_code == 0, done.output
+    moved = {row["step"]: row["dram_bits"] for row in json.loads(done.stdout)["rows"]}
+    parameters = sum(parameter.numel() for parameter in Classifier().parameters())
+    assert moved.get("update", 0) == 16 * words * parameters
+
+
+class Wide(nn.Module):
+    """Many outputs, so that the mean's error of each is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4096))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("loss", ["mean", "mse", "cross-entropy"])
+def test_profile_scales_the_loss_so_that_no_error_underflows(loss: str) -> None:
+    options = ("--loss", loss, "--precision", "fp16", "--format", "json")
+    done = lnpu_command("profile", "test_cli:Wide", "--input-shape", "512,8", *options)
+    rows = {(row["layer"], row["step"]): row for row in json.loads(done.stdout)["rows"]}
+    assert rows["layers.2", "grad_input"]["zero_share"] < 0.01
+
+
+def test_profile_halves_the_scale_until_nothing_overflows() -> None:
+    torch.manual_seed(0)
+    model = lnpu.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    with torch.no_grad():
+        model[1].weight.mul_(1000)
+    step = TrainingStep(model, torch.randn(2, 4), "mean", "sgd")
+    step.warm_up()
+    assert 0 < step.scale < 2**16
+    assert step.run()
+    with torch.no_grad():
+        model[1].weight.fill_(torch.inf)
+    with pytest.raises(ConfigError, match="overflow at any loss scale"):
+        step.warm_up()
+
+
+def zero_head() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    nn.init.zeros_(model[1].weight)
+    return model
+
+
+def test_profile_says_where_all_errors_are_zero() -> None:
+    arguments = ("profile", "test_cli:zero_head", "--input-shape", "2,3", "--optimizer")
+    assert (
+        "all errors of 1 layers are zero, and their products skipped; the first is 0"
+        in lnpu_command(*arguments, "none").stderr
+    )
+    assert "all errors" not in lnpu_command(*arguments, "sgd").stderr  # the step before has changed the head
+
+
+def test_profile_of_inference_has_forward_alone() -> None:
+    arguments = ("profile", "test_cli:Classifier", "--input-shape", "2,3,6,6", "--inference")
+    done = lnpu_command(*arguments, "--format", "json")
+    assert {row["step"] for row in json.loads(done.stdout)["rows"]} == {"forward"}
+    assert "one forward pass" in lnpu_command(*arguments).stdout
+    assert "neither --loss nor --optimizer" in refused(*arguments, "--loss", "mean")
+    assert "neither --loss nor --optimizer" in refused(*arguments, "--optimizer", "adam")
+
+
+def test_profile_refuses_classes_where_there_are_none() -> None:
+    arguments = ("profile", "test_cli:flat", "--input-shape", "2,3", "--loss", "cross-entropy")
+    assert "--loss cross-entropy needs outputs [N, C, ...]" in refused(*arguments)
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
 
 
 def test_the_installed_entry_point_ends_with_the_exit_code() -> None:

@@ -46,7 +46,7 @@ def test_voltage_moves_the_chips_energies_and_not_drams() -> None:
     low, high = price(counts(step()), "lnpu").total, price(counts(step()), chip("lnpu", voltage=1.1)).total
     for part in ("mac", "sram"):
         assert high.energy_zj[part] / low.energy_zj[part] == pytest.approx((0.367 / 200) / (0.0431 / 50), rel=1e-6)
-    assert high.energy_zj["dram"] == low.energy_zj["dram"]
+    assert high.dram_bits == low.dram_bits
     assert high.cycles == low.cycles
     notes = price(counts(step()), chip("lnpu", voltage=1.1)).notes
     assert any("at 1.1 V, 200 MHz" in note for note in notes)

@@ -9,10 +9,12 @@ import pytest
 
 from helpers.handmade import counts, step, variant
 from lnpu_torch.cost.cost_row import CostRow
+from lnpu_torch.cost.energy_table import EnergyTable
 from lnpu_torch.cost.memory_traffic import fetches
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.hardware.chip import Chip
+from lnpu_torch.counts.vector_ops import VectorOp, VectorOpCounts
+from lnpu_torch.hardware.chip import Chip, chip
 
 SRAM = 200  # bytes: 100 elements of FP16, 50 partial sums
 
@@ -79,12 +81,6 @@ def test_an_error_that_only_grad_weight_reads_was_written_too() -> None:
     assert rows[0].dram_bits == 71 + 96 + 6 * 16 + 96
 
 
-def test_results_through_dram_go_there_and_back_in_fp16() -> None:
-    chip = holding(storage__results="through_dram")
-    assert bits(step(), chip)[0] == 71 + 96 + 71 + 2 * 6 * 16
-    assert bits(step("grad_weight"), chip) == bits(step("grad_weight"), holding())
-
-
 def test_operands_that_do_not_fit_are_fetched_again() -> None:
     # a call of 10, 8 and 6 elements; 14 bytes hold 7 elements or 3 partial sums: the second stays in two parts
     assert bits(step(), holding(14))[0] == 2 * 71 + 96 + 71
@@ -106,8 +102,68 @@ def test_energies_are_bits_times_constants() -> None:
     (row,) = price(counts(step()), "lnpu").rows
     read, wrote = 71 + 96, 71
     assert row.sram_energy_pj == pytest.approx(wrote * 0.3195 + (read + wrote) * 0.2469)
-    assert row.dram_energy_pj == pytest.approx((read + wrote) * 20)
-    assert row.energy_pj == pytest.approx(row.mac_energy_pj + row.sram_energy_pj)  # DRAM is apart
+    seconds = (read + wrote) / 8 / 6.4e9
+    assert row.dram_energy_pj == pytest.approx((read + wrote) * 20 + 10e-3 * seconds * 1e12)
+    assert row.energy_pj == pytest.approx(row.mac_energy_pj + row.sram_energy_pj + row.idle_energy_pj)  # DRAM is apart
+    busy = (15 / 1536 + 24 / 768) / 50e6
+    assert row.idle_energy_pj == pytest.approx(8.6e-3 * (seconds - busy) * 1e12)
+
+
+# In FP16 words: operands of 10 and 8, a result of 6 (partial sums: 12).
+@pytest.mark.parametrize(
+    ("sram", "passed", "moved"),
+    [
+        (2 * 18, (0, 999, 0), 96),  # the weight stays for the plan, the input from before: 18 words
+        (2 * 18 - 2, (0, 999, 0), 2 * 71 + 96),  # a word too few: it went out, and comes back
+        (2 * 999, (0, 981, 0), 0),  # the weight is still there from the step before, too: 8 + 981, beside the input
+        (2 * 989 - 2, (0, 981, 0), 96),
+        (2 * 5000, None, 2 * 71 + 96),  # nobody saw in which order things ran
+    ],
+)
+def test_what_sram_still_holds_is_not_fetched(sram: int, passed: tuple[int, int, int] | None, moved: int) -> None:
+    first = step(layer="first")
+    (_, row) = price(counts(first, step(passed=passed)), holding(sram)).rows
+    assert row.dram_bits == moved
+
+
+def test_images_come_from_outside() -> None:
+    assert bits(step(passed=(0, 0, 0)), holding(5000))[0] == 2 * 71  # a model's first layer; its weight stays
+
+
+@pytest.mark.parametrize(
+    ("saved", "until_used", "sram", "moved"),
+    [
+        (300, 300, 2 * 400, 0),  # input 10 + 300, error 8, gradient 6 + 300, beside what the plan keeps
+        (300, 300, 2 * 317, 71 + 71),  # the input did not wait; forward had it in SRAM, so that it was written for this
+        (300, 9999, 2 * 400, 6 * 16),  # the gradient does not wait for the update
+        (9999, 9999, 2 * 400, 71 + 71 + 6 * 16),
+        (9999, 9999, 2 * 12, 71 + 96 + 6 * 16),  # forward and grad_input had fetched both, so that both were there
+    ],
+)
+def test_what_waits_for_grad_weight(saved: int, until_used: int, sram: int, moved: int) -> None:
+    entry, told = step("grad_weight", passed=(saved, 0, until_used)), step("grad_input", passed=(0, 0, 0))
+    rows = price(counts(step(layer="first"), entry, told), holding(sram)).rows
+    assert row_of(rows, "grad_weight").dram_bits == moved
+
+
+@pytest.mark.parametrize(("sram", "moved"), [(5000, (0, 0)), (2 * 99, (30, 20)), (2 * 49, (30 + 7, 20 + 5))])
+def test_vector_operations_fetch_what_sram_does_not_hold(sram: int, moved: tuple[int, int]) -> None:
+    norm = VectorOp.model_validate(
+        {
+            **{"kind": "normalisation", "phase": "forward", "op": "norm", "calls": 1, "read": 60, "written": 40},
+            **{"operations": 1, "special": 0, "uses": ((50, 7, 5), (100, 30, 20))},
+        }
+    )
+    alone = Counts(steps=(), vector_ops=VectorOpCounts(entries=(norm,)))
+    (row,) = price(alone, holding(sram)).rows
+    assert (row.bits["dram_read"], row.bits["dram_write"]) == tuple(16 * words for words in moved)
+    assert (row.bits["sram_read"], row.bits["sram_write"]) == (16 * (60 + moved[1]), 16 * (40 + moved[0]))
+
+
+def test_a_bit_of_a_larger_sram_takes_more() -> None:
+    small, large = (EnergyTable.of(chip("lnpu").with_values({"sram_bytes": n * 380928})) for n in (1, 4))
+    assert large.sram_read_bit == pytest.approx(2 * small.sram_read_bit, rel=1e-8)
+    assert EnergyTable.of(chip("lnpu")).sram_read_bit == 319_500_000
 
 
 def test_calls_of_different_size_are_planned_apart() -> None:

@@ -21,7 +21,7 @@ LANES, VOLTAGE = "macs_per_cycle.fp16", "operating_point.voltage_v"
 
 
 def small(dram: bool = True) -> Sweep:
-    return sweep(network(), ["lnpu", "lnpu-fp16"], {LANES: [384, 768], VOLTAGE: [0.78, 1.1]}, dram)
+    return sweep(network(10**6), ["lnpu", "lnpu-fp16"], {LANES: [384, 768], VOLTAGE: [0.78, 1.1]}, dram)
 
 
 def test_a_sweep_prices_every_combination() -> None:
@@ -30,7 +30,7 @@ def test_a_sweep_prices_every_combination() -> None:
         (chip, lanes, voltage) for chip in ("lnpu", "lnpu-fp16") for lanes in (384, 768) for voltage in (0.78, 1.1)
     ]
     for point in points:
-        report = price(network(), lnpu.chip(point.chip).with_values(point.values))
+        report = price(network(10**6), lnpu.chip(point.chip).with_values(point.values))
         assert (point.total, point.time_s, point.tflops_per_watt) == (
             report.total,
             report.time_s,
@@ -41,7 +41,7 @@ def test_a_sweep_prices_every_combination() -> None:
 
 
 def test_the_front_is_what_no_other_beats() -> None:
-    swept = sweep(network(), ["lnpu"], {LANES: [384, 768, 768], VOLTAGE: [0.78, 0.9, 1.1]})
+    swept = sweep(network(10**6), ["lnpu"], {LANES: [384, 768, 768], VOLTAGE: [0.78, 0.9, 1.1]})
     for point in swept.points:
         better = [
             other
@@ -51,6 +51,7 @@ def test_the_front_is_what_no_other_beats() -> None:
             and (other.energy_pj, other.time_s) != (point.energy_pj, point.time_s)
         ]
         assert not (point.pareto and better)
+    assert swept.front
     front = [tuple(point.values.values()) for point in swept.front]
     assert front == [(768, 1.1), (768, 0.9), (768, 0.78)]  # of the equal ones, one
     assert sum(point.pareto for point in swept.points) == 3
@@ -74,7 +75,7 @@ def test_the_table_marks_the_front_and_a_long_one_shows_nothing_else() -> None:
     few = str(small()).splitlines()
     assert few[0].startswith("8 chips; none beats those with a * in energy (chip and DRAM) and time")
     assert sum(line.endswith("*") for line in few) == len(small().front)
-    many = sweep(network(), ["lnpu"], {VOLTAGE: [0.78], LANES: range(100, 101 + SHOWN)})
+    many = sweep(network(10**6), ["lnpu"], {VOLTAGE: [0.78], LANES: range(100, 101 + SHOWN)})
     assert str(many).startswith(f"{SHOWN + 1} chips; the 1 that none beats in energy (chip and DRAM) and time")
     assert [line.split()[2] for line in str(many).splitlines() if line.startswith("  lnpu ")] == ["140"]
 
@@ -100,17 +101,17 @@ def test_settings_that_are_none(text: str) -> None:
 def test_a_sweep_of_nothing_is_refused() -> None:
     for chips, settings in (([], {LANES: [384]}), (["lnpu"], {LANES: []})):
         with pytest.raises(ConfigError, match="a sweep needs a chip, and a value for each setting"):
-            sweep(network(), chips, settings)
+            sweep(network(10**6), chips, settings)
 
 
 def test_price_and_sweep_at_another_voltage(counts: str) -> None:
-    expected = price(network(), lnpu.chip("dense-fp16", voltage=0.9))
+    expected = price(network(10**6), lnpu.chip("dense-fp16", voltage=0.9))
     arguments = (counts, "--chip", "dense-fp16", "--voltage", "0.9")
     assert CliRunner().invoke(app, ("price", *arguments)).stdout == f"{expected}\n"
     assert "at 0.9 V, 89.04 MHz" in str(expected)
     lanes = ("--set", f"{LANES}=768", "--no-plot", "--out", counts)
     assert command(*arguments, *lanes).stdout.startswith(
-        str(sweep(network(), [lnpu.chip("dense-fp16", 0.9)], {LANES: [768]}))
+        str(sweep(network(10**6), [lnpu.chip("dense-fp16", 0.9)], {LANES: [768]}))
     )
     refused = CliRunner().invoke(app, ("price", counts, "--voltage", "1.2"))
     assert refused.exit_code == 2
@@ -123,7 +124,7 @@ def command(*arguments: str) -> Result:
 
 @pytest.fixture
 def counts(tmp_path: Path) -> str:
-    network().save(tmp_path / "counts.json")
+    network(10**6).save(tmp_path / "counts.json")
     return str(tmp_path / "counts.json")
 
 
@@ -152,7 +153,9 @@ def test_a_plot_shows_every_chip_and_labels_the_front(tmp_path: Path) -> None:
 
 def test_a_name_is_no_formula(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    odd = sweep(network(), [lnpu.chip("lnpu").model_copy(update={"name": "$x^$"})], {"macs_per_cycle.fp16": [384, 768]})
+    odd = sweep(
+        network(10**6), [lnpu.chip("lnpu").model_copy(update={"name": "$x^$"})], {"macs_per_cycle.fp16": [384, 768]}
+    )
     sweep_plot.save_plot(odd, tmp_path / "sweep_plot.svg")
     assert "<!-- $x^$ -->" in (tmp_path / "sweep_plot.svg").read_text()
 

@@ -34,10 +34,11 @@ def counted(*entries: VectorOp, **uncounted: int) -> Counts:
 def test_an_activation_by_hand() -> None:
     (row,) = price(counts().model_copy(update={"vector_ops": VectorOpCounts(entries=(RELU,))}), "lnpu").rows
     assert (row.layer, row.kind, row.step) == ("(activation)", "SIMD", "forward")
-    assert (row.operations, row.simd_cycles) == (100, 100 / 16)
+    assert (row.operations, row.simd_cycles) == (100, 100 / 128)
     assert row.simd_energy_pj == pytest.approx(100 * OPERATION)
     assert row.sram_energy_pj == pytest.approx(100 * 16 * (SRAM_READ + SRAM_WRITE))
-    assert row.energy_pj == pytest.approx(row.simd_energy_pj + row.sram_energy_pj)
+    assert row.energy_pj == pytest.approx(row.simd_energy_pj + row.sram_energy_pj + row.idle_energy_pj)
+    assert row.idle_energy_pj == pytest.approx(8.6e-3 / 50e6 * 1e12 * 100 / 128)  # all the time, as nothing multiplies
     assert row.sram_bits == 2 * 100 * 16
     assert (row.macs, row.executed, row.cycles, row.mac_energy_pj) == (0, 0, 0.0, None)
     assert (row.dram_bits, row.dram_energy_pj) == (None, None)  # it is the layers' that it comes from and goes to
@@ -45,10 +46,11 @@ def test_an_activation_by_hand() -> None:
 
 def test_an_update_by_hand() -> None:
     (row,) = price(counts().model_copy(update={"vector_ops": VectorOpCounts(entries=(ADAM,))}), "lnpu").rows
-    assert (row.operations, row.simd_cycles) == (280, (240 + 4 * 40) / 16)  # a special function takes four
+    assert (row.operations, row.simd_cycles) == (280, (240 + 4 * 40) / 128)  # a special function takes four
     assert row.simd_energy_pj == pytest.approx((240 + 4 * 40) * OPERATION)
     assert row.dram_bits == row.dense_dram_bits == 16 * (80 + 60)
-    assert row.dram_energy_pj == pytest.approx(16 * (80 + 60) * DRAM)
+    seconds = (240 + 4 * 40) / 128 / 50e6  # longer than the bits take, 280 bytes at 6.4 GB/s
+    assert row.dram_energy_pj == pytest.approx(16 * (80 + 60) * DRAM + 10e-3 * seconds * 1e12)
     # what comes from DRAM is written to SRAM, what goes there is read from it
     assert row.sram_energy_pj == pytest.approx(16 * ((90 + 60) * SRAM_READ + (60 + 80) * SRAM_WRITE))
 
@@ -72,7 +74,7 @@ def test_one_line_for_each_kind_and_phase() -> None:
 def test_ops_of_one_kind_are_one_line() -> None:
     more = op("activation", "forward", "gelu", calls=2, read=1, written=2, operations=3, special=4)
     row = next(row for row in price(counted(RELU, more), "lnpu").rows if row.kind == "SIMD")
-    assert (row.operations, row.simd_cycles, row.sram_bits) == (107, (103 + 4 * 4) / 16, 16 * 203)
+    assert (row.operations, row.simd_cycles, row.sram_bits) == (107, (103 + 4 * 4) / 128, 16 * 203)
 
 
 def test_totals_close_and_know_the_rest_by_what_it_was_without() -> None:
@@ -85,9 +87,19 @@ def test_totals_close_and_know_the_rest_by_what_it_was_without() -> None:
 
 
 def test_the_slower_core_tells_the_time() -> None:
-    long = op("other", "forward", calls=1, read=1, written=1, operations=16 * 10**6)
-    assert price(counted(RELU), variant(simd__operations_per_cycle=10**6)).time_s == price(network(), "lnpu").time_s
-    assert price(counted(long), "lnpu").time_s == 10**6 / 50e6
+    """Layer after layer; a vector operation goes with the layer that it follows."""
+    chip = variant().with_values({"dram_bytes_per_s": 1e15})
+    long = op("other", "forward", calls=1, read=1, written=1, operations=128 * 10**6)
+    cycles = {(row.layer, row.step): row.cycles for row in price(network(), chip).rows}
+    beside = price(counted(long.model_copy(update={"layer": "conv1"})), chip)
+    rest = sum(cycles.values()) - cycles["conv1", "forward"]
+    assert beside.time_s == pytest.approx((10**6 + rest) / 50e6)
+    assert beside.total.time_by == pytest.approx({"SIMD": 10**6, "multipliers": rest})
+    assert [row.bound for row in beside.rows if row.step == "forward"] == [None, "multipliers", "SIMD"]
+    short = op("other", "forward", calls=1, read=1, written=1, operations=1, layer="conv1")
+    assert price(counted(short), chip).time_s == price(network(), chip).time_s
+    apart = price(counted(long), chip)  # nobody knows after which layer
+    assert apart.time_s == pytest.approx((10**6 + sum(cycles.values())) / 50e6)
 
 
 def test_energy_goes_with_the_voltage() -> None:
@@ -135,22 +147,20 @@ def test_the_table() -> None:
     report: Report = price(counted(RELU), "lnpu")
     lines = [line.split() for line in str(report).splitlines()]
     work, energy = (line for line in lines if line[:2] == ["(activation)", "SIMD"])
-    assert work[2:] == ["forward", "(FF)", "100", "6.25"]
-    assert energy[4:] == ["-", "906.2", "pJ", "73.6", "pJ", "979.8", "pJ", "-", "3.2", "kbit", "-", "-"]
+    assert work[2:] == ["forward", "(FF)", "100", "781.2", "m"]
+    assert " ".join(energy[4:]) == "SIMD - 906.2 pJ 73.6 pJ 134.4 pJ 1.114 nJ - 1.114 nJ 3.2 kbit - -"
     assert step().layer == lines[4][0]
 
 
-def test_the_slower_of_both_tells_the_time() -> None:
-    slow = RELU.model_copy(update={"operations": 16_000_000})
-    fast, bound = price(counted(RELU), "lnpu"), price(counted(slow), "lnpu")
-    mac_cycles = network_cycles()
-    assert (bound.time_s, bound.mac_time_s) == (1e6 / 50e6, mac_cycles / 50e6)
-    assert "20 ms (the SIMD core's; the multipliers' " in str(bound).replace("\n", " ")
-    assert fast.time_s == max(100 / 16, mac_cycles) / 50e6
-
-
-def network_cycles() -> float:
-    return price(network(), "lnpu").total.cycles
+def test_the_report_says_what_takes_the_time() -> None:
+    slow = RELU.model_copy(update={"operations": 128 * 10**6})
+    report = price(counted(slow), "lnpu")
+    assert report.simd_time_s == 1e6 / 50e6
+    assert report.mac_time_s == price(network(), "lnpu").total.cycles / 50e6
+    assert report.dram_time_s == report.total.dram_bits / 8 / 6.4e9
+    text = str(report).replace("\n", " ")
+    assert "time: each alone multipliers 2.878 ns, DRAM 26.09 ns, SIMD 20 ms; layer after layer the longest: " in text
+    assert "SIMD 100%" in text
 
 
 def test_the_layers_steps_alone() -> None:

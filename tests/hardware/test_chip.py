@@ -47,7 +47,7 @@ def test_energy_line_and_rates() -> None:
     assert pj(energies.fp8_mac) == pytest.approx(2 / 3.48, rel=1e-3)  # 2 FLOP, 3.48 TFLOPS/W
     assert pj(energies.fp8_mac + 9 * energies.skipped_mac) / 10 == pytest.approx(2 / 25.3, rel=2e-3)  # 90 % zeros
     assert energies.fp16_mac == 2 * energies.fp8_mac
-    assert energies.fp16_range == (0, 2 * energies.fp8_mac)  # from twice to four times
+    assert energies.fp16_range == (-2 * energies.fp8_mac // 5, 2 * energies.fp8_mac)  # from 1.6 to four times
     assert lnpu.cycles(1536, 0) == lnpu.cycles(0, 768) == 1
     assert chip("lnpu-fp16").cycles(0, 1536) == 2
 
@@ -118,7 +118,7 @@ BAD = [
     ("sram_bytes.value", 0, ["sram_bytes.value"]),
     ("sram_kb", 372, ["unknown key 'sram_kb'", "nearest: sram_bytes"]),
     ("storage.zero_bits.value", -1, ["storage.zero_bits.value"]),
-    ("storage.results.value", "dense", ["storage.results.value", "'dense'"]),
+    ("energy.sram_size.exponent.value", -1.0, ["energy.sram_size.exponent.value", "greater than 0"]),
     ("storage", ..., ["storage", "required"]),
     ("energy_model", "guess", ["energy_model", "'guess'"]),
     ("bottom_up.macs_per_read.source", ..., ["bottom_up.macs_per_read.source", "required"]),
@@ -240,4 +240,4 @@ def test_tables_show_every_chip_and_every_value() -> None:
         assert entry.tag in line
         assert entry.source in line
     assert "50000000" in shown
-    assert "2 (2 ... 4)" in shown
+    assert "2 (1.6 ... 4)" in shown

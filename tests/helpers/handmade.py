@@ -26,9 +26,11 @@ def step(
     wide: tuple[str, str] = ("fp16", "fp16"),
     result: int = 6,
     calls: int = 1,
+    passed: tuple[int, int, int] | None = None,
 ) -> StepCounts:
     sizes = (sum(first) // calls, sum(second) // calls, result)
-    by_size = [{"count": calls, "sizes": sizes, "first": first, "second": second}] if any(first) else []
+    call = {"count": calls, "sizes": sizes, "first": first, "second": second, "passed": passed}
+    by_size = [call] if any(first) else []
     data = {
         "layer": layer,
         "kind": "Conv2d",
@@ -49,9 +51,12 @@ def counts(*steps: StepCounts) -> Counts:
     return Counts(steps=steps)
 
 
-def network() -> Counts:
-    """Two layers: the first one's grad_input was not run, the second one's weight is in float."""
-    return counts(
+def network(times: int = 1) -> Counts:
+    """Two layers: the first one's grad_input was not run, the second one's weight is in float.
+
+    With `times` as many multiplications of the same elements it takes longer than its bits do.
+    """
+    found = counts(
         step(),
         step("grad_input", pairs=((0, 0, 0),) * 3, padding=0, not_run=55, first=(0, 0, 0), second=(0, 0, 0)),
         step("grad_weight", pairs=((9, 8, 7), (6, 5, 4), (3, 2, 1))),
@@ -59,6 +64,13 @@ def network() -> Counts:
         step("grad_input", layer="fc", padding=0, pairs=((90, 0, 3), (0, 1, 0), (1, 1, 0)), wide=("fp16", "fp32")),
         step("grad_weight", layer="fc", padding=0),
     )
+    return found.model_copy(update={"steps": tuple(_busier(entry, times) for entry in found.steps)})
+
+
+def _busier(entry: StepCounts, times: int) -> StepCounts:
+    pairs = tuple(tuple(times * macs for macs in row) for row in entry.pairs)
+    sums = {name: times * getattr(entry, name) for name in ("macs", "padding", "not_run")}
+    return entry.model_copy(update={"pairs": pairs, **sums})
 
 
 def bottom_up() -> Chip:

@@ -26,9 +26,14 @@ def train(model: nn.Module, images: Tensor = IMAGES) -> None:
 
 
 def counted(cost: lnpu.CostCounter) -> dict[tuple[str, str, str], VectorOp]:
+    """What was counted by kind, phase and op, whatever the layer."""
     vector_ops = cost.counts.vector_ops
     assert isinstance(vector_ops, VectorOpCounts), vector_ops
-    return {entry.key: entry for entry in vector_ops.entries}
+    sums: dict[tuple[str, str, str], VectorOp] = {}
+    for entry in vector_ops.entries:
+        key, alone = (entry.kind, entry.phase, entry.op), entry.model_copy(update={"layer": ""})
+        sums[key] = sums[key] + alone if key in sums else alone
+    return sums
 
 
 def step(model: nn.Module) -> dict[tuple[str, str, str], VectorOp]:
