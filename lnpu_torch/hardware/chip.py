@@ -61,6 +61,12 @@ class SramSize(Frozen):
     at_bytes: SourcedValue[Natural]
     exponent: SourcedRange
 
+    @model_validator(mode="after")
+    def _no_faster_than_the_square(self) -> Self:
+        if max(self.exponent.value, *(self.exponent.range or (0.0,))) > 2:
+            raise ValueError(f"exponent {self.exponent.value:g} or its range is above 2")
+        return self
+
 
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.

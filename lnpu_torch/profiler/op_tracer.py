@@ -169,7 +169,7 @@ class OpTracer:
         self.owns, self.layers, self.facts = owns, layers, facts
         self.reuse = ReuseTracker()
         self._layer = ""  # the one that ran last
-        self._uses: dict[tuple[Kind, Phase, str, str], list[Use]] = {}
+        self._uses: dict[tuple[Kind, Phase, str, str], dict[int, tuple[int, int]]] = {}  # by distance
         self.products: dict[str, list[int]] = {}  # calls and multiply-accumulates in float, by op
         self._layer_calls = 0
         self._compiled_before = compiled_code()
@@ -245,7 +245,7 @@ class OpTracer:
 
     def _resolved(self, key: tuple[Kind, Phase, str, str], period: int) -> tuple[Use, ...]:
         """Uses, with the distance from one update to the next where it was not known yet."""
-        return sum_uses(use._replace(distance=use.distance or period) for use in self._uses.get(key, []))
+        return sum_uses(Use(distance or period, *moved) for distance, moved in self._uses.get(key, {}).items())
 
     def saw(self, call: Seen) -> None:
         """Add a call of an op, and follow what it moves."""
@@ -270,7 +270,10 @@ class OpTracer:
         for index, value in enumerate(values):
             sums[index] += value
         if any(use.read or use.written for use in uses):
-            self._uses[key] = list(sum_uses((*self._uses.get(key, ()), *uses)))
+            known = self._uses.setdefault(key, {})
+            for distance, read, written in uses:
+                before = known.get(distance, (0, 0))
+                known[distance] = (before[0] + read, before[1] + written)
 
     def add_product(self, func: Any, number: int) -> None:
         """Add a product that ran outside of emulated layers."""
@@ -397,7 +400,7 @@ class _OpMode(LayerObserver):
                 return
             kind, phase = self._place(func, formula, call)
             moved = self._moved(formula, call) if phase == "update" else None
-            flow = _flow(formula, call)
+            flow = _flow(formula, call) if moved is None else Flow((), ())
         except UNREADABLE:
             self._note(func, Other.UNKNOWN, call)
             return

@@ -118,6 +118,7 @@ BAD = [
     ("sram_bytes.value", 0, ["sram_bytes.value"]),
     ("sram_kb", 372, ["unknown key 'sram_kb'", "nearest: sram_bytes"]),
     ("storage.zero_bits.value", -1, ["storage.zero_bits.value"]),
+    ("energy.sram_size.exponent", {"value": 3.0, "tag": "assumed", "source": "x"}, ["energy.sram_size", "above 2"]),
     ("energy.sram_size.exponent.value", -1.0, ["energy.sram_size.exponent.value", "greater than 0"]),
     ("storage", ..., ["storage", "required"]),
     ("energy_model", "guess", ["energy_model", "'guess'"]),
