@@ -90,7 +90,7 @@ def test_both_models_agree_on_an_sram_bit() -> None:
 def test_bottom_up_has_no_band_and_other_constants() -> None:
     report = price(counts(step()), bottom_up())
     assert (report.energy_range, report.energy_range_pj) == (None, (report.total.energy_pj,) * 2)
-    assert any(note.startswith("constants: 6 published, ") for note in report.notes)
+    assert any(note.startswith("constants: 7 published, ") for note in report.notes)
 
 
 @pytest.mark.parametrize("voltage", [0.78, 1.1])

@@ -41,6 +41,10 @@ def simd_pj(counts: lnpu.Counts) -> float:
     return sum(row.energy_pj or 0 for row in lnpu.price(counts, "lnpu").rows if row.kind == "SIMD")
 
 
+def operations(counts: lnpu.Counts) -> int:
+    return sum(row.operations or 0 for row in lnpu.price(counts, "lnpu").rows)
+
+
 @pytest.mark.parametrize("before", [0, 2, 9])
 def test_what_was_done_before_a_conversion_is_kept_and_added(before: int) -> None:
     model = network()
@@ -131,7 +135,7 @@ def test_of_two_models_that_are_counted_together_each_operation_is_counted_once(
     first, second = pair()
     with lnpu.CostCounter(first) as one, lnpu.CostCounter(second) as other:
         second(first(X)).sum().backward()
-    assert simd_pj(one.counts) + simd_pj(other.counts) == pytest.approx(simd_pj(expected.counts))
+    assert operations(one.counts) + operations(other.counts) == operations(expected.counts) > 0
     assert macs(one.counts) + macs(other.counts) == macs(expected.counts)
     assert "opened last" in str(one.report()) and "opened last" not in str(other.report())
     merged = lnpu.Counts.merge([one.counts, other.counts])
