@@ -8,7 +8,7 @@ one that a SIMD core looks up or iterates: division, roots, exp, log, tanh, sigm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,14 +108,17 @@ def floats(x: Any) -> int:
     return sum([floats(one) for one in x]) if isinstance(x, (list, tuple)) else 0
 
 
-def tensors(x: Any) -> Iterator[Tensor]:
+def tensors(x: Any) -> list[Tensor]:
     """Floating-point tensors in nested lists, but for empty ones and single numbers."""
-    if isinstance(x, Tensor):
-        if x.is_floating_point() and x.dim() and x.numel():
-            yield x
-    elif isinstance(x, list | tuple):
-        for one in x:
-            yield from tensors(one)
+    found, waiting = [], [x]
+    while waiting:  # no generator or recursion: this runs several times for each op
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            if one.is_floating_point() and one.dim() and one.numel():
+                found.append(one)
+        elif isinstance(one, (list, tuple)):
+            waiting.extend(reversed(one))
+    return found
 
 
 def each(kind: Kind, operations: int, special: int = 0) -> Formula:

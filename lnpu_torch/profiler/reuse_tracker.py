@@ -7,7 +7,6 @@ passes is counted in words of 16 bits: results of vector operations and of layer
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,13 +43,8 @@ class Flow(NamedTuple):
 
 def pieces(x: Any, words: int | None = None) -> tuple[Piece, ...]:
     """The floating-point tensors in nested lists; of so many words, or of one for each element."""
-    return tuple(_pieces(x, words))
-
-
-def _pieces(x: Any, words: int | None) -> Iterator[Piece]:
-    for each in tensors(x):
-        storage = each.untyped_storage()
-        yield Piece(storage._cdata, storage, each.numel() if words is None else words)
+    found = [(each.untyped_storage(), each.numel() if words is None else words) for each in tensors(x)]
+    return tuple([Piece(storage._cdata, storage, count) for storage, count in found])
 
 
 def width(x: Tensor) -> int:
