@@ -120,13 +120,7 @@ def forward(
     output = product.forward(*operands, bias, plan.accumulators["forward"])
     if plan.counting:
         _count(state, plan, "forward", x, ws, product.input_side, backend)
-    saved = Saved()
-    if wants[1]:
-        use, kept = xs[-1]
-        counts = (
-            (kept.counts_over_batch, kept.counts_over_channels, kept.lanes) if plan.counting else (None, None, None)
-        )
-        saved = Saved(_values(kept, input, use, use.half_kept), *counts)
+    saved = _saved(plan, input, *xs[-1]) if wants[1] else Saved()
     if wants[0]:
         threshold = ws.threshold if plan.same_weight else state.choose(weight, plan.weight["grad_input"])
         saved = saved._replace(threshold=_tensor(threshold, weight))
@@ -190,6 +184,12 @@ def _values(rounded: Rounded, original: Tensor, use: OperandPlan, half: bool) ->
     if use.rule is None or values is None:
         return original
     return values if values.shape == original.shape else values.reshape(original.shape)
+
+
+def _saved(plan: LayerPlan, input: Tensor, use: OperandPlan, x: Rounded) -> Saved:
+    """What backward needs of the input."""
+    counts = (x.counts_over_batch, x.counts_over_channels, x.lanes) if plan.counting else ()
+    return Saved(_values(x, input, use, use.half_kept), *counts)
 
 
 def _tensor(threshold: Threshold | None, like: Tensor) -> Tensor | None:
