@@ -211,8 +211,8 @@ def _passed(life: Life, step: Step, sizes: list[int], reuse: ReuseTracker) -> tu
     idle = reuse.idle(id(life.emulation), outputs)
     if idle is None:
         return None
-    weights, saved = idle
-    return {"forward": (0, weights, 0), "grad_input": (0, saved, 0), "grad_weight": (saved, 0, reuse.period)}[step]
+    weights, saved, period = idle
+    return {"forward": (0, weights, 0), "grad_input": (0, saved, 0), "grad_weight": (saved, 0, period)}[step]
 
 
 def _by_size(

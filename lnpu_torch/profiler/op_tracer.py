@@ -250,6 +250,8 @@ class OpTracer:
     def saw(self, call: Seen) -> None:
         """Add a call of an op, and follow what it moves."""
         with self._lock:
+            if not call.moved:
+                self._begins(call.phase == "backward")
             if call.moved:
                 self.reuse.update(call.step, call.moved.read + call.moved.written)
                 uses = [Use(PERIOD, call.moved.read, call.moved.written)]
@@ -259,6 +261,15 @@ class OpTracer:
                 uses = self.reuse.op(call.flow)
             layer = "" if call.phase == "update" else self._layer
             self._add_up((call.kind, call.phase, call.op, layer), call.values, uses)
+
+    def _begins(self, backward: bool) -> None:
+        """Where an optimizer's step is over: what waits from one to the next has waited so long."""
+        period = self.reuse.begins(backward)
+        if period is not None:
+            for known in self._uses.values():
+                if PERIOD in known:
+                    moved, before = known.pop(PERIOD), known.get(period, (0, 0))
+                    known[period] = (before[0] + moved[0], before[1] + moved[1])
 
     def made(self, results: tuple[Piece, ...]) -> None:
         """Note what an op has made that computes nothing."""
@@ -298,6 +309,7 @@ class OpTracer:
         """Add up a layer's bias, added as results leave the accumulators, or its gradient: the sum of all errors."""
         layer, weights = self.facts(steps.emulation)
         with self._lock:
+            self._begins(steps.backward)
             self._layer, self._layer_calls = layer, self._layer_calls + steps.counted
             self.reuse.layer(id(steps.emulation), steps.backward, weights, steps.results)
             if steps.bias and steps.backward:

@@ -66,17 +66,52 @@ class _Known:
 
 
 class ReuseTracker:
-    """Follows vector operations and layers' passes in the order in which they run."""
+    """Follows vector operations and layers' passes in the order in which they run.
+
+    Each forward and backward is followed for itself, as if the same were done again and again. So a run that is
+    stopped between two steps and goes on has the distances of one that was not.
+    """
 
     def __init__(self) -> None:
         self.passed = 0
         self._known: dict[int, _Known] = {}
         self._made: set[int] = set()  # what the op before has made
+        self._begun = 0  # what had passed when this forward and backward began
+        self._updated = 0  # and when the last update was over
+        self._went_back = False
         self._forward_at: dict[int, int] = {}
         self._calls: Counter[int] = Counter()
         self._saved: dict[int, dict[int, int]] = defaultdict(dict)
+        self._idle: dict[int, dict[int, tuple[int, int, int]]] = defaultdict(dict)
         self._updates: set[int] = set()
         self._limit = 1000
+
+    def begins(self, backward: bool) -> int | None:
+        """Before a layer's pass, or an op that is no update: begin anew if it is a forward that comes after a backward.
+
+        Returns:
+            What passed from one optimizer's step to the next, if such a period is over; else None.
+        """
+        period = self.period if self._updates else None
+        if self._updates or (self._went_back and not backward):
+            self._idle = self._waits()
+            self._begun, self._went_back = self.passed, False
+            for of_this_pass in (self._known, self._made, self._forward_at, self._calls, self._saved):
+                of_this_pass.clear()
+        if self._updates:
+            self._updated = self.passed
+            self._updates.clear()
+        self._went_back |= backward
+        return period
+
+    def _waits(self) -> dict[int, dict[int, tuple[int, int, int]]]:
+        """What `idle` tells, by layer and size of results."""
+        idle = defaultdict(dict, {layer: dict(known) for layer, known in self._idle.items()})
+        for layer, calls in self._calls.items():
+            for results, saved in self._saved[layer].items():
+                until = max((self.passed - self._begun) // calls - saved, 0)
+                idle[layer][results] = rounded(until), rounded(saved), self.period
+        return idle
 
     def op(self, flow: Flow) -> list[Use]:
         """What one op reads again, from which distance, and what had to be written out for that.
@@ -119,12 +154,9 @@ class ReuseTracker:
 
     def summed(self, total: Piece) -> list[Use]:
         """A gradient is added to what is there from before; its own write is its layer's."""
-        known = self._known.get(total.key)
-        distance = rounded(total.words + self.passed - known.last) if known else PERIOD
         self.passed += 2 * total.words
-        self._add(total)
         self._made = set()
-        return [Use(distance, total.words, 0)]
+        return [Use(PERIOD, total.words, 0)]
 
     def layer(self, layer: int, backward: bool, weights: int, results: int) -> None:
         """A layer's forward, or both steps of its backward, with so many weights; its results, or the errors it got."""
@@ -146,15 +178,17 @@ class ReuseTracker:
     @property
     def period(self) -> int:
         """What passes from one optimizer's step to the next, as if the same were done again and again."""
-        return rounded(self.passed // len(self._updates)) if self._updates else NEVER
+        return rounded((self.passed - self._updated) // len(self._updates)) if self._updates else NEVER
 
-    def idle(self, layer: int, results: int) -> tuple[int, int] | None:
-        """What passes from a layer's backward to its next forward, and from that to its backward; None if not seen."""
-        if not self._calls[layer]:
+    def idle(self, layer: int, results: int) -> tuple[int, int, int] | None:
+        """What passes from a layer's backward to its next forward, from that to its backward, and between updates.
+
+        None if the layer was not seen.
+        """
+        found = self._waits().get(layer)
+        if not found:
             return None
-        found = self._saved[layer]
-        saved = found.get(results, max(found.values()))
-        return rounded(max(self.passed // self._calls[layer] - saved, 0)), rounded(saved)
+        return found.get(results) or max(found.values(), key=lambda each: each[1])
 
     def _read(self, known: _Known, words: int, distance: int, uses: list[Use]) -> None:
         distance, before = rounded(distance), known.written_for

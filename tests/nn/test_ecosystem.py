@@ -158,7 +158,9 @@ def test_a_compiled_step_in_autocast_counts_as_an_eager_one() -> None:
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         with lnpu.CostCounter(model) as cost, torch.autocast("cpu", torch.bfloat16):
             run(batch()).float().square().sum().backward()
-        found.append((gradients(model), cost.counts.steps))
+        # in what order things ran, compiled code does not tell
+        steps = [entry.model_dump(exclude={"by_size": {"__all__": {"passed"}}}) for entry in cost.counts.steps]
+        found.append((gradients(model), steps))
     torch.compiler.reset()
     assert found[0][1] == found[1][1]
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))

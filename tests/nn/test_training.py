@@ -133,6 +133,7 @@ def test_calls_are_counted_by_their_size():
     with lnpu.CostCounter(net) as cost:
         parts = []
         for seed, size in enumerate((4, 4, 3, 4)):  # batches, the third of them smaller
+            net.zero_grad()
             with lnpu.CostCounter(net) as part:
                 net(batch(seed)[:size]).sum().backward()
             parts.append(part.counts)
