@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,10 @@ def test_a_run_goes_on_from_another_folder_and_without_its_files(
 
 
 def test_a_run_whose_chip_has_the_names_of_an_older_version_goes_on(begun: Path) -> None:
-    text = (begun / "config.yaml").read_text()
-    older = text.replace("skipped_mac_pj", "skipped_slot_pj").replace("sync_interval:", "run:")
-    older = older.replace("balance_group:", "balancer:")
-    assert older.count("skipped_slot_pj:") == older.count("run:") == older.count("balancer:") == 1
+    older = (begun / "config.yaml").read_text()
+    for now, then in (("skipped_mac_pj", "skipped_slot_pj"), ("sync_interval", "run"), ("balance_group", "balancer")):
+        older, count = re.subn(rf"(?m)^( +){now}:", rf"\1{then}:", older)
+        assert count == 1
     (begun / "config.yaml").write_text(older)
     done = lnpu_command("train", "--resume", "run")
     assert done.exit_code == 0, done.output
