@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterable
@@ -25,8 +26,13 @@ def test_10_000_steps_need_no_more_memory_than_2_000() -> None:
 def test_a_kept_tensor_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that flat memory means something: what each step leaves behind shows in the figure."""
     kept, original = [], torch.randn
-    large = 10 * 2**20  # 40 MiB, for which the allocator has no room left from earlier tests
-    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: (kept.append(torch.ones(large)), original(*args))[1])
+
+    def randn(*args: Any, **kwargs: Any) -> Tensor:
+        memory = mmap.mmap(-1, 40 * 2**20)  # not from the allocator, which may have room left from earlier tests
+        kept.append(torch.frombuffer(memory, dtype=torch.float32).fill_(1))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "randn", randn)
     found = long_run.train(10)
     assert found[-1][0] - found[1][0] > 200
 
