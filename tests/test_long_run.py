@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
