@@ -250,15 +250,12 @@ class OpTracer:
     def saw(self, call: Seen) -> None:
         """Add a call of an op, and follow what it moves."""
         with self._lock:
-            if not call.moved:
-                self._begins(call.phase == "backward")
             if call.moved:
                 self.reuse.update(call.step, call.moved.read + call.moved.written)
                 uses = [Use(PERIOD, call.moved.read, call.moved.written)]
-            elif call.total:
-                uses = self.reuse.summed(call.total)
             else:
-                uses = self.reuse.op(call.flow)
+                self._begins(call.phase == "backward")
+                uses = self.reuse.summed(call.total) if call.total else self.reuse.op(call.flow)
             layer = "" if call.phase == "update" else self._layer
             self._add_up((call.kind, call.phase, call.op, layer), call.values, uses)
 

@@ -94,7 +94,8 @@ class ReuseTracker:
         """
         period = self.period if self._updates else None
         if self._updates or (self._went_back and not backward):
-            self._idle = self._waits()
+            for layer in self._calls:
+                self._idle[layer] |= self._waits(layer)
             self._begun, self._went_back = self.passed, False
             for of_this_pass in (self._known, self._made, self._forward_at, self._calls, self._saved):
                 of_this_pass.clear()
@@ -104,14 +105,15 @@ class ReuseTracker:
         self._went_back |= backward
         return period
 
-    def _waits(self) -> dict[int, dict[int, tuple[int, int, int]]]:
-        """What `idle` tells, by layer and size of results."""
-        idle = defaultdict(dict, {layer: dict(known) for layer, known in self._idle.items()})
-        for layer, calls in self._calls.items():
-            for results, saved in self._saved[layer].items():
-                until = max((self.passed - self._begun) // calls - saved, 0)
-                idle[layer][results] = rounded(until), rounded(saved), self.period
-        return idle
+    def _waits(self, layer: int) -> dict[int, tuple[int, int, int]]:
+        """What `idle` tells of a layer in this forward and backward, by size of results."""
+        if not self._calls[layer]:
+            return {}
+        passed, period = (self.passed - self._begun) // self._calls[layer], self.period
+        return {
+            results: (rounded(max(passed - saved, 0)), rounded(saved), period)
+            for results, saved in self._saved[layer].items()
+        }
 
     def op(self, flow: Flow) -> list[Use]:
         """What one op reads again, from which distance, and what had to be written out for that.
@@ -185,7 +187,7 @@ class ReuseTracker:
 
         None if the layer was not seen.
         """
-        found = self._waits().get(layer)
+        found = self._idle[layer] | self._waits(layer)
         if not found:
             return None
         return found.get(results) or max(found.values(), key=lambda each: each[1])
