@@ -56,7 +56,7 @@ SIZES = [(40, 24, 3, 5, 7), (20, 33, 10, 1, 1), (17, 1, 2, 8, 8), (1, 9, 2, 16, 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equal_products_have_equal_counts_and_prices(
-    sizes: tuple[int, ...], implementation: dispatch.Backend, precision: str | lnpu.Precision
+    sizes: tuple[int, ...], implementation: dispatch.Choice, precision: str | lnpu.Precision
 ) -> None:
     torch.manual_seed(0)
     inputs, outputs, *positions = sizes

@@ -67,7 +67,7 @@ def trained(model: nn.Module, precision: str | lnpu.Precision, x: Tensor) -> tup
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_another_default_device_changes_nothing(
-    name: str, implementation: dispatch.Backend, precision: str | lnpu.Precision
+    name: str, implementation: dispatch.Choice, precision: str | lnpu.Precision
 ) -> None:
     model, x = network(), torch.randn(4, 3, 16, 16)
     other = copy.deepcopy(model)
