@@ -92,6 +92,16 @@ def bounds(count, share, shares):
 
 
 @inlined
+def sum_shares(partial):
+    """What each share has summed up [shares, ...], in all; the first share's part is added to, and returned."""
+    whole = partial.reshape((len(partial), partial.size // len(partial)))
+    for share in range(1, len(whole)):
+        for i in range(whole.shape[1]):
+            whole[0, i] += whole[share, i]
+    return partial[0]
+
+
+@inlined
 def shares_of(team, count):
     """Into how many shares a count is split: no more than there are threads, or things to do."""
     return max(1, min(team[1], count))

@@ -1,4 +1,4 @@
-"""The compiled inner loops of `cpu_lanes`: runs counted, joined, shared and compared. Numba sees only arrays here.
+"""The compiled loops of `cpu`: runs counted, joined, shared and compared. Numba sees only arrays here.
 
 A tile [channels, columns] holds the runs of one channel in each row; every loop runs along a row, over small integers
 that lie side by side. A column is one run of one sample. Sums fit in 16 bits: 16 lanes of 256 positions. Tiles are flat
@@ -22,7 +22,7 @@ from lnpu_torch.counts.lane_configs import (
 )
 from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled, inlined
-from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
 
 ENTRIES = len(LANE_CONFIGS)
 TILE = 2**15
@@ -111,10 +111,9 @@ def add_profile(team, runs, shape, lanes):
     parts = samples if samples > 1 else (times + LONGEST - 1) // LONGEST
     sums = np.zeros((shares_of(team, parts), ENTRIES), np.int64)
     in_parallel(team, len(sums), _profile, (array_at(runs, (samples, channels, times), uint8), parts, sums))
-    entries = array_at(lanes, (ENTRIES,), int64)
-    for share in range(len(sums)):
-        for i in range(ENTRIES):
-            entries[i] += sums[share, i]
+    entries, added = array_at(lanes, (ENTRIES,), int64), sum_shares(sums)
+    for i in range(ENTRIES):
+        entries[i] += added[i]
 
 
 @compiled
@@ -139,7 +138,7 @@ def _profile(share, shares, runs, parts, sums):
 
 @inlined
 def _add_tile(runs, entries, share):
-    """`profile` of few enough runs. A run length that makes no longer runs than the one before is not measured anew."""
+    """`_profile` of few enough runs. A run length that makes no longer runs than one before is not measured anew."""
     samples, channels, times = runs.shape
     columns = samples * times
     work, own = np.empty(channels * columns, np.uint16), np.empty(share, np.int64)

@@ -13,7 +13,7 @@ from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled, inlined
 from lnpu_torch.ops.pair_counts.reference import MIXED, ROWS, SIZES, WIDTH
-from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
 
 ENTRIES = len(LANE_CONFIGS)
 
@@ -23,7 +23,7 @@ def _add_channels(share, shares, position, weight, meets, strides, met, sizes, p
     """Sums of `reference.weight_step` over some channels of position [2, C, D, H, W] and weight [2, C, R, S, T].
 
     `met` [R, S, T] tells how many positions each offset meets; `sizes`: macs, inside, other channels, batch, elements.
-    `partial[share]` [6, 2] is added to: pairs of non-zeros [2, 2]. pairs in which the first is one, and the second, and
+    `partial[share]` [6, 2] is added to: pairs of non-zeros [2, 2], pairs in which the first is one, and the second, and
     elements of the grid and of the weight.
     """
     others, batch, sums, channels = sizes[2], sizes[3], partial[share], bounds(position.shape[1], share, shares)
@@ -141,7 +141,7 @@ def _add_samples(share, shares, conv_input, conv_output, meets, partial):
     """Pairs of non-zeros of two grids [2, N, D, H, W] in some samples under all offsets, added to `partial[share]`.
 
     What each output position's window holds of the input is summed up first: over depth and height into rows as long
-    as the convolution's input grid's, then along them.
+    as the input's, then along them.
     """
     (input_windows, output_windows, strides, _), both = meets, partial[share]
     samples = bounds(conv_input.shape[1], share, shares)
@@ -213,11 +213,7 @@ def add_weight_step(team, counting, position, weight, shape, profile, meets, str
     kernel = array_at(weight, (2, shape[0], met.shape[0], met.shape[1], met.shape[2]), int32)
     sums = np.zeros((shares_of(team, shape[0]), 6, 2), np.int64)
     in_parallel(team, len(sums), _add_channels, (grid, kernel, meets, strides, met, sizes, sums))
-    total = sums[0]
-    for share in range(1, len(sums)):
-        for i in range(6):
-            for b in range(2):
-                total[i, b] += sums[share, i, b]
+    total = sum_shares(sums)
     _record(_row(counters, known, call), total[:2], total[2], total[3], total[4], total[5], sizes)
     _add_profile(lanes, profile)
 
@@ -250,12 +246,11 @@ def add_grid_step(team, counting, conv_input, conv_output, meets, sizes, output_
         samples = (array_at(conv_input[2], first, int32), array_at(conv_output[2], second, int32))
         in_parallel(team, len(both), _add_samples, (*samples, meets, both))
     first, second = (1, 0) if output_first else (0, 1)
-    met, pairs = np.empty((2, 2), np.int64), np.zeros((2, 2), np.int64)
+    met, pairs, found = np.empty((2, 2), np.int64), np.empty((2, 2), np.int64), sum_shares(both)
     for b in range(2):
         met[0, b], met[1, b] = alone[0, 1, b] * sizes[2], alone[1, 1, b] * sizes[3]
         for a in range(2):
-            for share in range(len(both)):
-                pairs[a, b] += both[share, b, a] if output_first else both[share, a, b]
+            pairs[a, b] = found[b, a] if output_first else found[a, b]
     _record(_row(counters, known, call), pairs, met[first], met[second], alone[first, 0], alone[second, 0], sizes)
     _add_profile(lanes, conv_output[5] if output_first else conv_input[5])
     _add_profile(lanes + ENTRIES * 8, conv_input[5] if output_first else conv_output[5])

@@ -1,4 +1,4 @@
-"""The compiled inner loops of `cpu`. Numba sees only arrays and numbers here; importing this compiles nothing yet.
+"""The compiled loops of `cpu`. Numba sees only arrays and numbers here; importing this compiles nothing yet.
 
 A row of a tensor is taken in chunks that stay in the nearest cache: one loop rounds a chunk, the others count what is
 known of it. Each is so plain that LLVM makes vector code of it.
@@ -19,11 +19,11 @@ from numba.extending import intrinsic
 from lnpu_torch.counts.lane_configs import RUN
 from lnpu_torch.ops.arrays import array_at, wanted
 from lnpu_torch.ops.numba_jit import compiled, inlined
-from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
 from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY, MAGNITUDE, bits_of
 
 FP8, WIDE = 1, 0x100
-"""The marks of both groups; a zero has none."""
+"""The marks of both classes; a zero has none."""
 MOST = 255
 """The most elements that a packed counter can hold."""
 SIGN = -0x80000000
@@ -278,7 +278,7 @@ def _fold_runs(packed, runs, t):
 
 @inlined
 def _put_classes(marks, groups):
-    """The group of each element (0, 8, 16) by its mark."""
+    """The class of each element (0, 8, 16) by its mark."""
     for i in range(len(marks)):
         groups[i] = uint8(uint8(marks[i] << uint16(3)) | uint8(marks[i] >> uint16(4)))
 
@@ -361,9 +361,8 @@ def quantize_flat(team, x, values, groups, size, parameters):
     marked = array_at(groups, (wanted(groups, size),), uint8)
     arrays = (array_at(x, (size,), float32), array_at(values, (size,), float32), marked)
     in_parallel(team, len(counts), _quantize_flat, (*arrays, _rounding(parameters), counts))
-    for share in range(1, len(counts)):
-        counts[0] += counts[share]
-    return counts[0, 0], counts[0, 1]
+    whole = sum_shares(counts)
+    return whole[0], whole[1]
 
 
 @compiled

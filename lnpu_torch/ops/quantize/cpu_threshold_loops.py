@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled, inlined
-from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of
+from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
 from lnpu_torch.ops.quantize.reference import RANGE
 
 MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000
@@ -132,10 +132,7 @@ def histogram(team, x, size, step, smallest, largest, turned):
     parts = np.zeros((shares_of(team, count), largest - smallest + 2), np.int64)
     arguments = (array_at(x, (size,), float32), step, count, smallest, largest, turned, parts)
     in_parallel(team, len(parts), _add_histogram, arguments)
-    for share in range(1, len(parts)):
-        for i in range(parts.shape[1]):
-            parts[0, i] += parts[share, i]
-    return parts[0]
+    return sum_shares(parts)
 
 
 @compiled
