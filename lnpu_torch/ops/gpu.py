@@ -43,12 +43,7 @@ class GpuBackend(ReferenceBackend):
     def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
         if not _takes(x):
             return super().round_and_count(x, threshold, seed, request)
-        rounded = quantize.quantize(dense(x), _tensor(threshold, x), seed, request)
-        if request.wanted[3] and request.joined:
-            values = rounded.single if rounded.half is None else rounded.half
-            assert values is not None
-            rounded = rounded._replace(lanes=self.lane_profile(values, joined=True))
-        return rounded
+        return quantize.quantize(dense(x), _tensor(threshold, x), seed, request)
 
     def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
         if not _takes(x):

@@ -38,7 +38,7 @@ def taken(x: Tensor, seed: Tensor | None = None) -> Tensor | None:
     """
     if seed is not None or x.dtype not in DTYPES or x.numel() == 0 or (x.dim() > 1 and x.shape[1] > CHANNELS):
         return None
-    return (x if x.is_contiguous() else dense(x)).float()
+    return dense(x).float()
 
 
 class CompiledRule:

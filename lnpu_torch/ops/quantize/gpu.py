@@ -10,6 +10,7 @@ from torch import Tensor
 from lnpu_torch.kernels import quantize as kernels
 from lnpu_torch.kernels import thresholds
 from lnpu_torch.ops.lanes import gpu as gpu_lanes
+from lnpu_torch.ops.lanes.reference import joined_runs
 from lnpu_torch.ops.quantize.reference import Request, Rounded
 from lnpu_torch.ops.reference import parsed
 from lnpu_torch.quant.precision import Rule
@@ -34,9 +35,9 @@ def quantize_flat(
 
 
 def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, request: Request) -> Rounded:
-    """`dispatch.Backend.round_and_count`, without a joined lane profile."""
+    """`dispatch.Backend.round_and_count`."""
     rule, (single, half, sampled, lanes) = parsed(request.rule), request.wanted
-    lanes = lanes and not request.joined
+    apart = lanes and (request.joined or x.dim() == 2)  # the kernel's runs end with each sample
     rounded = kernels.quantize_grid(
         x,
         threshold,
@@ -46,15 +47,15 @@ def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, request: Request
         single=single,
         half=half,
         sample=sampled,
-        runs=lanes and x.dim() > 2,
+        runs=lanes and not apart,
         seed=seed,
         stream=request.row,
     )
     runs = rounded.runs
-    if lanes and x.dim() == 2:
+    if apart:
         values = rounded.single if rounded.half is None else rounded.half
         assert values is not None
-        runs = gpu_lanes.runs_of(values)
+        runs = joined_runs(values, gpu_lanes.runs_of)
     profile = None if runs is None else gpu_lanes.profile(runs)
     return Rounded(rounded.single, rounded.half, rounded.position, rounded.sample, profile, threshold)
 
