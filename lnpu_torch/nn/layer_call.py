@@ -21,10 +21,11 @@ from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
 from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
 from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
-from lnpu_torch.ops.dispatch import Backend, backend_of, on_gpu
+from lnpu_torch.ops.dispatch import backend_of, on_gpu
 from lnpu_torch.ops.gemm.half_precision import alike
 from lnpu_torch.ops.memory_format import memory_format
 from lnpu_torch.ops.quantize.reference import Rounded, Threshold, compute_dtype
+from lnpu_torch.ops.reference import Backend
 from lnpu_torch.ops.registry import OPS, fake, op
 
 Product = Linear | Convolution

@@ -15,10 +15,11 @@ from torch import Tensor
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.reads import READS, STEPS, OperandPlan, precision_plan
-from lnpu_torch.ops.dispatch import Backend, backend_of
+from lnpu_torch.ops.dispatch import backend_of
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.quantize.reference import UNSET, Rounded, Threshold
 from lnpu_torch.ops.quantize.torch_ops import draw_seed
+from lnpu_torch.ops.reference import Backend
 from lnpu_torch.quant.precision import Precision
 
 

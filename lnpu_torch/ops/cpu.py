@@ -10,11 +10,11 @@ from lnpu_torch.ops.memory_format import dense, is_dense
 from lnpu_torch.ops.pair_counts import cpu as pair_counts
 from lnpu_torch.ops.quantize import cpu as loops
 from lnpu_torch.ops.quantize.reference import UNSET, Request, Rounded, Threshold, sample_step
-from lnpu_torch.ops.reference import ReferenceBackend
+from lnpu_torch.ops.reference import Backend
 
 
-class CpuBackend(ReferenceBackend):
-    """See `dispatch.Backend`."""
+class CpuBackend(Backend):
+    """See `Backend`."""
 
     count_weight_step = staticmethod(pair_counts.count_weight_step)
     count_grid_step = staticmethod(pair_counts.count_grid_step)

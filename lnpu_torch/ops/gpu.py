@@ -16,7 +16,7 @@ from lnpu_torch.ops.lanes import reference as lane_reference
 from lnpu_torch.ops.memory_format import dense, memory_format
 from lnpu_torch.ops.quantize import gpu as quantize
 from lnpu_torch.ops.quantize.reference import Request, Rounded, Threshold
-from lnpu_torch.ops.reference import ReferenceBackend, parsed
+from lnpu_torch.ops.reference import Backend, parsed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = {
@@ -26,8 +26,8 @@ PRODUCTS = {
 }
 
 
-class GpuBackend(ReferenceBackend):
-    """See `dispatch.Backend`."""
+class GpuBackend(Backend):
+    """See `Backend`."""
 
     def runs_on(self, device: torch.device) -> bool:
         runs: bool = launch.runs_on(device)

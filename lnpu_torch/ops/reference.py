@@ -1,4 +1,4 @@
-"""The operations in plain torch, on any device: the specification."""
+"""The operations that layers are made of, in plain torch: what a backend does, and the specification of it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,29 @@ from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
 
-class ReferenceBackend:
-    """See `dispatch.Backend`. Others derive from it, and leave to it what they do not take."""
+class Backend:
+    """The operations that layers are made of, in plain torch on any device.
+
+    Other backends derive from this one, leave to it what they do not take, and give the same bits and integers.
+    A rule is given as a `Rule`'s JSON, a geometry as `ConvShape.pack` makes it; `seed` and `stream` are the key of
+    random bits, for stochastic rounding only: without, the seed is None.
+    """
 
     def runs_on(self, device: torch.device) -> bool:
+        """Whether tensors on a device are taken."""
         return True
 
     def quantize(
         self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Round a tensor: values in `compute_dtype(x)`, precision classes (uint8, or empty), elements of each [3]."""
         random = None if seed is None else quantize.random_bits(x.shape, seed, stream)
         values, classes = quantize.quantize(x, parsed(rule), _on(threshold, x), random)
         totals = torch.stack([(classes == each).sum() for each in CLASSES])
         return values, classes if want_classes else classes.new_empty(0), totals
 
     def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
+        """Round an operand and count its classes, in one pass."""
         x, (single, half, *_) = dense(x), request.wanted
         random = None if seed is None else quantize.random_bits(x.shape, seed, request.row)
         values, classes = quantize.quantize(x, parsed(request.rule), _on(threshold, x), random)
@@ -55,10 +63,16 @@ class ReferenceBackend:
     def quantize_operand(
         self, x: Tensor, states: Tensor, seed: Tensor | None, request: Request, training: bool
     ) -> Rounded:
+        """`next_threshold`, and by that threshold `round_and_count`."""
         threshold = self.next_threshold(x, states, request.row, request.rule, training)
         return self.round_and_count(x, threshold, seed, request)
 
     def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
+        """The threshold to use for x now. In training also chooses the next one, from x.
+
+        Args:
+            states: int32 [rows, 2], in use and to come; `UNSET` before the first step, which uses its own.
+        """
         current = states[row, 0]
         chosen = quantize.choose_threshold(x, parsed(rule), current)
         used = torch.where(current == UNSET, chosen, current)
@@ -67,18 +81,22 @@ class ReferenceBackend:
         return torch.where(used == UNSET, parsed(rule).threshold_range[0], used)
 
     def histogram(self, x: Tensor, rule: str) -> Tensor | None:
+        """What the choice of x's threshold rests on: counts of magnitudes, or `largest_bin`; None if it is fixed."""
         chosen = parsed(rule)
         if chosen.adaptive:
             return quantize.histogram(x, chosen)
         return quantize.largest_bin(x, chosen) if chosen.threshold is None and chosen.high is None else None
 
     def count_float(self, x: Tensor, request: Request) -> Rounded:
+        """An operand left in float, as it is, and counted: its non-zeros are FP16. The request's rule means nothing."""
         return Rounded(x, None, *self._counts(x, quantize.float_classes(x), request))
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
+        """Of counts by sample."""
         return pair_counts.sample_dtype(channels, groups)
 
     def lane_profile(self, values: Tensor, joined: bool = False) -> Tensor:
+        """Lane-cycles of every lane configuration for an operand [N, C, *grid] or [rows, C]: int64 [configurations]."""
         runs = lane_profiles.joined_runs(values) if joined else lane_profiles.runs_of(values)
         return lane_profiles.profile(runs)
 
@@ -91,6 +109,7 @@ class ReferenceBackend:
         geometry: Sequence[int],
         side: str,
     ) -> None:
+        """Count one of a layer's steps by `weight_step`, and the lane profile of the operand that it streams."""
         row = pair_counts.row_of(to.sizes[to.step], _call_sizes(tuple(geometry), side, "weight"))
         self.add_weight_step(to.counters[to.step, row], position, weight, geometry, side)
         _add_lanes(to, profile)
@@ -104,6 +123,7 @@ class ReferenceBackend:
         geometry: Sequence[int],
         first: str,
     ) -> None:
+        """Count a step by `grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
         second = "conv_output" if first == "conv_input" else "conv_input"
         row = pair_counts.row_of(to.sizes[to.step], _call_sizes(tuple(geometry), first, second))
         self.add_grid_step(to.counters[to.step, row], conv_input, conv_output, geometry, first)
@@ -127,6 +147,7 @@ class ReferenceBackend:
         counter += pair_counts.grid_step(conv_input, conv_output, ConvShape.unpack(geometry), first)
 
     def accumulate(self, product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
+        """A product of `gemm.reference`, by name; its accumulator is rounded to a format every `chunk` products."""
         compute = torch.promote_types(quantize.compute_dtype(a), quantize.compute_dtype(b))
         operands = a.to(compute), b.to(compute), ConvShape.unpack(geometry)
         return gemm.PRODUCTS[product](*operands, FORMATS[form], chunk).contiguous()
@@ -134,9 +155,11 @@ class ReferenceBackend:
     def half_convolution(
         self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], arguments: tuple[Any, ...]
     ) -> Tensor:
+        """`half_precision.half_convolution`."""
         return half_precision.half_convolution(x, weight, bias, arguments)
 
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
+        """A step's fresh result rounded to a format, nearest, overflow to infinity, in a dtype; x may be used up."""
         x.copy_(quantize.round_to(x.to(quantize.compute_dtype(x)), FORMATS[form]))
         return x if x.dtype == dtype else x.to(dtype)
 

@@ -13,7 +13,7 @@ from lnpu_torch.ops.parallel import team
 
 
 def lane_profile(values: Tensor, joined: bool) -> Tensor:
-    """`dispatch.Backend.lane_profile` of a dense operand that is not empty."""
+    """`Backend.lane_profile` of a dense operand that is not empty."""
     x = values.detach() != 0
     rows, channels, positions = x.shape[0], x.shape[1], prod(x.shape[2:])
     sizes, joined = (rows, channels, positions, x.dim() == 2 or not x.is_contiguous()), joined or x.dim() == 2

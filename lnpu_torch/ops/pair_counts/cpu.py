@@ -27,7 +27,7 @@ def count_weight_step(
     geometry: Sequence[int],
     side: str,
 ) -> None:
-    """`dispatch.Backend.count_weight_step`."""
+    """`Backend.count_weight_step`."""
     call, shape, constants = _weight_step(tuple(geometry), side)
     counting = (*_addresses(to), call)
     position, weight = position.contiguous(), weight.contiguous()
@@ -43,7 +43,7 @@ def count_grid_step(
     geometry: Sequence[int],
     first: str,
 ) -> None:
-    """`dispatch.Backend.count_grid_step`."""
+    """`Backend.count_grid_step`."""
     call, shapes, samples, constants = _grid_step(tuple(geometry), first)
     counting = (*_addresses(to), call)
     few = conv_input[1].dtype == conv_output[1].dtype == torch.uint8

@@ -101,7 +101,7 @@ def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool
 def quantize(
     x: Tensor, rule: str, threshold: int, want_classes: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dispatch.Backend.quantize`, of a dense float32 tensor; `out`, if it is given, takes the values and lies as x."""
+    """`Backend.quantize`, of a dense float32 tensor; `out`, if it is given, takes the values and lies as x."""
     values = torch.empty_like(x) if out is None else out
     classes = torch.empty_like(x, dtype=torch.uint8) if want_classes else None
     places = (x.data_ptr(), values.data_ptr(), 0 if classes is None else classes.data_ptr())

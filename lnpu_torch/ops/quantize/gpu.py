@@ -19,7 +19,7 @@ from lnpu_torch.quant.precision import Rule
 def quantize_flat(
     x: Tensor, rule: Rule, threshold: Tensor, seed: Tensor | None, stream: int, want_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dispatch.Backend.quantize`."""
+    """`Backend.quantize`."""
     values, groups, totals = kernels.quantize(
         x,
         threshold,
@@ -35,7 +35,7 @@ def quantize_flat(
 
 
 def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, request: Request) -> Rounded:
-    """`dispatch.Backend.round_and_count`."""
+    """`Backend.round_and_count`."""
     rule, (single, half, sampled, lanes) = parsed(request.rule), request.wanted
     apart = lanes and (request.joined or x.dim() == 2)  # the kernel's runs end with each sample
     rounded = kernels.quantize_grid(
@@ -61,7 +61,7 @@ def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, request: Request
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:
-    """`dispatch.Backend.next_threshold`."""
+    """`Backend.next_threshold`."""
     used: Tensor = thresholds.choose(x, choice(rule), states, row, training)
     return used
 

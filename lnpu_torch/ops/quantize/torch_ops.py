@@ -14,7 +14,7 @@ from lnpu_torch.ops.registry import fake, op
 def quantize(
     x: Tensor, threshold: Tensor, seed: Tensor | None, rule: str, stream: int, want_classes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dispatch.Backend.quantize`."""
+    """`Backend.quantize`."""
     return backend_of(x).quantize(x, threshold, seed, rule, stream, want_classes)
 
 
