@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.ops.lanes.cpu import lane_profile
-from lnpu_torch.ops.memory_format import dense, is_dense
+from lnpu_torch.ops.memory_format import is_dense
 from lnpu_torch.ops.pair_counts import cpu as pair_counts
 from lnpu_torch.ops.quantize import cpu as loops
 from lnpu_torch.ops.quantize.reference import UNSET, Request, Rounded, Threshold, sample_step
@@ -67,7 +67,7 @@ class CpuBackend(Backend):
         return super().histogram(x, rule) if values is None else loops.histogram(values, compiled)
 
     def lane_profile(self, values: Tensor, joined: bool = False) -> Tensor:
-        return lane_profile(dense(values), joined) if values.numel() else super().lane_profile(values, joined)
+        return lane_profile(values, joined) if values.numel() else super().lane_profile(values, joined)
 
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
         if not (form == "fp16" and x.dtype == torch.float32 and x.numel() and is_dense(x)):

@@ -17,7 +17,6 @@ from lnpu_torch.counts.lane_configs import (
     LANES,
     LEVELS,
     LONGEST,
-    RUN,
     SYNC_INTERVALS,
 )
 from lnpu_torch.ops.arrays import array_at
@@ -27,75 +26,6 @@ from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
 ENTRIES = len(LANE_CONFIGS)
 TILE = 2**15
 """Runs in a tile, so that it and its maxima stay in a core's own cache."""
-
-
-@compiled
-def add_profile_of(team, nonzero, sizes, joined, lanes):
-    """Add the lane profile of a tensor to `lanes`. Both are addresses.
-
-    Args:
-        nonzero: whether each element is one, uint8.
-        sizes: rows, channels, positions, and whether rows are [positions, channels].
-        joined: whether runs go on from row to row.
-    """
-    rows, channels, positions, last = sizes
-    length = rows * positions if joined else positions
-    shape = (1 if joined else rows, channels, (length + RUN - 1) // RUN)
-    runs = np.empty(shape, np.uint8)
-    if last:
-        marks = array_at(nonzero, (shape[0], length, channels), uint8)
-        in_parallel(team, shares_of(team, shape[0] * shape[2]), _runs_of_last, (marks, runs))
-    else:
-        marks = array_at(nonzero, (rows, channels, positions), uint8)
-        if joined:
-            in_parallel(team, shares_of(team, channels), _joined_runs, (marks, runs))
-        else:
-            in_parallel(team, shares_of(team, rows), _runs_of, (marks, runs))
-    add_profile(team, int64(runs.ctypes.data), shape, lanes)
-
-
-@compiled
-def _runs_of(share, shares, nonzero, runs):
-    """Of some rows [channels, positions]."""
-    first, stop = bounds(len(runs), share, shares)
-    for n in range(first, stop):
-        for c in range(runs.shape[1]):
-            row, counts = nonzero[n, c], runs[n, c]
-            for t in range(len(counts)):
-                count = int32(0)
-                for i in range(t * RUN, min((t + 1) * RUN, len(row))):
-                    count = int32(count + row[i])
-                counts[t] = count
-
-
-@compiled
-def _runs_of_last(share, shares, nonzero, runs):
-    """Of rows [positions, channels], some of all runs."""
-    first, stop = bounds(len(runs) * runs.shape[2], share, shares)
-    counts = np.empty(runs.shape[1], np.uint8)
-    for number in range(first, stop):
-        n, t = number // runs.shape[2], number % runs.shape[2]
-        counts[:] = 0
-        for position in range(t * RUN, min((t + 1) * RUN, nonzero.shape[1])):
-            row = nonzero[n, position]
-            for c in range(len(counts)):
-                counts[c] += row[c]
-        for c in range(len(counts)):
-            runs[n, c, t] = counts[c]
-
-
-@compiled
-def _joined_runs(share, shares, nonzero, runs):
-    """Of some channels of rows [channels, positions], whose runs go on from row to row."""
-    first, stop = bounds(runs.shape[1], share, shares)
-    for c in range(first, stop):
-        counts, place = runs[0, c], 0
-        counts[:] = 0
-        for n in range(len(nonzero)):
-            row = nonzero[n, c]
-            for i in range(len(row)):
-                counts[uint64(place // RUN)] += row[i]
-                place += 1
 
 
 @compiled
@@ -168,11 +98,14 @@ def _joined(work, times):
                 total = int32(total + work[uint64(i * JOIN + j)])
             joined[uint64(i)] = total
     else:
-        for i in range(len(joined)):
-            total, sample, t = int32(0), i // fewer * times, i % fewer * JOIN
-            for j in range(t, min(t + JOIN, times)):
-                total = int32(total + work[uint64(sample + j)])
-            joined[uint64(i)] = total
+        place = 0
+        for start in range(0, len(work), times):
+            for t in range(start, start + times, JOIN):
+                total = int32(0)
+                for j in range(t, min(t + JOIN, start + times)):
+                    total = int32(total + work[uint64(j)])
+                joined[uint64(place)] = total
+                place += 1
     return joined
 
 

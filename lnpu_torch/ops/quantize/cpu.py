@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lnpu_torch.counts.lane_configs import RUN
-from lnpu_torch.ops.lanes.cpu import lane_profile, profile_of_runs
+from lnpu_torch.ops.lanes.cpu import profile_of_runs
 from lnpu_torch.ops.memory_format import dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.parallel import team
@@ -69,7 +69,8 @@ def compiled_rule(text: str) -> CompiledRule:
 def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool = False) -> tuple[Rounded, int]:
     """Round and count a dense float32 operand; if `choosing`, also choose the threshold that x asks for."""
     rule, _, layout, wanted, joined = request
-    kind, positions, samples, sizes, runs_shape, step = _shapes(x.shape, layout, joined or x.dim() == 2)
+    joined = joined or x.dim() == 2
+    kind, positions, samples, sizes, runs_shape, step = _shapes(x.shape, layout, joined)
     chosen = 0
     if choosing:
         chosen = choose_threshold(x, compiled_rule(rule), threshold, step)
@@ -77,7 +78,7 @@ def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool
     half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else None
     over_batch = torch.empty(positions, dtype=torch.int32, device="cpu")
     over_channels = torch.empty(samples, dtype=kind, device="cpu") if wanted[2] else None
-    runs = torch.empty(runs_shape, dtype=torch.uint8, device="cpu") if wanted[3] and runs_shape[0] else None
+    runs = torch.zeros(runs_shape, dtype=torch.uint8, device="cpu") if wanted[3] else None
     address = 0 if over_channels is None else over_channels.data_ptr()
     cpu_loops.quantize_operand(
         team(x.numel()),
@@ -86,15 +87,11 @@ def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool
         0 if half is None else half.data_ptr(),
         over_batch.data_ptr(),
         (address, 0) if kind == torch.uint8 else (0, address),
-        (0 if runs is None else runs.data_ptr(), runs_shape),
+        (0 if runs is None else runs.data_ptr(), runs_shape, joined),
         (*sizes, not x.is_contiguous()),
         parameters(rule, threshold),
     )
-    lanes, values = None, half if single is None else single
-    if runs is not None:
-        lanes = profile_of_runs(runs)
-    elif wanted[3] and values is not None:
-        lanes = lane_profile(values, joined)
+    lanes = None if runs is None else profile_of_runs(runs)
     return Rounded(single, half, over_batch, over_channels, lanes, threshold), chosen
 
 
@@ -141,7 +138,7 @@ def _shapes(shape: torch.Size, layout: tuple[int, int], joined: bool) -> tuple[A
     length = prod(grid)
     sizes, runs = (batch, channels, length, groups, share), (batch, channels, -(-length // RUN))
     if joined:
-        runs = (1, channels, -(-batch // RUN)) if length == 1 else (0, channels, 0)
+        runs = (1, channels, -(-batch * length // RUN))
     return sample_dtype(channels, groups), positions, samples, sizes, runs, sample_step(shape.numel())
 
 

@@ -103,15 +103,6 @@ def _add(sums, terms):
 
 
 @inlined
-def _unpack(packed, fp8, wide):
-    """Add packed counts to FP8 and wide ones; the packed ones are zero afterwards."""
-    for i in range(len(packed)):
-        fp8[i] += int32(packed[i] & uint16(0xFF))
-        wide[i] += int32(packed[i] >> uint16(8))
-    packed[:] = 0
-
-
-@inlined
 def _fold(packed, both, fp8, wide):
     """Sum packed counts [channels, positions] over a power of two of channels; the packed ones are zero afterwards."""
     for i in range(len(packed)):
@@ -127,119 +118,152 @@ def _fold(packed, both, fp8, wide):
 
 
 @inlined
-def _count_runs(marks, positions, runs):
-    """Non-zeros of each run of whole channels [channels, positions], in a row, into `runs`."""
-    if positions % RUN == 0:
-        for t in range(len(marks) // RUN):
-            count = 0
-            for i in range(RUN):
-                count += marks[uint64(t * RUN + i)] != 0
-            runs[uint64(t)] = count
-        return
-    start = 0
-    for place in range(len(marks) // positions * ((positions + RUN - 1) // RUN)):
-        count, stop = 0, start + min(RUN, positions - start % positions)
+def _count_runs(marks, positions, place, first, heads, runs, until):
+    """Add the non-zeros of whole channels [channels, positions], in a row, to those of their runs [channels, times].
+
+    Positions begin at `place` in `runs`. Runs before `first` go to `heads` [channels]. `until`, longer than `marks` by
+    one, is for use here: the non-zeros before each mark.
+    """
+    whole = positions % RUN == 0
+    if not whole:
+        for i in range(len(marks)):
+            until[uint64(i + 1)] = until[uint64(i)] + (marks[uint64(i)] != 0)
+    for c in range(len(runs)):
+        if whole:
+            for t in range(positions // RUN):
+                packed = uint16(0)
+                for i in range(RUN):
+                    packed = uint16(packed + marks[uint64(c * positions + t * RUN + i)])
+                runs[uint64(c), uint64(place // RUN + t)] += uint8((packed & uint16(0xFF)) + (packed >> uint16(8)))
+            continue
+        start, stop, t = c * positions, (c + 1) * positions, place // RUN
+        end = start + RUN - place % RUN
         while start < stop:
-            count += marks[uint64(start)] != 0
-            start += 1
-        runs[uint64(place)] = count
+            end = min(end, stop)
+            count = uint8(until[uint64(end)] - until[uint64(start)])
+            if t < first:
+                heads[uint64(c)] += count
+            else:
+                runs[uint64(c), uint64(t)] += count
+            start, end, t = end, end + RUN, t + 1
 
 
 @compiled
-def _quantize_rows(part, parts, x, single, half, counts, few, many, runs, share, sizes, parameters):
-    """Round a part of the rows [channels, positions] of x, write it, and count its classes by position, sample and run.
+def _quantize_rows(part, parts, x, single, half, packed, few, many, runs, heads, joined, share, sizes, parameters):
+    """Round some of the rows [channels, positions] of x, write them, and count classes by position, sample and run.
 
-    `counts` [parts, 2, blocks, size] is added to, row r in block r // share. Counts over channels go to `few` or to
-    `many` [2, rows, groups * positions], non-zeros of each run to `runs` [rows, channels, times]. Each array but x and
-    counts may be empty. `sizes`: rows, channels, positions, groups.
+    `packed` [blocks, pieces, size]: a piece counts its part of the `share` rows of a block, at most MOST. Counts over
+    channels go to `few` or to `many` [2, rows, groups * positions]. Non-zeros are added to those of each run [rows,
+    channels, times]; where `joined`, to [1, channels, times], but for the run that the part before has begun: to
+    `heads` [parts, channels]. Each array but x and `packed` may be empty. `sizes`: rows, channels, positions, groups.
     """
-    rows, channels, positions, groups = sizes
-    size, sampled = channels * positions, few.shape[1] + many.shape[1] > 0
-    group = size // groups
+    _, channels, positions, groups = sizes
+    size, sampled, pieces = channels * positions, few.shape[1] + many.shape[1] > 0, packed.shape[1]
+    alone = groups == channels > 1  # a channel's counts are its marks
+    group = size if alone else size // groups
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
-    packed, sums = np.zeros(size, np.uint16), np.zeros(run, np.uint16)
+    sums, over_channels = np.zeros(run, np.uint16), np.zeros((2, groups, positions), np.int32)
     values, marks, both = np.empty(run, np.float32), np.empty(run, np.uint16), np.empty(run, np.int32)
-    over_channels = np.zeros((2, groups, positions), np.int32)
-    added, summed = 0, 0
-    begin_row, end_row = bounds(rows, part, parts)
-    for row in range(begin_row, end_row):
-        start = 0
-        while start < size:
-            stop = min(start + run, start - start % group + group)
-            a, b = row * size + start, row * size + stop
-            chunk, known = single[a:b] if len(single) else values[: b - a], marks[: b - a]
-            _round(x[a:b], chunk, known, parameters)
-            if len(half):
-                _to_half(chunk, half[a:b])
-            _add(packed[start:stop], known)
-            if sampled:
-                _add(sums, known)
-                summed += 1
-                if stop % group == 0 or summed == MOST:
-                    _fold(sums, both, over_channels[0, start // group], over_channels[1, start // group])
-                    summed = 0
-            if len(runs):
-                _count_runs(known, positions, runs[row].reshape(-1)[start // positions * runs.shape[2] :])
-            start = stop
-        if sampled:
-            _keep(over_channels.reshape((2, groups * positions)), few, many, row)
-        added += 1
-        if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
-            _unpack(packed, counts[part, 0, row // share], counts[part, 1, row // share])
-            added = 0
+    until = np.zeros(run + 1, np.int32)
+    begin, end = bounds(len(packed) * pieces, part, parts)
+    first = (_first_row(begin, pieces, share) * positions + RUN - 1) // RUN if joined else 0
+    for piece in range(begin, end):
+        counts = packed[piece // pieces, piece % pieces]
+        counts[:] = 0
+        for row in range(_first_row(piece, pieces, share), _first_row(piece + 1, pieces, share)):
+            start, summed = 0, 0
+            while start < size:
+                stop = min(start + run, start - start % group + group)
+                a, b = row * size + start, row * size + stop
+                chunk, known = single[a:b] if len(single) else values[: b - a], marks[: b - a]
+                _round(x[a:b], chunk, known, parameters)
+                if len(half):
+                    _to_half(chunk, half[a:b])
+                _add(counts[start:stop], known)
+                if sampled and alone:
+                    _put_marks(known, few[0, row, start:stop], few[1, row, start:stop])
+                elif sampled:
+                    _add(sums, known)
+                    summed += 1
+                    if stop % group == 0 or summed == MOST:
+                        _fold(sums, both, over_channels[0, start // group], over_channels[1, start // group])
+                        summed = 0
+                if len(runs):
+                    c, d = start // positions, stop // positions
+                    place, of = (row * positions, 0) if joined else (0, row)
+                    _count_runs(known, positions, place, first, heads[part, c:d], runs[of, c:d], until)
+                start = stop
+            if sampled and not alone:
+                _keep(over_channels.reshape((2, groups * positions)), few, many, row)
 
 
 @compiled
-def _quantize_rows_last(part, parts, x, single, half, counts, few, many, runs, share, sizes, parameters):
-    """`_quantize_rows` for rows [positions, channels]; short rows are rounded several at once.
-
-    Where there is one position, and `runs` are of one row, they go on from row to row.
-    """
-    rows, channels, positions, groups = sizes
-    size, sampled = channels * positions, few.shape[1] + many.shape[1] > 0
+def _quantize_rows_last(part, parts, x, single, half, packed, few, many, runs, heads, joined, share, sizes, parameters):
+    """`_quantize_rows` for rows [positions, channels]; short rows are rounded several at once."""
+    _, channels, positions, groups = sizes
+    size, sampled, pieces = channels * positions, few.shape[1] + many.shape[1] > 0, packed.shape[1]
     together = min(RUN, _power_of_two(CHUNK // channels))  # positions, a divisor of RUN
     run, length = channels * together, channels // groups
     at_once = max(1, CHUNK // size) if run >= size else 1
     rounded = max(run, at_once * size)
-    packed, sums = np.zeros(size, np.uint16), np.zeros(run, np.uint16)
+    sums, over_channels = np.zeros(run, np.uint16), np.zeros((2, groups, positions), np.int32)
     values, marks = np.empty(rounded, np.float32), np.empty(rounded, np.uint16)
-    over_channels = np.zeros((2, groups, positions), np.int32)
-    added, joined = 0, len(runs) == 1 and positions == 1
-    begin_row, end_row = bounds((rows + RUN - 1) // RUN if joined else rows, part, parts)
-    if joined:
-        begin_row, end_row = begin_row * RUN, min(end_row * RUN, rows)
-    for row in range(begin_row, end_row):
-        for start in range(0, size, run):
-            stop, position, place = min(start + run, size), start // channels, 0
-            if at_once > 1:
-                place = (row - begin_row) % at_once * size
-            if place == 0:
-                a, b = row * size + start, row * size + stop if at_once == 1 else min(row + at_once, end_row) * size
-                chunk = single[a:b] if len(single) else values[: b - a]
-                _round(x[a:b], chunk, marks, parameters)
-                if len(half):
-                    _to_half(chunk, half[a:b])
-            known = marks[place : place + stop - start]
-            _add(packed[start:stop], known)
+    begin, end = bounds(len(packed) * pieces, part, parts)
+    begin_row, end_row = _first_row(begin, pieces, share), _first_row(end, pieces, share)
+    first = (begin_row * positions + RUN - 1) // RUN if joined else 0
+    for piece in range(begin, end):
+        counts = packed[piece // pieces, piece % pieces]
+        counts[:] = 0
+        for row in range(_first_row(piece, pieces, share), _first_row(piece + 1, pieces, share)):
+            before, start = row * positions if joined else 0, 0
+            while start < size:
+                position, place = start // channels, 0
+                stop = min(start + run - (before + position) % together * channels, size)
+                if at_once > 1:
+                    place = (row - begin_row) % at_once * size
+                if place == 0 and (at_once == 1 or start == 0):
+                    a, b = row * size + start, row * size + stop
+                    b = b if at_once == 1 else min(row + at_once, end_row) * size
+                    chunk = single[a:b] if len(single) else values[: b - a]
+                    _round(x[a:b], chunk, marks, parameters)
+                    if len(half):
+                        _to_half(chunk, half[a:b])
+                if at_once > 1:
+                    place += start
+                known = marks[place : place + stop - start]
+                _add(counts[start:stop], known)
+                if sampled:
+                    for p in range(len(known) // channels):
+                        for g in range(groups):
+                            of = p * channels + g * length
+                            fp8, wide = _totals(known[of : of + length])
+                            over_channels[0, g, position + p], over_channels[1, g, position + p] = fp8, wide
+                if len(runs):
+                    _add(sums, known)
+                    after = before + stop // channels
+                    if after % RUN == 0 or (stop == size and (not joined or row == end_row - 1)):
+                        t = (after - 1) // RUN
+                        if t < first:
+                            _fold_runs(sums, heads[part])
+                        else:
+                            _fold_runs(sums, runs[0 if joined else row, :, t])
+                start = stop
             if sampled:
-                for p in range(len(known) // channels):
-                    for g in range(groups):
-                        first = p * channels + g * length
-                        fp8, wide = _totals(known[first : first + length])
-                        over_channels[0, g, position + p], over_channels[1, g, position + p] = fp8, wide
-            if len(runs):
-                _add(sums, known)
-                if joined:
-                    if (row + 1) % RUN == 0 or row == end_row - 1:
-                        _fold_runs(sums, runs[0], row // RUN)
-                elif (position + together) % RUN == 0 or stop == size:
-                    _fold_runs(sums, runs[row], position // RUN)
-        if sampled:
-            _keep(over_channels.reshape((2, groups * positions)), few, many, row)
-        added += 1
-        if added == MOST or (row + 1) % share == 0 or row == end_row - 1:
-            _unpack(packed, counts[part, 0, row // share], counts[part, 1, row // share])
-            added = 0
+                _keep(over_channels.reshape((2, groups * positions)), few, many, row)
+
+
+@inlined
+def _first_row(piece, pieces, share):
+    """Where a piece begins, of so many in each block of `share` rows."""
+    return piece // pieces * share + piece % pieces * share // pieces
+
+
+@inlined
+def _put_marks(marks, fp8, wide):
+    """Marks as counts of one element each."""
+    for i in range(len(marks)):
+        fp8[i] = uint8(marks[i] & uint16(0xFF))
+        wide[i] = uint8(marks[i] >> uint16(8))
 
 
 @inlined
@@ -266,13 +290,13 @@ def _totals(marks):
 
 
 @inlined
-def _fold_runs(packed, runs, t):
-    """Packed counts [positions, channels] -> non-zeros of a run of each channel; packed ones are zero afterwards."""
+def _fold_runs(packed, runs):
+    """Add packed counts [positions, channels] to the non-zeros of a run of each channel; they are zero afterwards."""
     channels = len(runs)
     for start in range(channels, len(packed), channels):
         _add(packed, packed[start : start + channels])
     for c in range(channels):
-        runs[uint64(c), uint64(t)] = uint8((packed[c] & uint16(0xFF)) + (packed[c] >> uint16(8)))
+        runs[uint64(c)] += uint8((packed[c] & uint16(0xFF)) + (packed[c] >> uint16(8)))
     packed[:] = 0
 
 
@@ -309,49 +333,81 @@ def quantize_operand(team, x, single, half, over_batch, over_channels, runs, siz
         single, half: the rounded values, float32 and the bits of binary16.
         over_batch: int32 [2, rows / share, channels, positions], sums over `share` rows each.
         over_channels: two addresses, of uint8 or of int32 [2, rows, groups, positions].
-        runs: address and shape of the non-zeros of each run, uint8 [rows, channels, times]; [1, channels, times] where
-            rows have one position, and runs go on from row to row.
+        runs: address and shape of the non-zeros of each run, uint8 [rows, channels, times], zero before; and whether
+            runs go on from row to row: then [1, channels, times].
         sizes: rows, channels, positions, groups, share, and whether rows are [positions, channels].
         parameters: what `_rounding` takes.
     """
     rows, channels, positions, groups, share, last = sizes
     last |= positions == 1
     size, blocks = rows * channels * positions, rows // share
-    counts = np.zeros((shares_of(team, rows), 2, blocks, channels * positions), np.int32)
+    parts = shares_of(team, rows)
+    pieces = (share + MOST - 1) // MOST
+    if blocks < parts:  # as many in each part
+        pieces = min(share, (pieces + parts - 1) // parts * parts)
+    packed, heads = np.empty((blocks, pieces, channels * positions), np.uint16), np.zeros((parts, channels), np.uint8)
+    counted = array_at(runs[0], (wanted(runs[0], runs[1][0]), channels, runs[1][2]), uint8)
     arguments = (
         array_at(x, (size,), float32),
         array_at(single, (wanted(single, size),), float32),
         array_at(half, (wanted(half, size),), uint16),
-        counts,
+        packed,
         array_at(over_channels[0], (2, wanted(over_channels[0], rows), groups * positions), uint8),
         array_at(over_channels[1], (2, wanted(over_channels[1], rows), groups * positions), int32),
-        array_at(runs[0], (wanted(runs[0], runs[1][0]), channels, runs[1][2]), uint8),
+        counted,
+        heads,
+        runs[2],
         share,
         (rows, channels, positions, groups),
         _rounding(parameters),
     )
     if last:
-        in_parallel(team, len(counts), _quantize_rows_last, arguments)
+        in_parallel(team, parts, _quantize_rows_last, arguments)
     else:
-        in_parallel(team, len(counts), _quantize_rows, arguments)
+        in_parallel(team, parts, _quantize_rows, arguments)
+    if len(counted) and runs[2]:
+        for part in range(1, parts):
+            begin, _ = bounds(blocks * pieces, part, parts)
+            t = _first_row(begin, pieces, share) * positions // RUN
+            for c in range(channels):
+                counted[0, uint64(c), min(t, runs[1][2] - 1)] += heads[part, uint64(c)]
     target = array_at(over_batch, (2, blocks, channels * positions), int32)
-    in_parallel(team, 2 * blocks, _sum_counts, (counts, target, positions, last))
+    in_parallel(team, shares_of(team, blocks * channels), _unpack, (packed, target, positions, last))
 
 
 @compiled
-def _sum_counts(number, shares, counts, position, positions, last):
-    """Sum one block's counts of one group over shares, and turn them to [channels, positions]."""
-    group, block = number % 2, number // 2
-    total, target, channels = counts[0, group, block], position[group, block], position.shape[2] // positions
-    for i in range(1, len(counts)):
-        _add(total, counts[i, group, block])
-    if last:
-        for c in range(channels):
-            for p in range(positions):
-                target[uint64(c * positions + p)] = total[uint64(p * channels + c)]
+def _unpack(share, shares, packed, position, positions, last):
+    """Sum packed counts [blocks, pieces, size] over pieces, into FP8 and wide ones [2, blocks, channels, positions]."""
+    channels = position.shape[2] // positions
+    first, stop = bounds(len(packed) * channels, share, shares)
+    while first < stop:
+        block, begin = first // channels, first % channels
+        end = min(channels, begin + stop - first)
+        fp8, wide = position[0, block], position[1, block]
+        if last and positions > 1:
+            for piece in range(packed.shape[1]):
+                counts = packed[block, piece]
+                for c in range(begin, end):
+                    for p in range(positions):
+                        count, target = counts[uint64(p * channels + c)], uint64(c * positions + p)
+                        _unpack_one(fp8, wide, target, count, piece)
+        else:
+            for piece in range(packed.shape[1]):
+                counts = packed[block, piece]
+                for i in range(begin * positions, end * positions):
+                    _unpack_one(fp8, wide, uint64(i), counts[uint64(i)], piece)
+        first += end - begin
+
+
+@inlined
+def _unpack_one(fp8, wide, place, count, piece):
+    """Put the first piece's count there, or add another one's."""
+    if piece:
+        fp8[place] += int32(count & uint16(0xFF))
+        wide[place] += int32(count >> uint16(8))
     else:
-        for i in range(len(target)):
-            target[i] = total[i]
+        fp8[place] = int32(count & uint16(0xFF))
+        wide[place] = int32(count >> uint16(8))
 
 
 @compiled

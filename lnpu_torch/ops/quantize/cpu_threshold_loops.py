@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, float64, int32, int64
+from numba import float32, float64, int32, int64, uint64
 from numba.extending import intrinsic
 
 from lnpu_torch.ops.arrays import array_at
@@ -145,14 +145,23 @@ def _add_histogram(share, shares, x, step, count, smallest, largest, turned, par
     counts = np.zeros((4, largest - smallest + 2), np.int32)  # in turn, so that no sum waits for the one before
     fetched, (channels, positions) = np.empty(FETCHED, np.int32), turned
     first, last = bounds(count, share, shares)
+    at = first * step
+    in_row = max(1, channels * positions)
+    row, channel, position = at // in_row * in_row, at % in_row // max(1, positions), at % max(1, positions)
+    channel_step, position_step = step // max(1, positions), step % max(1, positions)
     for start in range(first, last, FETCHED):
         number = min(FETCHED, last - start)
         for i in range(number):
-            at = (start + i) * step
             if channels:
-                place = at % (channels * positions)
-                at += (place % positions) * channels + place // positions - place
-            fetched[i] = bits_of(x[at]) & MAGNITUDE
+                at = row + position * channels + channel
+                channel, position = channel + channel_step, position + position_step
+                if position >= positions:
+                    channel, position = channel + 1, position - positions
+                while channel >= channels:
+                    row, channel = row + in_row, channel - channels
+            else:
+                at = (start + i) * step
+            fetched[i] = bits_of(x[uint64(at)]) & MAGNITUDE
         for i in range(number):
             magnitude = fetched[i]
             quarter = min(max((magnitude >> 21) - 4 * 127, smallest - 1), largest) - (smallest - 1)
