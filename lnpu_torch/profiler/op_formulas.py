@@ -36,24 +36,16 @@ class Call(NamedTuple):
         return self.out[0] if isinstance(self.out, tuple) else self.out
 
     @property
-    def read(self) -> int:
-        """Floating-point elements of all arguments, but for the one to write to."""
-        named = [value for name, value in self.kwargs.items() if name != "out"] if self.kwargs else None
-        return floats(self.args) + floats(named)
+    def operands(self) -> Any:
+        """All arguments, but for the one to write to."""
+        return (
+            [self.args, [value for name, value in self.kwargs.items() if name != "out"]] if self.kwargs else self.args
+        )
 
     @property
     def size(self) -> int:
         """Elements of the main result."""
         return elements(self.result)
-
-
-class Work(NamedTuple):
-    """What a call amounts to: operations, special functions, and floating-point elements read and written."""
-
-    operations: int
-    special: int
-    read: int
-    written: int
 
 
 Operations = tuple[int, int]
@@ -79,13 +71,9 @@ class Formula:
     mask: Callable[[Call], tuple[Tensor, int]] | None = None
     on_the_way: bool = False
 
-    def work(self, call: Call) -> Work | None:
-        """What one call amounts to; None if it is no vector operation, as a product without bias or of integers."""
-        read = floats(self.read(call)) if self.read else call.read
-        counted = self.count(call) if read else None
-        if counted is None:
-            return None
-        return Work(*counted, read, floats(self.results(call)))
+    def reads(self, call: Call) -> Any:
+        """What a call reads."""
+        return self.read(call) if self.read else call.operands
 
     def results(self, call: Call) -> Any:
         """What a call writes; an op on lists of tensors that changes the first list returns nothing."""
@@ -101,24 +89,23 @@ def elements(x: Any) -> int:
     return sum(map(elements, x)) if isinstance(x, list | tuple) else 0
 
 
-def floats(x: Any) -> int:
-    """Floating-point elements in a tensor, or in all tensors of nested lists."""
-    if isinstance(x, Tensor):
-        return x.numel() if x.is_floating_point() else 0
-    return sum([floats(one) for one in x]) if isinstance(x, (list, tuple)) else 0
-
-
 def tensors(x: Any) -> list[Tensor]:
-    """Floating-point tensors in nested lists, but for empty ones and single numbers."""
-    found, waiting = [], [x]
-    while waiting:  # no generator or recursion: this runs several times for each op
-        one = waiting.pop()
+    """Floating-point tensors in nested lists."""
+    if isinstance(x, Tensor):
+        return [x] if x.is_floating_point() else []
+    found: list[Tensor] = []
+    for one in x if isinstance(x, (list, tuple)) else ():
         if isinstance(one, Tensor):
-            if one.is_floating_point() and one.dim() and one.numel():
+            if one.is_floating_point():
                 found.append(one)
         elif isinstance(one, (list, tuple)):
-            waiting.extend(reversed(one))
+            found += tensors(one)
     return found
+
+
+def size_of(found: list[Tensor]) -> int:
+    """Elements of all of them."""
+    return sum([x.numel() for x in found])
 
 
 def each(kind: Kind, operations: int, special: int = 0) -> Formula:

@@ -20,6 +20,7 @@ class Other(Enum):
     COMPOSITE = "made of ops that have formulas"
     BEGINS = "begins a named range, as an optimizer's step does"
     ENDS = "ends a named range"
+    LAYER = "an emulated layer's pass, seen where torch.compile has put it into code of its own"
     UNKNOWN = "not known"
 
 
@@ -210,6 +211,8 @@ def find(func: Any) -> Formula | Other:
     space, _, name = full.partition("::")
     if full in SPECIAL or space in SILENT:
         return SPECIAL.get(full, Other.NOTHING)
+    if name.startswith("layer_") and space == "lnpu":
+        return Other.LAYER
     if space.startswith("lnpu"):  # the datapath of the multiply-accumulates, or emulation
         return Other.NOTHING
     name = name.rstrip("_").removeprefix("_foreach_")

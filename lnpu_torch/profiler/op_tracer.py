@@ -11,6 +11,7 @@ from types import CodeType
 from typing import Any, NamedTuple, Self
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
@@ -28,7 +29,7 @@ from lnpu_torch.counts.vector_ops import (
 )
 from lnpu_torch.nn.coverage import is_product, macs
 from lnpu_torch.nn.observers import LayerObserver, LayerSteps
-from lnpu_torch.profiler.op_formulas import Call, Formula, tensors
+from lnpu_torch.profiler.op_formulas import Call, Formula, size_of, tensors
 from lnpu_torch.profiler.op_table import Other, find, general_kind
 from lnpu_torch.profiler.reuse_tracker import PERIOD, Flow, Piece, ReuseTracker, pieces, width
 
@@ -44,8 +45,6 @@ COMPILED_FUNCTION = (
     "a function that torch.compile made is alive in this process, and what it computes is not seen "
     "(torch._dynamo.reset() discards it)"
 )
-INSIDE_LAYERS = ("::read", "::round_and_count", "::count_float")
-"""Ops of emulated layers. They are hidden where the layers run in eager mode."""
 
 
 class Moved(NamedTuple):
@@ -108,13 +107,13 @@ class _Ranges(threading.local):
         """Begin to note tensors."""
         self.fetched, self.stored, self.made = set[int](), set[int](), set[int]()
 
-    def renew(self, made: Any) -> None:
+    def renew(self, made: list[Tensor]) -> None:
         """Tensors that the step has made without computing, such as copies; one may lie where another lay before."""
-        for x in tensors(made):
+        for x in filter(_is_array, made):
             self.made.add(x.data_ptr())
             self.fetched.discard(x.data_ptr())
 
-    def moved(self, operands: Any, results: Any) -> Moved:
+    def moved(self, operands: list[Tensor], results: list[Tensor]) -> Moved:
         """What a call of the step is the first to fetch, and the first to change of what stays after it.
 
         What is fetched and not changed is a gradient, in FP16. What is changed has torch's own width; if that is more,
@@ -122,7 +121,7 @@ class _Ranges(threading.local):
         the way is none of what stays.
         """
         fetched = stored = read = written = 0
-        for x in tensors(operands):
+        for x in filter(_is_array, operands):
             if isinstance(x, Parameter) and x.grad is not None and x.grad.data_ptr() in self.stored:
                 self.stored.remove(x.grad.data_ptr())
                 stored -= x.numel()
@@ -132,7 +131,7 @@ class _Ranges(threading.local):
                 self.fetched.add(address)
                 fetched += x.numel()
                 read, written = read + x.numel(), written + min(width(x) - 1, 1) * x.numel()
-        for x in tensors(results):
+        for x in filter(_is_array, results):
             if (address := x.data_ptr()) not in self.fetched:
                 self.made.add(address)
             elif address not in self.stored:
@@ -274,12 +273,14 @@ class OpTracer:
             self.reuse.made(results)
 
     def _add_up(self, key: tuple[Kind, Phase, str, str], values: tuple[int, ...], uses: Sequence[Use] = ()) -> None:
-        sums = self._sums.setdefault(key, [0] * len(SUMS))
+        sums = self._sums.get(key)
+        if sums is None:
+            sums = self._sums[key] = [0] * len(SUMS)
         for index, value in enumerate(values):
             sums[index] += value
-        if any(use.read or use.written for use in uses):
-            known = self._uses.setdefault(key, {})
-            for distance, read, written in uses:
+        for distance, read, written in uses:
+            if read or written:
+                known = self._uses.setdefault(key, {})
                 before = known.get(distance, (0, 0))
                 known[distance] = (before[0] + read, before[1] + written)
 
@@ -324,6 +325,22 @@ class OpTracer:
             self._reason = COMPILED_FUNCTION
 
 
+class _Op(NamedTuple):
+    """An op: what is known of it, whether it `is_product`, its name without namespace, whether it is one on lists."""
+
+    found: Formula | Other
+    product: bool
+    name: str
+    on_lists: bool
+
+    @classmethod
+    def of(cls, func: Any) -> Self:
+        """Of an overload, or of an op of higher order."""
+        found, name = find(func), func._schema.name if isinstance(func, torch._ops.OpOverload) else str(func)
+        product = found is not Other.LAYER and is_product(func)
+        return cls(found, product, name.removeprefix("aten::").rstrip("_"), "::_foreach_" in name)
+
+
 class _OpMode(LayerObserver):
     """The one mode of a thread, which passes what it sees to the tracers that were started there."""
 
@@ -332,7 +349,7 @@ class _OpMode(LayerObserver):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracers: list[OpTracer] = []
-        self._found: dict[Any, Formula | Other] = {}
+        self._ops: dict[Any, _Op] = {}
         self._ranges = _Ranges()
 
     @classmethod
@@ -359,23 +376,21 @@ class _OpMode(LayerObserver):
             _push_mode(mode)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = self._found.get(func) or self._found.setdefault(func, find(func))
-        if found is Other.NOTHING:  # four in five, so they come first
-            if not self.blind and func._schema.name.endswith(INSIDE_LAYERS):
-                self._tell(OpTracer.saw_compiled)
+        op = self._ops.get(func) or self._ops.setdefault(func, _Op.of(func))
+        if op.found is Other.NOTHING:  # four in five, so they come first
             return func(*args, **kwargs) if kwargs else func(*args)
         if self.blind:
             return func(*args, **kwargs or {})
-        if found is Other.COMPOSITE:
+        if op.found is Other.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs or {})
         call = Call(args, kwargs or {}, func(*args, **kwargs or {}))
-        if is_product(func):
+        if op.product:
             self._add_product(func, call)
-        if isinstance(found, Formula):
-            self._add(func, found, call)
+        if isinstance(op.found, Formula):
+            self._add(func, op, op.found, call)
         else:
-            self._note(func, found, call)
+            self._note(func, op, call)
         return call.out
 
     def _tell(self, what: Callable[..., None], *args: Any) -> None:
@@ -402,57 +417,68 @@ class _OpMode(LayerObserver):
         if node is not None and node.name() == "CompiledFunctionBackward":
             self._tell(OpTracer.saw_compiled)
 
-    def _add(self, func: Any, formula: Formula, call: Call) -> None:
+    def _add(self, func: Any, op: _Op, formula: Formula, call: Call) -> None:
         try:
-            work = formula.work(call)
-            if work is None:
+            reads = tensors(formula.reads(call))
+            read = size_of(reads)
+            counted = formula.count(call) if read else None
+            if counted is None:  # no vector operation: a product without bias, or of integers
                 return
-            kind, phase = self._place(func, formula, call)
-            moved = self._moved(formula, call) if phase == "update" else None
-            flow = _flow(formula, call) if moved is None else Flow((), ())
+            results = tensors(formula.results(call))
+            kind, phase = self._place(func, op, formula, call)
+            moved, flow, total = None, Flow((), ()), None
+            if phase == "update":
+                moved = self._moved(formula, call, results)
+            else:
+                flow = Flow(pieces(reads), pieces(results), formula.whole, _masks(formula, call))
+            if phase == "backward" and flow.results and op.name == "add" and _sums_gradients():
+                total = flow.results[0]
         except UNREADABLE:
-            self._note(func, Other.UNKNOWN, call)
+            self._note(func, op._replace(found=Other.UNKNOWN), call)
             return
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        values = (1, work.read, work.written, work.operations, work.special, *(moved or ())[:2])
-        total = flow.results[0] if phase == "backward" and flow.results and _sums_gradients() else None
-        self._tell(OpTracer.saw, Seen(kind, phase, name, values, flow, moved, self._ranges.step, total))
+        values = (1, read, size_of(results), *counted, *(moved or ())[:2])
+        self._tell(OpTracer.saw, Seen(kind, phase, op.name, values, flow, moved, self._ranges.step, total))
 
-    def _place(self, func: Any, formula: Formula, call: Call) -> tuple[Kind, Phase]:
+    def _place(self, func: Any, op: _Op, formula: Formula, call: Call) -> tuple[Kind, Phase]:
         """An op's kind and phase."""
+        updates = op.on_lists or formula.kind == "optimizer"
         if any(self._ranges.open):
             self._ranges.closure = self._ranges.in_closure()
-        updates = any(self._ranges.open) and self._ranges.closure is False
-        if formula.kind == "optimizer" or updates or "::_foreach_" in func._schema.name:
+            updates |= not self._ranges.closure
+        if updates:
             return "optimizer", "update"
         backward = _in_backward()
-        node = torch._C._current_autograd_node() if backward else None
-        kind = formula.kind if formula.kind != "other" else general_kind(func, call, node)
+        kind = formula.kind
+        if kind == "other":
+            kind = general_kind(func, call, torch._C._current_autograd_node() if backward else None)
         return kind, "backward" if backward else "forward"
 
-    def _moved(self, formula: Formula, call: Call) -> Moved:
+    def _moved(self, formula: Formula, call: Call, results: list[Tensor]) -> Moved:
         """What an update's call fetches and stores; one that is in no optimizer's step is a step of its own."""
         if formula.on_the_way:
             return Moved(0, 0, 0, 0)
         if not any(self._ranges.open):
             self._ranges.forget()
-        return self._ranges.moved([call.args, *call.kwargs.values()], formula.results(call))
+        return self._ranges.moved(tensors([call.args, *call.kwargs.values()]), results)
 
-    def _note(self, func: Any, found: Other, call: Call) -> None:
+    def _note(self, func: Any, op: _Op, call: Call) -> None:
         """What ops without a formula tell."""
-        if found is Other.MOVES:
+        if op.found is Other.MOVES:
             updates = any(self._ranges.open) and not self._ranges.in_closure()
-            if updates and (not call.args or call.out is not call.args[0]):
-                self._ranges.renew(call.out)
+            made = tensors(call.out)
             if not updates:
-                self._tell(OpTracer.made, pieces(call.out))
-        elif found is Other.BEGINS:
+                self._tell(OpTracer.made, pieces(made))
+            elif not call.args or call.out is not call.args[0]:
+                self._ranges.renew(made)
+        elif op.found is Other.BEGINS:
             self._ranges.open.append(str(call.args[0]).startswith(OPTIMIZER_STEP))
             if self._ranges.open[-1]:
                 self._ranges.begin()
-        elif found is Other.ENDS and self._ranges.open:
+        elif op.found is Other.ENDS and self._ranges.open:
             self._ranges.open.pop()
-        elif found is Other.UNKNOWN and call.read and not is_product(func):
+        elif op.found is Other.LAYER:
+            self._tell(OpTracer.saw_compiled)
+        elif op.found is Other.UNKNOWN and not op.product and size_of(tensors(call.operands)):
             self._tell(OpTracer.miss, func)
 
 
@@ -464,14 +490,17 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _flow(formula: Formula, call: Call) -> Flow:
-    """What a call reads and writes."""
-    reads = formula.read(call) if formula.read else [call.args, [x for key, x in call.kwargs.items() if key != "out"]]
-    masks: tuple[Piece, ...] = ()
-    if formula.mask:
-        of, bits = formula.mask(call)
-        masks = pieces(of, -(-bits // 16))
-    return Flow(pieces(reads), pieces(formula.results(call)), formula.whole, masks)
+def _masks(formula: Formula, call: Call) -> tuple[Piece, ...]:
+    """What a call reads of which bits were kept."""
+    if formula.mask is None:
+        return ()
+    of, bits = formula.mask(call)
+    return pieces(tensors(of), -(-bits // 16))
+
+
+def _is_array(x: Tensor) -> bool:
+    """Whether a tensor is neither empty nor a single number."""
+    return x.dim() > 0 and x.numel() > 0
 
 
 def _sums_gradients() -> bool:

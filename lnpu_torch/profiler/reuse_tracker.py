@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lnpu_torch.counts.vector_ops import NEVER, Use, rounded
-from lnpu_torch.profiler.op_formulas import tensors
 
 PERIOD = 0
 """Stands for the distance from one optimizer's step to the next, until that is known."""
@@ -41,10 +40,20 @@ class Flow(NamedTuple):
     masks: tuple[Piece, ...] = ()
 
 
-def pieces(x: Any, words: int | None = None) -> tuple[Piece, ...]:
-    """The floating-point tensors in nested lists; of so many words, or of one for each element."""
-    found = [(each.untyped_storage(), each.numel() if words is None else words) for each in tensors(x)]
-    return tuple([Piece(storage._cdata, storage, count) for storage, count in found])
+def pieces(found: list[Tensor], words: int | None = None) -> tuple[Piece, ...]:
+    """Tensors, but for empty ones and single numbers; of so many words, or of one for each element."""
+    kept = []
+    for x in found:
+        if x.dim() and (count := x.numel()):
+            storage = x.untyped_storage()
+            kept.append(Piece(storage._cdata, storage, count if words is None else words))
+    return tuple(kept)
+
+
+def _read_twice(reads: tuple[Piece, ...]) -> int:
+    """Words of the tensors that are there more than once."""
+    often = Counter(each.key for each in reads)
+    return sum({each.key: each.words for each in reads if often[each.key] > 1}.values())
 
 
 def width(x: Tensor) -> int:
@@ -52,7 +61,7 @@ def width(x: Tensor) -> int:
     return -(-x.element_size() // 2)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Known:
     """A tensor: what had passed when it was used last, and the greatest distance from which it was read again.
 
@@ -123,8 +132,7 @@ class ReuseTracker:
         """
         uses: list[Use] = []
         seen: set[int] = set()
-        often = Counter(each.key for each in flow.reads)
-        twice = sum({each.key: each.words for each in flow.reads if often[each.key] > 1}.values())
+        twice = _read_twice(flow.reads) if flow.whole else 0
         for each in flow.reads:
             known = self._known.get(each.key)
             if known is None:
@@ -141,7 +149,7 @@ class ReuseTracker:
                 distance = rounded(each.words + self.passed - known.last)
                 uses.append(Use(distance, each.words, each.words if distance > known.mask_for else 0))
                 known.mask_for = max(known.mask_for, distance)
-        self.passed += sum(use.read for use in uses) + sum(each.words for each in flow.results)
+        self.passed += sum([use.read for use in uses]) + sum([each.words for each in flow.results])
         for key in seen:
             self._known[key].last = self.passed
         self._made = set()
