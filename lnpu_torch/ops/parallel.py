@@ -42,10 +42,11 @@ def team(elements: int) -> tuple[int, int]:
     """Who works on so many numbers, for `in_parallel`: the launcher's address, and how many threads.
 
     A launcher is a C function as OpenMP's own: void (void (*region)(void *), void *common, unsigned threads,
-    unsigned flags). It returns when each thread has run the region.
+    unsigned flags). It returns when each thread has run the region. The thread at hand alone needs none: 0.
     """
-    threads = torch.get_num_threads() if elements >= SMALL else 1
-    return _address(os.getpid() == PROCESS), threads
+    if elements < SMALL:
+        return 0, 1
+    return _address(os.getpid() == PROCESS), torch.get_num_threads()
 
 
 @lru_cache(maxsize=2)
@@ -129,8 +130,13 @@ def in_parallel(typing: Any, team: Any, shares: Any, worker: Any, arguments: Any
         region = _region(context, builder.module, worker.dispatcher.overloads[inner.args], arguments, common)
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [region.type, ADDRESS, number, number])
-        launch = builder.inttoptr(launcher, kind.as_pointer())
-        builder.call(launch, [region, builder.bitcast(place, ADDRESS), builder.trunc(threads, number), number(0)])
+        given = builder.bitcast(place, ADDRESS)
+        with builder.if_else(cgutils.is_null(builder, launcher)) as (alone, together):
+            with alone:
+                builder.call(region, [given])
+            with together:
+                launch = builder.inttoptr(launcher, kind.as_pointer())
+                builder.call(launch, [region, given, builder.trunc(threads, number), number(0)])
         failed = builder.load(cgutils.gep_inbounds(builder, place, 0, FAILED))
         with builder.if_then(cgutils.is_true(builder, failed), likely=False):
             context.call_conv.return_user_exc(builder, MemoryError, ("a loop on several threads failed",))

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnpu_torch.counts.lane_configs import RUN
-from lnpu_torch.ops.lanes.cpu import profile_of_runs
+from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.memory_format import dense
 from lnpu_torch.ops.pair_counts.reference import sample_dtype
 from lnpu_torch.ops.parallel import team
@@ -70,28 +69,24 @@ def quantize_operand(x: Tensor, threshold: int, request: Request, choosing: bool
     """Round and count a dense float32 operand; if `choosing`, also choose the threshold that x asks for."""
     rule, _, layout, wanted, joined = request
     joined = joined or x.dim() == 2
-    kind, positions, samples, sizes, runs_shape, step = _shapes(x.shape, layout, joined)
-    chosen = 0
-    if choosing:
-        chosen = choose_threshold(x, compiled_rule(rule), threshold, step)
+    kind, positions, samples, sizes, step = _shapes(x.shape, layout)
     single = torch.empty_like(x) if wanted[0] else None
     half = torch.empty_like(x, dtype=torch.float16) if wanted[1] else None
     over_batch = torch.empty(positions, dtype=torch.int32, device="cpu")
     over_channels = torch.empty(samples, dtype=kind, device="cpu") if wanted[2] else None
-    runs = torch.zeros(runs_shape, dtype=torch.uint8, device="cpu") if wanted[3] else None
-    address = 0 if over_channels is None else over_channels.data_ptr()
-    cpu_loops.quantize_operand(
+    lanes = torch.zeros(len(LANE_CONFIGS), dtype=torch.int64, device="cpu") if wanted[3] else None
+    kept = 0 if over_channels is None else over_channels.data_ptr()
+    halves = 0 if half is None else half.data_ptr()
+    chosen = cpu_loops.quantize_operand(
         team(x.numel()),
-        x.data_ptr(),
-        0 if single is None else single.data_ptr(),
-        0 if half is None else half.data_ptr(),
+        (x.data_ptr(), 0 if single is None else single.data_ptr(), halves),
         over_batch.data_ptr(),
-        (address, 0) if kind == torch.uint8 else (0, address),
-        (0 if runs is None else runs.data_ptr(), runs_shape, joined),
+        (kept, 0) if kind == torch.uint8 else (0, kept),
+        (0 if lanes is None else lanes.data_ptr(), joined),
         (*sizes, not x.is_contiguous()),
         parameters(rule, threshold),
+        (step, compiled_rule(rule).choice if choosing else 0, threshold),
     )
-    lanes = None if runs is None else profile_of_runs(runs)
     return Rounded(single, half, over_batch, over_channels, lanes, threshold), chosen
 
 
@@ -129,17 +124,14 @@ def histogram(x: Tensor, rule: CompiledRule) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _shapes(shape: torch.Size, layout: tuple[int, int], joined: bool) -> tuple[Any, ...]:
+def _shapes(shape: torch.Size, layout: tuple[int, int]) -> tuple[Any, ...]:
     """The dtype of counts over channels; the shapes of counts over the batch and over channels; sizes as the loops take
-    them; the shape of runs, none if they are counted apart; the step of a sample.
+    them; the step of a sample.
     """
     (share, groups), (batch, channels, *grid) = layout, shape
     positions, samples = (2, batch // share, channels, *grid), (2, batch, groups, *grid)
-    length = prod(grid)
-    sizes, runs = (batch, channels, length, groups, share), (batch, channels, -(-length // RUN))
-    if joined:
-        runs = (1, channels, -(-batch * length // RUN))
-    return sample_dtype(channels, groups), positions, samples, sizes, runs, sample_step(shape.numel())
+    sizes = (batch, channels, prod(grid), groups, share)
+    return sample_dtype(channels, groups), positions, samples, sizes, sample_step(shape.numel())
 
 
 def _turned(x: Tensor) -> tuple[int, int]:

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, uint8, uint16, uint64
+from numba import float32, int32, int64, uint8, uint16, uint64
 from numba.extending import intrinsic
 
 from lnpu_torch.counts.lane_configs import RUN
 from lnpu_torch.ops.arrays import array_at, wanted
+from lnpu_torch.ops.lanes.cpu_loops import add_profile
 from lnpu_torch.ops.numba_jit import compiled, inlined
 from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
-from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY, MAGNITUDE, bits_of
+from lnpu_torch.ops.quantize.cpu_threshold_loops import INFINITY, MAGNITUDE, bits_of, choose_threshold
 
 FP8, WIDE = 1, 0x100
 """The marks of both classes; a zero has none."""
@@ -324,39 +325,44 @@ def _rounding(p):
 
 
 @compiled
-def quantize_operand(team, x, single, half, over_batch, over_channels, runs, sizes, parameters):
-    """Round a tensor of rows [channels, positions] and count it.
+def quantize_operand(team, values, over_batch, over_channels, lanes, sizes, parameters, choosing):
+    """Round a tensor of rows [channels, positions] and count it; returns the threshold that it asks for.
 
     Args:
         team: as from `parallel.team`.
-        x: address (see `ops.arrays`), of float32.
-        single, half: the rounded values, float32 and the bits of binary16.
+        values: addresses (see `ops.arrays`) of the tensor, float32, and of the rounded values, float32 and the bits of
+            binary16.
         over_batch: int32 [2, rows / share, channels, positions], sums over `share` rows each.
         over_channels: two addresses, of uint8 or of int32 [2, rows, groups, positions].
-        runs: address and shape of the non-zeros of each run, uint8 [rows, channels, times], zero before; and whether
-            runs go on from row to row: then [1, channels, times].
+        lanes: address of a lane profile that is added to, and whether its runs go on from row to row.
         sizes: rows, channels, positions, groups, share, and whether rows are [positions, channels].
         parameters: what `_rounding` takes.
+        choosing: as `choose_threshold` takes it; a choice at 0 keeps the threshold.
     """
     rows, channels, positions, groups, share, last = sizes
+    size, blocks, chosen = rows * channels * positions, rows // share, choosing[2]
+    if choosing[1]:
+        turned = (channels, positions) if last else (0, 0)
+        chosen = choose_threshold(team, values[0], size, choosing, turned)
     last |= positions == 1
-    size, blocks = rows * channels * positions, rows // share
     parts = shares_of(team, rows)
     pieces = (share + MOST - 1) // MOST
     if blocks < parts:  # as many in each part
         pieces = min(share, (pieces + parts - 1) // parts * parts)
     packed, heads = np.empty((blocks, pieces, channels * positions), np.uint16), np.zeros((parts, channels), np.uint8)
-    counted = array_at(runs[0], (wanted(runs[0], runs[1][0]), channels, runs[1][2]), uint8)
+    length = rows * positions if lanes[1] else positions
+    times = (length + RUN - 1) // RUN
+    runs = np.zeros(((1 if lanes[1] else rows) if lanes[0] else 0, channels, times), np.uint8)
     arguments = (
-        array_at(x, (size,), float32),
-        array_at(single, (wanted(single, size),), float32),
-        array_at(half, (wanted(half, size),), uint16),
+        array_at(values[0], (size,), float32),
+        array_at(values[1], (wanted(values[1], size),), float32),
+        array_at(values[2], (wanted(values[2], size),), uint16),
         packed,
         array_at(over_channels[0], (2, wanted(over_channels[0], rows), groups * positions), uint8),
         array_at(over_channels[1], (2, wanted(over_channels[1], rows), groups * positions), int32),
-        counted,
+        runs,
         heads,
-        runs[2],
+        lanes[1],
         share,
         (rows, channels, positions, groups),
         _rounding(parameters),
@@ -365,14 +371,17 @@ def quantize_operand(team, x, single, half, over_batch, over_channels, runs, siz
         in_parallel(team, parts, _quantize_rows_last, arguments)
     else:
         in_parallel(team, parts, _quantize_rows, arguments)
-    if len(counted) and runs[2]:
+    if len(runs) and lanes[1]:
         for part in range(1, parts):
             begin, _ = bounds(blocks * pieces, part, parts)
-            t = _first_row(begin, pieces, share) * positions // RUN
+            t = min(_first_row(begin, pieces, share) * positions // RUN, times - 1)
             for c in range(channels):
-                counted[0, uint64(c), min(t, runs[1][2] - 1)] += heads[part, uint64(c)]
+                runs[0, uint64(c), t] += heads[part, uint64(c)]
+    if len(runs):
+        add_profile(team, int64(runs.ctypes.data), runs.shape, lanes[0])
     target = array_at(over_batch, (2, blocks, channels * positions), int32)
     in_parallel(team, shares_of(team, blocks * channels), _unpack, (packed, target, positions, last))
+    return chosen
 
 
 @compiled
