@@ -22,12 +22,13 @@ from lnpu_torch.nn.modules import (
     EMULATED_CLASSES,
     LISTENERS,
     EmulatedModule,
-    emulate,
-    emulated_layers,
+    Emulating,
+    change,
     restore,
     torch_layer,
     unwrapped,
 )
+from lnpu_torch.nn.sites import ROUTES, Choice, InterceptedModule, emulations, has_own_forward, is_emulated
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
@@ -43,53 +44,84 @@ def convert(
     chosen: PrecisionLike | None = "fgmp",
     *,
     overrides: Mapping[str, PrecisionLike | None] | None = None,
+    only: tuple[type[nn.Module], ...] | None = None,
     only_new: bool = False,
 ) -> Model:
-    """Emulate every layer of a model that can be, in place.
+    """Emulate every product of a model that can be, in place.
 
-    Modules keep their identity: Parameters, hooks, state_dict keys and sharing are untouched. A layer that is
-    emulated already starts anew with its precision. Other modules are left alone.
+    Modules keep their identity: Parameters, hooks, state_dict keys and sharing are untouched. Torch's own layers get
+    another forward. Of any other module the torch functions that its forward calls (linear, matmul, convolutions,
+    attention, recurrent layers, einsum ...) are emulated where they are called, each as a site of its own. What is
+    emulated already starts anew with its precision.
 
     Args:
-        model: any module; torch's own Linear, Conv and ConvTranspose layers in it are converted, and subclasses that
-            have no forward of their own.
+        model: any module.
         chosen: "fgmp", "fp8", "fp16", a YAML file, a `Rule` for all operands, a `Precision`, or None to convert only
             what `overrides` name.
-        overrides: precision by layer name or pattern ("fc", "layer1.*"); None leaves a layer in float. The last
-            pattern that matches a layer holds.
+        overrides: precision by name or pattern, of layers and modules ("fc", "layer1.*") and of sites
+            ("blocks.0.attn:matmul", "*:scaled_dot_product_attention*"); None leaves them in float. The last pattern
+            that matches holds.
+        only: emulate layers of these classes, and no sites.
         only_new: leave layers as they are that are emulated already, or were left in float by an earlier `convert`.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: unknown precision, or a pattern that matches no layer.
+        ConfigError: unknown precision, or a pattern that matches nothing.
 
     Warns:
-        UserWarning: no layer can be emulated; `coverage` says why.
+        UserWarning: nothing can be emulated; `coverage` says why.
     """
     default = None if chosen is None else precision(chosen)
-    layers = {name: module for name, module in model.named_modules() if _convertible(module)}
-    choice = dict.fromkeys(layers, default)
+    modules = dict(model.named_modules())
+    layers = {
+        name: each for name, each in modules.items() if _convertible(each) and isinstance(each, only or nn.Module)
+    }
+    hosts = (
+        {} if only else {name: each for name, each in modules.items() if name not in layers and has_own_forward(each)}
+    )
+    choice: dict[str, Precision | None] = dict.fromkeys(layers, default)
+    choices = {name: [Choice("*", default)] for name in hosts}
     for pattern, value in (overrides or {}).items():
-        matches = [name for name in layers if fnmatchcase(name, pattern)]
-        if not matches:
+        wanted = None if value is None else precision(value)
+        found = _chosen(pattern, layers, hosts)
+        if not found:
             hint = nearest(pattern, layers) or f" (such as {listed(list(layers)[:3])})"
             raise ConfigError(f"override {pattern!r} matches no layer that can be emulated{hint}")
-        choice |= dict.fromkeys(matches, None if value is None else precision(value))
-    if not layers:
+        for name in found & layers.keys():
+            choice[name] = wanted
+        for name in found & hosts.keys():
+            choices[name].append(Choice(pattern.partition(":")[2] or "*", wanted))
+    if not layers and not hosts:
         warnings.warn(f"no layer of this model was converted: {why_nothing_is_emulated(model)}", stacklevel=2)
+    sites = any(each.precision for some in choices.values() for each in some)
     with _changing_layers():
-        for name, module in layers.items():
-            if only_new and (isinstance(module, EmulatedModule) or module in _LEFT):
+        for name, module in modules.items():
+            if only_new and (isinstance(module, Emulating) or module in _LEFT):
                 continue
             _revert(module)
-            wanted = choice[name]
-            if wanted is None:
+            if choice.get(name):
+                change(module, EmulatedModule)
+                cast(EmulatedModule, module).set_precision(choice[name])  # type: ignore[arg-type]
+            elif sites and (name in hosts or name in layers):
+                emulated = any(each.precision for each in choices.get(name, ()))
+                change(module, InterceptedModule)
+                cast(InterceptedModule, module).set_choices(tuple(choices[name]) if emulated else ())
+            if name in layers and choice[name] is None:
                 _LEFT.add(module)
-            else:
-                _convert(module, wanted)
     return model
+
+
+def _chosen(pattern: str, layers: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> set[str]:
+    """The layers and modules that an override means; of one that names sites, those that may have such."""
+    module, colon, site = pattern.partition(":")
+    if not colon:
+        return {name for name in (*layers, *hosts) if fnmatchcase(name, pattern)}
+    known = {route.name for route in ROUTES.values()}
+    if not any(fnmatchcase(name, site) or fnmatchcase(site, f"{name}.*") for name in known):
+        raise ConfigError(f"override {pattern!r} names no torch function that is emulated{nearest(site, known)}")
+    return {name for name in hosts if fnmatchcase(name, module)}
 
 
 def revert(model: Model) -> Model:
@@ -118,28 +150,41 @@ def _changing_layers() -> Iterator[None]:
 
 
 def thresholds(model: nn.Module) -> dict[str, Tensor]:
-    """The emulation's only state, to be saved beside optimizer and scaler: each layer's thresholds, on the CPU."""
-    return {name: layer.emulation.thresholds.cpu().clone() for name, layer in emulated_layers(model).items()}
+    """The emulation's only state, to be saved beside optimizer and scaler: each product's thresholds, on the CPU."""
+    known = {name: site.emulation.thresholds.cpu().clone() for name, site in emulations(model).items()}
+    return known | {f"{name}:{site}": state for name, module in _hosts(model) for site, state in module.waiting.items()}
+
+
+def _hosts(model: nn.Module) -> Iterator[tuple[str, InterceptedModule]]:
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, InterceptedModule):
+            yield name, module
 
 
 def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Restore what `thresholds` returned.
+    """Restore what `thresholds` returned; thresholds of sites that are not known yet wait for those.
 
     Raises:
         ConfigError: the state belongs to a model with other emulated layers, or holds what can be no thresholds. Then
             nothing is restored.
     """
-    layers = emulated_layers(model)
-    if layers.keys() != state.keys():
-        differ = sorted(layers.keys() ^ state.keys())
+    known, hosts = emulations(model), dict(_hosts(model))
+    waiting = {name for name in state.keys() - known.keys() if ":" in name and name.rpartition(":")[0] in hosts}
+    if known.keys() != state.keys() - waiting:
+        differ = sorted(known.keys() ^ (state.keys() - waiting))
         raise ConfigError(f"thresholds of another model: {len(differ)} layers differ, such as {differ[0]!r}")
-    for name, layer in layers.items():
-        layer.emulation.check_thresholds(name, state[name])
-    for name, layer in layers.items():
-        layer.emulation.thresholds.copy_(state[name])
+    for name, site in known.items():
+        site.emulation.check_thresholds(name, state[name])
+    for name, site in known.items():
+        site.emulation.thresholds.copy_(state[name])
+    for name in waiting:
+        module, _, site_name = name.rpartition(":")
+        hosts[module].waiting[site_name] = state[name].cpu().clone()
 
 
-UNSEEN = "Functional calls in a model's own forward (matmul, F.linear, attention) are not emulated, nor counted."
+UNSEEN = "Functional calls in a module's own forward (matmul, F.linear, attention) are not emulated, nor counted."
+NOT_CALLED = "its forward has called no product so far"
+SEEN = "Functional calls in a module's own forward are emulated where they are called; a batch shows what is left."
 BYPASSED = (
     "nn.TransformerEncoderLayer bypasses its layers in eval mode without gradients, emulated ones too: "
     "call torch.backends.mha.set_fastpath_enabled(False)."
@@ -227,14 +272,21 @@ def coverage(model: nn.Module, *inputs: Any, **named: Any) -> Coverage:
             the model runs it in float. Of a product whose operands both have gradients, backward does twice as many.
     """
     model = unwrapped(model)
-    bypassed = any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
-    rows, notes = tuple(_rows(model)), ((UNSEEN, BYPASSED) if bypassed else (UNSEEN,))
+    seen = any(isinstance(module, InterceptedModule) and module.choices for module in model.modules())
+    bypassed = not seen and any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
+    notes = (SEEN if seen else UNSEEN, *((BYPASSED,) if bypassed else ()))
     if not inputs and not named:
-        return Coverage(rows, notes)
-    counted = forward_macs(revert(_copied(model)), inputs, named)
-    emulated = emulated_layers(model)
-    products = [FloatProduct(*place, count) for place, count in counted.items() if place[0] not in emulated]
-    return Coverage(rows, notes, tuple(products), sum(count or 0 for count in counted.values()))
+        return Coverage(tuple(_rows(model, model)), notes)
+    copied = _copied(model)
+    before = _emulated_macs(copied)
+    products = [FloatProduct(*place, count) for place, count in forward_macs(copied, inputs, named).items()]
+    macs = _emulated_macs(copied) - before + sum(product.macs or 0 for product in products)
+    return Coverage(tuple(_rows(model, copied)), notes, tuple(products), macs)
+
+
+def _emulated_macs(model: nn.Module) -> int:
+    """Multiply-accumulates that emulated products have counted in forward."""
+    return sum(int(site.emulation.counters[0, :, 1].sum()) for site in emulations(model).values())
 
 
 def _copied(model: Model) -> Model:
@@ -246,7 +298,9 @@ def _copied(model: Model) -> Model:
 
 def why_nothing_is_emulated(model: nn.Module) -> str:
     """What to do, for a model without emulated layers, or why nothing can be done."""
-    reasons = Counter(f"{row.kind}: {row.reason}" for row in _rows(unwrapped(model)) if not row.emulated)
+    reasons = Counter(
+        f"{row.kind}: {row.reason}" for row in _rows(unwrapped(model), unwrapped(model)) if not row.emulated
+    )
     if not reasons:
         return "it has no layers with weights"
     if any(_convertible(module) for module in model.modules()):
@@ -256,7 +310,8 @@ def why_nothing_is_emulated(model: nn.Module) -> str:
     return "; ".join(most) + more
 
 
-def _rows(model: nn.Module) -> Iterator[CoverageRow]:
+def _rows(model: nn.Module, ran: nn.Module) -> Iterator[CoverageRow]:
+    """The rows of a model's layers; of sites it is known from `ran`, the model or a copy, which were called."""
     for name, module in model.named_modules():
         if any(isinstance(part, parametrize.ParametrizationList) for part in _ancestors(model, name)):
             continue
@@ -264,8 +319,8 @@ def _rows(model: nn.Module) -> Iterator[CoverageRow]:
         if owned or torch_layer(module):
             count = sum(p.numel() for p in owned if not isinstance(p, nn.parameter.UninitializedParameter))
             kind = type(module).__name__.removeprefix("Parametrized")
-            reason = _reason(module, model)
-            yield CoverageRow(name or "(model)", kind, isinstance(module, EmulatedModule), reason, count)
+            reason = _reason(module, name, model, ran)
+            yield CoverageRow(name or "(model)", kind, not reason, reason, count)
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -274,34 +329,38 @@ def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield model.get_submodule(".".join(parts[:end]))
 
 
-def _reason(module: nn.Module, model: nn.Module) -> str:
+def _reason(module: nn.Module, name: str, model: nn.Module, ran: nn.Module) -> str:
     """Why a module is not emulated; nothing for one that is."""
     if isinstance(module, EmulatedModule):
         return ""
+    if isinstance(module, InterceptedModule):
+        if not module.choices:
+            return "left in float by choice"
+        return "" if cast(InterceptedModule, ran.get_submodule(name)).sites else NOT_CALLED
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its shapes are not known yet; run one batch first"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
-        return "attention's projections are functional calls"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        seen = isinstance(owner, InterceptedModule) and bool(owner.choices)
+        return "" if seen else "attention's projections are functional calls"
     if torch_layer(module) and not _has_torchs_weight(module):
         return f"its weight is a {type(module.weight).__name__}, which the emulation cannot read"
     if _convertible(module):
         if module in _LEFT:
             return "left in float by choice"
-        return "added since: call convert again" if emulated_layers(model) else "not converted"
+        return "added since: call convert again" if is_emulated(model) else "not converted"
     if isinstance(module, tuple(EMULATED_CLASSES)):
         base = next(cls for cls in type(module).__mro__ if cls in EMULATED_CLASSES)
         if "forward" in vars(module):
             return "its forward was replaced: convert before that"
         if type(module).__module__.startswith("torch."):
             return f"derived from {base.__name__} by torch, as fully_shard does: convert before that"
-        return f"a subclass of {base.__name__}, whose own forward would be lost"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Bilinear):
-        return "no emulated layer of this kind"
+        return "added since: call convert again" if is_emulated(model) else "not converted"
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.PReLU):
         return "element operations, not multiply-accumulate"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "looks rows up, no multiply-accumulate"
-    return "not a layer of torch's; what it computes with its parameters is not seen"
+    return "added since: call convert again" if is_emulated(model) else "not converted"
 
 
 def _convertible(module: nn.Module) -> bool:
@@ -317,12 +376,7 @@ def _has_torchs_weight(module: nn.Module) -> bool:
     return weight is None or type(weight) in known or type(weight).__module__.startswith("torch.")
 
 
-def _convert(module: nn.Module, chosen: Precision) -> None:
-    emulate(module)
-    cast(EmulatedModule, module).set_precision(chosen)
-
-
 def _revert(module: nn.Module) -> None:
-    if isinstance(module, EmulatedModule) and not restore(module):
+    if isinstance(module, Emulating) and not restore(module):
         name = type(module).__name__
         raise ConfigError(f"a layer has become {name} (fully_shard does so with FSDP...): revert or convert before it")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from lnpu_torch.nn.observers import LayerObserver, LayerSteps
 
 _aten = torch.ops.aten
 
@@ -86,16 +87,24 @@ def _is_weight(arg: Any) -> bool:
     return isinstance(arg, nn.Parameter) and arg.dim() > 1
 
 
-class _Products(TorchDispatchMode):
-    """Adds up multiply-accumulates by innermost module and op; None for an op with weights and without a formula."""
+class _Products(LayerObserver):
+    """Adds up multiply-accumulates by innermost module and op; None for an op with weights and without a formula.
+
+    Those of emulated products are out of sight.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs: dict[tuple[str, str], int | None] = {}
         self.inside = [""]
 
+    def layer_ran(self, steps: LayerSteps) -> None:
+        """Its own counters tell of it."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
+        if self.blind:
+            return out
         place = (self.inside[-1], str(getattr(func, "_overloadpacket", func)))
         if is_product(func):
             self.macs[place] = (self.macs.get(place) or 0) + macs(func, args, kwargs or {}, out)
@@ -109,11 +118,11 @@ def forward_macs(
 ) -> dict[tuple[str, str], int | None]:
     """Multiply-accumulates of `model(*inputs, **named)` in training, by module and op ("aten.bmm").
 
-    Those of an op that reads weights and has no formula are None. Torch's random numbers stay as they are, but the
-    model does not: hooks are added, and batch norm sees the batch.
+    Not those of emulated products. Those of an op that reads weights and has no formula are None. Torch's random
+    numbers stay as they are, but the model does not: hooks are added, and batch norm sees the batch.
 
     Args:
-        model: a copy, without emulated layers.
+        model: a copy.
     """
     products = _Products()
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions as LNPU computes them: three steps, each with its own operand precisions.
+"""Products as LNPU computes them: three steps, each with its own operand precisions.
 
     forward       output      = input       * weight
     grad_input    grad_input  = grad_output * weight
@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.utils import _ntuple
 
-from lnpu_torch.nn.gemms import Convolution, Like, Linear
+from lnpu_torch.nn import attention
+from lnpu_torch.nn.gemms import Convolution, Like, Linear, MatMul, Product
 from lnpu_torch.nn.layer_call import (
-    Product,
     Saved,
     backward,
     forward,
@@ -164,6 +164,50 @@ def convolution(
     return output if input.dim() == dims + 2 else output.squeeze(0)
 
 
+def matmul(input: Tensor, other: Tensor, emulation: LayerState) -> Tensor:
+    """`torch.matmul`, emulated, of two tensors that both may change with each call; `other` stands where weights do.
+
+    Args:
+        input, other: of one dimension or more; leading dimensions are broadcast.
+
+    Raises:
+        RuntimeError: they do not fit together.
+    """
+    if input.dim() == 1 or other.dim() == 1:
+        rows = input.unsqueeze(0) if input.dim() == 1 else input
+        out = matmul(rows, other.unsqueeze(1) if other.dim() == 1 else other, emulation)
+        out = out.squeeze(-1) if other.dim() == 1 else out
+        return out.squeeze(-1 if other.dim() == 1 else -2) if input.dim() == 1 else out
+    if input.shape[-1] != other.shape[-2]:
+        raise RuntimeError(f"cannot multiply {list(input.shape)} by {list(other.shape)}")
+    if not (input.numel() and other.numel()):
+        return torch.matmul(input, other)  # nothing is multiplied
+    outputs, turned = other.shape[-1], other.stride(-2) == 1 != other.stride(-1)
+    right = other.mT if turned else other
+    if other.dim() == 2:  # by which the rows of all entries are multiplied
+        out = _emulate(input.reshape(1, -1, input.shape[-1]), right[None], None, MatMul(turned), emulation)
+        return out.reshape(*input.shape[:-1], outputs)
+    batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
+    a, b = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (input, right))
+    return _emulate(a, b, None, MatMul(turned), emulation).reshape(*batch, input.shape[-2], outputs)
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, emulation: tuple[LayerState, LayerState], *args: Any, **kwargs: Any
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, emulated: two products, and a softmax in float between them.
+
+    Args:
+        query, key, value: [..., L, E], [..., S, E] and [..., S, Ev].
+        emulation: of the product of query and key, and of that of probabilities and value.
+        args, kwargs: as torch's: attn_mask, dropout_p, is_causal, scale, enable_gqa.
+    """
+    states = dict(zip(("scores", "values"), emulation, strict=True))
+    return attention.scaled_dot_product_attention(
+        lambda a, b, part: matmul(a, b, states[part]), query, key, value, *args, **kwargs
+    )
+
+
 def _hashable(size: str | int | Sequence[int]) -> Any:
     return size if isinstance(size, str | int) else tuple(size)
 
@@ -188,6 +232,13 @@ def _convolution(
 
 
 def _emulate(input: Tensor, weight: Tensor, bias: Tensor | None, product: Product, emulation: LayerState) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():  # which would see each of many calls
+        with torch._C.DisableTorchFunction():
+            return _emulated(input, weight, bias, product, emulation)
+    return _emulated(input, weight, bias, product, emulation)
+
+
+def _emulated(input: Tensor, weight: Tensor, bias: Tensor | None, product: Product, emulation: LayerState) -> Tensor:
     for name, tensor in (("input", input), ("weight", weight)):
         if not tensor.is_floating_point():
             raise TypeError(f"an emulated layer takes floating-point tensors, but its {name} is {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""The three products of a linear layer and of a convolution, and what each joins. No rounding of operands here.
+"""The three products of a linear layer, a convolution and a batched matrix product. No rounding of operands here.
 
 Where the accumulator is float32 they are torch's own products. In steps without rounding, bit for bit.
 """
@@ -138,9 +138,117 @@ class Linear:
         """The product as integers, for the signature of an op; `product_of` is its inverse."""
         return []
 
-    @property
-    def groups(self) -> int:
-        return 1
+    def layout(self, x: torch.Size) -> tuple[int, int]:
+        """Of an input or error of such a shape, for `Request`."""
+        return prod(x[:-1]), 1
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """The weight as [rows, channels, *kernel]."""
+        return weight
+
+    def kernel_layout(self, weight: torch.Size) -> tuple[int, int]:
+        """Of a weight of such a shape, for `Request`."""
+        return weight[0], 1
+
+    def counted_over_channels(self, step: str) -> bool:
+        """Whether a step of forward and grad_input meets the weight's counts over its channels, else over its rows."""
+        return step == "grad_input"
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """a [B, M, K] by b [B, K, N] -> [B, M, N]: of two tensors that both may change with each call.
+
+    b stands where weights do; `turned` says that it comes as [B, N, K]. In `ConvShape`'s terms it is a linear layer of
+    B groups, of which each has rows, channels and weights of its own.
+    """
+
+    turned: bool
+    input_side: str = "conv_input"
+    output_side: str = "conv_output"
+
+    def check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises torch's own error if these do not fit together."""
+        if x.dim() != 3 or weight.dim() != 3 or x.shape[::2] != weight.shape[:: 2 if self.turned else 1][:2]:
+            torch.bmm(x, self._b(weight))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
+        if by.form == "fp32":
+            return torch.bmm(x, self._b(weight))
+        return self._ungrouped(by("conv_forward", *self._grouped(x, weight), geometry=self._of(x, weight)), len(x))
+
+    def grad_input(self, error: Tensor, weight: Tensor, like: Like, by: Accumulator) -> Tensor:
+        """The gradient of a."""
+        if by.form == "fp32":
+            return torch.bmm(error, self._b(weight).mT)
+        geometry = self.geometry(like.shape, weight.shape)
+        return self._ungrouped(by("conv_grad_input", *self._grouped(error, weight), geometry=geometry), len(error))
+
+    def grad_weight(
+        self, error: Tensor, x: Tensor, like: Like, wanted: Sequence[bool], by: Accumulator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient of b, as it came."""
+        if not wanted[0]:
+            return None, None
+        if by.form == "fp32":
+            return torch.bmm(error.mT, x) if self.turned else torch.bmm(x.mT, error), None
+        operands = (self._rows_first(x), self._rows_first(error))
+        turned = by("conv_grad_weight", *operands, geometry=self.geometry(x.shape, like.shape))
+        grad = turned.reshape(len(x), error.shape[2], x.shape[2])
+        return grad if self.turned else grad.mT.contiguous(), None
+
+    def grid(self, x: Tensor) -> Tensor:
+        """All rows of all entries, [B M, channels]; what is counted over rows is counted for each entry."""
+        return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+    def cut(self, counts: Tensor) -> Tensor:
+        return counts
+
+    def geometry(self, shape: Sequence[int], weight: Sequence[int]) -> ConvShape:
+        batch, rows, channels = shape
+        outputs = weight[1 if self.turned else 2]
+        return ConvShape(rows, batch * channels, batch * outputs, batch, (), (), (), (), (), ())
+
+    def output_shape(self, shape: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """Of operands of such shapes."""
+        return (*shape[:2], weight[1 if self.turned else 2])
+
+    def pack(self) -> list[int]:
+        """The product as integers, for the signature of an op; `product_of` is its inverse."""
+        return [int(self.turned)]
+
+    def layout(self, x: torch.Size) -> tuple[int, int]:
+        """Of an a or error of such a shape, for `Request`."""
+        return x[1], 1
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """b as rows, in the order in which it came."""
+        return self.grid(weight)
+
+    def kernel_layout(self, weight: torch.Size) -> tuple[int, int]:
+        """Of a b of such a shape, for `Request`."""
+        return weight[1], 1
+
+    def counted_over_channels(self, step: str) -> bool:
+        """Whether a step of forward and grad_input meets b's counts over the dimension in which it lies last."""
+        return (step == "grad_input") == self.turned
+
+    def _b(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.turned else weight
+
+    def _of(self, x: Tensor, weight: Tensor) -> ConvShape:
+        return self.geometry(x.shape, weight.shape)
+
+    def _grouped(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Operands of a linear layer of groups: [M, B channels] and [B N, K]."""
+        return self._rows_first(x), (weight if self.turned else weight.mT).flatten(0, 1)
+
+    def _rows_first(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).flatten(1)
+
+    def _ungrouped(self, out: Tensor, batch: int) -> Tensor:
+        """The result of one, [M, B channels] -> [B, M, channels]."""
+        return out.reshape(len(out), batch, out.shape[1] // batch).transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -248,6 +356,22 @@ class Convolution:
         channels = weight[1] * self.groups if self.transposed else weight[0]
         return (shape[0], channels, *(self._output(shape[2 + d], weight[2 + d], d) for d in range(len(self.stride))))
 
+    def layout(self, x: torch.Size) -> tuple[int, int]:
+        """Of an input or error of such a shape, for `Request`."""
+        return x[0], self.groups
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """The weight as [rows, channels, *kernel]."""
+        return weight
+
+    def kernel_layout(self, weight: torch.Size) -> tuple[int, int]:
+        """Of a weight of such a shape, for `Request`."""
+        return weight[0] // self.groups, 1
+
+    def counted_over_channels(self, step: str) -> bool:
+        """Whether a step of forward and grad_input meets the weight's counts over its channels, else over its rows."""
+        return (step == "grad_input") != self.transposed
+
     def pack(self) -> list[int]:
         """The product as integers, for the signature of an op; `product_of` is its inverse."""
         sizes = (*self.stride, *self.padding, *self.dilation, *self.output_padding, *self.margin)
@@ -286,16 +410,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> 
     return F.linear(x, weight, bias)
 
 
+Product = Linear | MatMul | Convolution
+
+
 @lru_cache(maxsize=1024)
-def _unpacked(sizes: tuple[int, ...]) -> Linear | Convolution:
-    if not sizes:
-        return Linear()
+def _unpacked(sizes: tuple[int, ...]) -> Product:
+    if len(sizes) < 2:
+        return MatMul(bool(sizes[0])) if sizes else Linear()
     transposed, groups, *rest = sizes
     dims = len(rest) // 5
     stride, padding, dilation, output_padding, margin = (tuple(rest[i * dims : (i + 1) * dims]) for i in range(5))
     return Convolution(stride, padding, dilation, groups, bool(transposed), output_padding, margin)
 
 
-def product_of(sizes: Sequence[int]) -> Linear | Convolution:
+def product_of(sizes: Sequence[int]) -> Product:
     """The product that was packed so."""
     return _unpacked(tuple(sizes))

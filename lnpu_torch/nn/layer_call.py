@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
-from lnpu_torch.nn.gemms import Convolution, Like, Linear, product_of
+from lnpu_torch.nn.gemms import Like, Linear, MatMul, Product, product_of
 from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
 from lnpu_torch.ops.dispatch import backend_of, on_gpu
@@ -28,7 +28,6 @@ from lnpu_torch.ops.quantize.reference import Rounded, Threshold, compute_dtype
 from lnpu_torch.ops.reference import Backend
 from lnpu_torch.ops.registry import OPS, fake, op
 
-Product = Linear | Convolution
 STATE = ("thresholds", "counters", "call_sizes", "lanes", "histograms")
 """What the ops of a layer change."""
 PAIRS = tuple(itertools.product((False, True), repeat=2))
@@ -66,20 +65,16 @@ class LayerPlan:
         self.counting = counting
         # the runs of lanes go on from sample to sample; where samples are whole runs they end there in either case
         joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.conv_input) % SYNC_INTERVALS[-1] != 0
-        grid = partial(
-            precision.operands,
-            layout=(geometry.batch, geometry.groups),
-            halves=halves,
-            lanes=counting,
-            joined=joined,
-        )
-        rows = geometry.out_channels // geometry.groups
-        kernel = partial(precision.operands, "weight", layout=(rows, 1), halves=halves)
-        sampled = {"forward": product.input_side == "conv_output", "grad_input": product.output_side == "conv_output"}
-        self.input = {later: grid("input", ("forward",), STEPS[2:] if later else ()) for later in (False, True)}
+        grid = partial(precision.operands, halves=halves, lanes=counting, joined=joined)
+        kernel = partial(precision.operands, "weight", layout=product.kernel_layout(weight), halves=halves)
+        sampled = {step: product.counted_over_channels(step) for step in STEPS[:2]}
+        inputs, errors = product.layout(x), product.layout(torch.Size(product.output_shape(x, weight)))
+        self.input = {
+            later: grid("input", ("forward",), STEPS[2:] if later else (), layout=inputs) for later in (False, True)
+        }
         self.weight = {step: kernel((step,), sampled=sampled[step])[0] for step in STEPS[:2]}
         steps = {now: tuple(step for step, run in zip(STEPS[1:], now, strict=True) if run) for now in PAIRS}
-        self.grad_output = {now: grid("grad_output", steps[now]) for now in PAIRS}
+        self.grad_output = {now: grid("grad_output", steps[now], layout=errors) for now in PAIRS}
         rows_of = [precision.reads[step, "weight"].row for step in ("forward", "grad_input")]
         self.same_weight = rows_of[0] == rows_of[1]
         """Whether grad_input reads the weight by the rule of forward, and so by the same threshold."""
@@ -98,7 +93,7 @@ def plan(product: Product, state: LayerState, shape: torch.Size, weight: torch.S
     # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
     precision = state.plan
     exact = precision.result == "fp16" or isinstance(product, Linear)
-    halves = exact and precision.accumulate in ("fp32", "fp16") and on_gpu(x)
+    halves = exact and precision.accumulate in ("fp32", "fp16") and on_gpu(x) and not isinstance(product, MatMul)
     return _plan(product, precision, shape, weight, halves, state.counting)
 
 
@@ -116,14 +111,16 @@ def forward(
     product, grid, backend = plan.product, plan.product.grid(input), backend_of(input)
     xs = [(use, state.quantize(grid, use, seed, backend)) for use in plan.input[wants[1]]]
     (use, x), by = xs[0], plan.weight["forward"]
-    ws = state.quantize(weight, by, seed, backend)
+    ws = state.quantize(product.kernel(weight), by, seed, backend)
     operands = alike(_values(x, input, use, use.half_now), _values(ws, weight, by, by.half_now))
     output = product.forward(*operands, bias, plan.accumulators["forward"])
     if plan.counting:
         _count(state, plan, "forward", x, ws, product.input_side, backend)
     saved = _saved(plan, input, *xs[-1]) if wants[1] else Saved()
     if wants[0]:
-        threshold = ws.threshold if plan.same_weight else state.choose(weight, plan.weight["grad_input"])
+        threshold = (
+            ws.threshold if plan.same_weight else state.choose(product.kernel(weight), plan.weight["grad_input"])
+        )
         saved = saved._replace(threshold=_tensor(threshold, weight))
     del xs, x, ws, operands  # the result may lie where they did
     return state.result("forward", output, dtype, backend), saved
@@ -154,7 +151,9 @@ def backward(
         errors |= dict.fromkeys(use.steps, (error, _values(error, grad_output, use, use.half_now)))
     if wants[0] and weight is not None:
         (error, values), use = errors["grad_input"], plan.weight["grad_input"]
-        ws = state.quantize(weight, use, seed, backend, saved.threshold)  # anew, which costs less than to keep it
+        ws = state.quantize(
+            product.kernel(weight), use, seed, backend, saved.threshold
+        )  # anew, which costs less than to keep it
         operands = alike(values, _values(ws, weight, use, use.half_now))
         values = product.grad_input(*operands, input, plan.accumulators["grad_input"])
         if plan.counting:
@@ -202,7 +201,7 @@ def _count(
     state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str, backend: Backend
 ) -> None:
     """Count forward or grad_input, the product of a weight and the grid on one side."""
-    position = grid.counts_over_batch.squeeze(1)
+    position = grid.counts_over_batch.flatten(1, 2)
     position = plan.product.cut(position) if step == "forward" else position
     # a weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]
     counts = (
@@ -222,9 +221,9 @@ def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Save
         and saved.counts_over_channels is not None
         and error.counts_over_channels is not None
     )
-    kept = product.cut(saved.counts_over_batch.squeeze(1)), product.cut(saved.counts_over_channels)
+    kept = product.cut(saved.counts_over_batch.flatten(1, 2)), product.cut(saved.counts_over_channels)
     profiles = saved.lanes, error.lanes
-    sides = {first: kept, product.output_side: (error.counts_over_batch.squeeze(1), error.counts_over_channels)}
+    sides = {first: kept, product.output_side: (error.counts_over_batch.flatten(1, 2), error.counts_over_channels)}
     with state.lock:
         backend.count_grid_step(
             state.counter("grad_weight"), sides["conv_input"], sides["conv_output"], profiles, plan.sizes, first
@@ -280,15 +279,16 @@ def _(input: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tens
         output = output.to(memory_format=torch.channels_last)
     saved = [input.new_empty(0) for _ in Saved._fields]
     if wants[1]:
-        (*_, use) = chosen.operands("input", ("forward",), ("grad_weight",), layout=(0, of.groups))
+        share, groups = of.layout(input.shape)
+        (*_, use) = chosen.operands("input", ("forward",), ("grad_weight",), layout=(share, groups))
         if use.rule is not None:
             kept = torch.float16 if use.half_kept and input.dtype != torch.float64 else compute_dtype(input)
             saved[0] = torch.empty_like(input, dtype=kept, memory_format=memory_format(input))
         if counting:
             batch, channels, *grid = of.grid(input).shape
-            saved[1] = input.new_empty((2, 1, channels, *grid), dtype=torch.int32)
-            kind = backend_of(input).sample_dtype(channels, of.groups)
-            saved[2] = input.new_empty((2, batch, of.groups, *grid), dtype=kind)
+            saved[1] = input.new_empty((2, batch // share, channels, *grid), dtype=torch.int32)
+            kind = backend_of(input).sample_dtype(channels, groups)
+            saved[2] = input.new_empty((2, batch, groups, *grid), dtype=kind)
             saved[3] = input.new_empty(len(LANE_CONFIGS), dtype=torch.int64)
     if wants[0] and chosen.reads["grad_input", "weight"].rule is not None:
         saved[4] = input.new_empty((), dtype=torch.int32)
@@ -341,9 +341,9 @@ def _(grad_output: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor
         grads[0] = grad_output.new_empty(shape, dtype=dtype)
         grads[0] = grads[0].to(memory_format=Like.laid_out(grads[0].shape, dtype, last).form) if last else grads[0]
     if wants[1]:
-        grads[1] = torch.empty_like(weight)
+        grads[1] = torch.empty_like(weight, memory_format=Like.of(weight).form)
     if wants[2]:
-        channels = grad_output.shape[1 if product else -1]
+        channels = grad_output.shape[1 if len(product) > 1 else -1]
         grads[2] = weight.new_empty(channels, dtype=bias)
     return grads[0], grads[1], grads[2]
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,34 +26,23 @@ PICKLED = (
 )
 
 
-class EmulatedModule(nn.Module):
-    """What all emulated layers share: an `emulation`, which travels with the module but is not in its state_dict."""
+class Emulating(nn.Module):
+    """What modules share whose class `convert` has changed: states, which travel with them, not in their state_dict."""
 
-    torch_class: ClassVar[type[nn.Module]]
-    original_class: ClassVar[type[nn.Module]]  # torch's, or a subclass of it
-    emulation: LayerState
-    weight: Tensor
+    original_class: ClassVar[type[nn.Module]]
 
-    def __init_subclass__(cls) -> None:
-        if "original_class" not in vars(cls) and "torch_class" in vars(cls):
-            cls.original_class = cls.torch_class
+    @staticmethod
+    def derive(original: type[nn.Module]) -> type[Emulating]:
+        """The class that a module of an original class gets."""
+        raise NotImplementedError
 
-    def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
-        """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
-        super().__init__(*args, **kwargs)
-        self.set_precision(precision)
+    def states(self) -> Iterable[LayerState]:
+        """The states of all products that this module makes itself."""
+        raise NotImplementedError
 
-    def set_precision(self, chosen: str | Path | Rule | Precision) -> None:
-        """Begin to emulate with this precision: counters at zero, every threshold still to be chosen."""
-        own = next(itertools.chain(self.parameters(), self.buffers()), None)  # a parametrized weight is left alone
-        self.emulation = LayerState(precision(chosen), (self.weight if own is None else own).device)
-
-    def _prepare(self, weight: Tensor) -> LayerState:
-        """The emulation for a call, where the weight is and in the module's mode."""
-        if self.emulation.device != weight.device:
-            self.emulation.move(weight.device)
-        self.emulation.training = self.training
-        return self.emulation
+    def forget(self) -> None:
+        """Keep nothing of the emulation."""
+        raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Raises RuntimeError: torch.jit.script asks for what it shall compile in this layer's place."""
@@ -70,12 +59,52 @@ class EmulatedModule(nn.Module):
             return super().__reduce_ex__(protocol)
         if get_spawning_popen() is None:  # else it goes to a process that computes with it
             warnings.warn(PICKLED, stacklevel=2)
-        return _unpickled, (self.original_class,), self.__dict__
+        return _unpickled, (self.derive, self.original_class), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.emulation.apply(fn)
+        for state in self.states():
+            state.apply(fn)
         return self
+
+
+class EmulatedModule(Emulating):
+    """What all emulated layers share: an `emulation`."""
+
+    torch_class: ClassVar[type[nn.Module]]
+    emulation: LayerState
+    weight: Tensor
+
+    def __init_subclass__(cls) -> None:
+        if "original_class" not in vars(cls) and "torch_class" in vars(cls):
+            cls.original_class = cls.torch_class
+
+    def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
+        """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
+        super().__init__(*args, **kwargs)
+        self.set_precision(precision)
+
+    @staticmethod
+    def derive(original: type[nn.Module]) -> type[Emulating]:
+        return _emulated_class(original)
+
+    def states(self) -> Iterable[LayerState]:
+        return [self.emulation]
+
+    def forget(self) -> None:
+        del self.emulation
+
+    def set_precision(self, chosen: str | Path | Rule | Precision) -> None:
+        """Begin to emulate with this precision: counters at zero, every threshold still to be chosen."""
+        own = next(itertools.chain(self.parameters(), self.buffers()), None)  # a parametrized weight is left alone
+        self.emulation = LayerState(precision(chosen), (self.weight if own is None else own).device)
+
+    def _prepare(self, weight: Tensor) -> LayerState:
+        """The emulation for a call, where the weight is and in the module's mode."""
+        if self.emulation.device != weight.device:
+            self.emulation.move(weight.device)
+        self.emulation.training = self.training
+        return self.emulation
 
 
 class Linear(EmulatedModule, nn.Linear):
@@ -204,17 +233,17 @@ def torch_layer(module: nn.Module) -> type[nn.Module] | None:
     return None if own or any(each.__module__.startswith("torch.") for each in between) else base
 
 
-def emulate(module: nn.Module) -> None:
-    """Make an emulated layer of one for which there is a `torch_layer`."""
-    _change(module, _emulated_class(_unparametrized(module)))
+def change(module: nn.Module, kind: type[Emulating]) -> None:
+    """Make an emulated layer, or a module of another kind, of one that is neither."""
+    _change(module, kind.derive(_unparametrized(module)))
 
 
-def restore(module: EmulatedModule) -> bool:
+def restore(module: Emulating) -> bool:
     """Make it what it was. Returns whether that could be done: not if somebody else has changed its class since."""
     cls = _unparametrized(module)
-    if cls is not _emulated_class(module.original_class):
+    if cls is not module.derive(module.original_class):
         return False
-    del module.emulation
+    module.forget()
     _change(module, module.original_class)
     return True
 
@@ -246,9 +275,9 @@ def _emulated_class(cls: type[nn.Module]) -> type[EmulatedModule]:
     return known
 
 
-def _unpickled(original: type[nn.Module]) -> nn.Module:
-    """An emulated layer that pickle fills."""
-    cls = _emulated_class(original)
+def _unpickled(derive: Callable[[type[nn.Module]], type[Emulating]], original: type[nn.Module]) -> nn.Module:
+    """A module that pickle fills."""
+    cls = derive(original)
     return cls.__new__(cls)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lnpu_torch.files import ConfigError
-from lnpu_torch.nn.modules import emulated_layers
 from lnpu_torch.nn.reads import READS
+from lnpu_torch.nn.sites import emulations
 from lnpu_torch.ops.quantize.reference import choose_by_histogram
 from lnpu_torch.quant.precision import Rule
 
@@ -30,7 +30,7 @@ class ThresholdSync:
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        self._emulations = [layer.emulation for layer in emulated_layers(model).values()]
+        self._emulations = [site.emulation for site in emulations(model).values()]
         if not self._emulations:
             raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
         if not (dist.is_available() and dist.is_initialized()):

@@ -19,8 +19,10 @@ from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.schema import OPERANDS, STEPS, Calls, Counts, Operand, Step, StepCounts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import why_nothing_is_emulated
-from lnpu_torch.nn.modules import LISTENERS, EmulatedModule, emulated_layers, unwrapped
+from lnpu_torch.nn.layer_state import LayerState
+from lnpu_torch.nn.modules import LISTENERS, Emulating, unwrapped
 from lnpu_torch.nn.observers import pause_op_tracing
+from lnpu_torch.nn.sites import InterceptedModule, Site, emulations, is_emulated
 from lnpu_torch.profiler.reuse_tracker import ReuseTracker
 
 _PROCESS = uuid.uuid4().hex  # a forked process has its parent's
@@ -47,13 +49,15 @@ class Life:
     """A layer from one conversion to the next: what names its counts, and its counters when the ledger first saw it."""
 
     name: str
-    kind: str
+    site: Site
     wide: dict[tuple[str, str], str]
-    channels: dict[str, int]
-    weights: int
-    emulation: Any
     before: Counted | None
     after: Counted | None = None
+
+    @property
+    def emulation(self) -> LayerState:
+        """The layer's state."""
+        return self.site.emulation
 
 
 class LayerLedger:
@@ -64,7 +68,7 @@ class LayerLedger:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises ConfigError if no layer of the model is emulated."""
-        if not emulated_layers(model):
+        if not is_emulated(model):
             raise ConfigError(f"no layer of this model is emulated: {why_nothing_is_emulated(model)}")
         self._model, self._lives = model, dict[int, Life]()
         self._joining: dict[int, tuple[Any, Counted]] = {}  # layers as they were when they were put into a module
@@ -98,7 +102,7 @@ class LayerLedger:
     def facts(self, emulation: Any) -> tuple[str, int]:
         """The name of a layer, and the number of its parameters; of one that is not the model's, "" and 0."""
         life = self._lives.get(id(emulation)) if self.owns(emulation) else None
-        return (life.name, life.weights) if life else ("", 0)
+        return (life.name, life.site.weights) if life else ("", 0)
 
     def counts(self, reuse: ReuseTracker | None = None) -> Counts:
         """What was done so far, or, once closed, in all; with what `reuse` has seen of the order of it."""
@@ -111,20 +115,18 @@ class LayerLedger:
         self._look(lambda emulation: self._joining.pop(id(emulation), (None, None))[1])
 
     def _look(self, before: Callable[[Any], Counted | None]) -> None:
-        for name, layer in emulated_layers(self._model).items():
-            emulation = layer.emulation
-            if id(emulation) not in self._lives:
-                weights = sum(parameter.numel() for parameter in layer.parameters())
-                facts = (name, layer.torch_class.__name__, _wide(layer), _channels(layer), weights)
-                self._lives[id(emulation)] = Life(*facts, emulation, before(emulation))
+        for name, site in emulations(self._model).items():
+            if id(site.emulation) not in self._lives:
+                self._lives[id(site.emulation)] = Life(name, site, _wide(site.emulation), before(site.emulation))
 
     def _registered(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         """A module becomes part of another one, perhaps of the model."""
         if self._joining:
             self._changed()
-        for layer in child.modules() if child is not None else ():
-            if isinstance(layer, EmulatedModule) and id(layer.emulation) not in self._lives:
-                self._joining[id(layer.emulation)] = (layer.emulation, Counted.of(layer.emulation))
+        for module in child.modules() if child is not None else ():
+            for state in module.states() if isinstance(module, Emulating) else ():
+                if id(state) not in self._lives:
+                    self._joining[id(state)] = (state, Counted.of(state))
 
 
 @contextmanager
@@ -135,16 +137,21 @@ def no_count(model: nn.Module) -> Iterator[None]:
 
     A step's forward and backward belong into the same block. Under torch.compile each way is compiled once.
     """
-    emulations = [layer.emulation for layer in emulated_layers(model).values()]
-    before = [each.counting for each in emulations]
+    counting: list[Any] = [site.emulation for site in emulations(model).values()]
+    counting += [module for module in model.modules() if isinstance(module, InterceptedModule)]  # for sites to come
+    before = [each.counting for each in counting]
     try:
-        for each in emulations:
+        for each in counting:
             each.counting = False
         with pause_op_tracing():
             yield
     finally:
-        for each, was in zip(emulations, before, strict=True):
+        for each, was in zip(counting, before, strict=True):
             each.counting = was
+        for module in model.modules():
+            if isinstance(module, InterceptedModule) and module.counting:
+                for state in module.states():
+                    state.counting = True
 
 
 def _counts(life: Life, model: nn.Module, reuse: ReuseTracker | None) -> Counts:
@@ -180,7 +187,7 @@ def _entry(
     return StepCounts.model_validate(
         {
             "layer": life.name,
-            "kind": life.kind,
+            "kind": life.site.kind,
             "step": step,
             "calls": calls,
             "macs": macs,
@@ -195,9 +202,8 @@ def _entry(
 
 
 def _operand(life: Life, step: Step, name: str, elements: list[int], lanes: list[int]) -> Operand:
-    profile = None
-    if name in life.channels:
-        profile = LaneProfile(channels=life.channels[name], cycles_by_config=tuple(lanes))
+    channels = dict(zip(("input", "grad_output"), life.site.channels or (), strict=False))
+    profile = LaneProfile(channels=channels[name], cycles_by_config=tuple(lanes)) if name in channels else None
     return Operand(wide=life.wide[step, name], elements=tuple(elements), lanes=profile)  # type: ignore[arg-type]
 
 
@@ -231,16 +237,9 @@ def _by_size(
     return tuple(sorted(calls, key=lambda each: each.sizes))
 
 
-def _channels(layer: Any) -> dict[str, int]:
-    """Channels of the operands that are streamed, each of which is a lane's."""
-    if isinstance(layer, nn.Linear):
-        return {"input": layer.in_features, "grad_output": layer.out_features}
-    return {"input": layer.in_channels, "grad_output": layer.out_channels}
-
-
-def _wide(layer: EmulatedModule) -> dict[tuple[str, str], str]:
+def _wide(emulation: LayerState) -> dict[tuple[str, str], str]:
     """What each step's elements above FP8 are: FP16, or float32 where the operand is not rounded."""
-    rule = layer.emulation.precision.rule
+    rule = emulation.precision.rule
     return {
         (step, operand): "fp32" if rule(step, operand) is None else "fp16"
         for step in STEPS

@@ -115,7 +115,7 @@ class Precision(Frozen):
     `input`, `weight` and `grad_output` hold for all steps; `forward`, `grad_input` and `grad_weight` override
     single operands in one step. `None` leaves an operand in float. `accumulate` is the accumulator's format,
     rounded every `chunk` products; `result` the format in which a step's result leaves (steps whose operands
-    are all in float are left alone).
+    are all in float are left alone). `matmul` is the precision of products of two activations, such as attention's.
     """
 
     input: RuleLike = None
@@ -124,6 +124,7 @@ class Precision(Frozen):
     forward: dict[Literal["input", "weight"], RuleLike] = {}
     grad_input: dict[Literal["grad_output", "weight"], RuleLike] = {}
     grad_weight: dict[Literal["input", "grad_output"], RuleLike] = {}
+    matmul: Precision | None = None
     accumulate: FormatName = "fp32"
     chunk: Annotated[int, Field(ge=1)] = 64
     result: FormatName = "fp16"
@@ -133,6 +134,14 @@ class Precision(Frozen):
         override: dict[str, Rule | None] = getattr(self, step)
         rule: Rule | None = override[operand] if operand in override else getattr(self, operand)
         return rule
+
+    def of_activations(self) -> Precision:
+        """The precision of a product of two activations: `matmul`, or this one with the input's rule for both."""
+        if self.matmul is not None:
+            return self.matmul
+        second = {step: {"weight": self.rule("forward", "input")} for step in ("forward", "grad_input")}
+        forward, grad_input = ({**getattr(self, step), **second[step]} for step in second)
+        return self.model_copy(update={"weight": self.input, "forward": forward, "grad_input": grad_input})
 
 
 def precision(value: str | Path | Rule | Precision) -> Precision:

@@ -1,0 +1,115 @@
+"""einsum, tensordot and bilinear, of the products that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lnpu_torch.nn.attention import Products
+
+
+def einsum(products: Products, equation: Any, *operands: Any) -> Any:
+    """`torch.einsum` of two operands or more, from left to right; NotImplemented for what multiplies nothing.
+
+    Neither a subscript that occurs twice in one operand, nor operands with sublists, are taken.
+    """
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) < 2:
+        return NotImplemented
+    terms, result = _subscripts(equation.replace(" ", ""), operands)
+    if any(len(set(term)) != len(term) for term in terms):
+        return NotImplemented
+    whole, letters = operands[0], terms[0]
+    for index, (other, term) in enumerate(zip(operands[1:], terms[1:], strict=True), start=1):
+        later = set(result).union(*terms[index + 1 :])
+        whole, letters = _contract(products, whole, letters, other, term, later, f"{index}" if index > 1 else "")
+    return whole.permute([letters.index(letter) for letter in result])
+
+
+def _subscripts(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
+    """Each operand's letters, and the result's; an ellipsis becomes letters of its own."""
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    free = [chr(code) for code in range(0x100, 0x180)]
+    longest = 0
+    for place, (term, operand) in enumerate(zip(terms, operands, strict=True)):
+        if "..." in term:
+            count = operand.dim() - (len(term) - 3)
+            longest = max(longest, count)
+            terms[place] = term.replace("...", "".join(free[len(free) - count :]))
+    batch = "".join(free[len(free) - longest :]) if longest else ""
+    if not arrow:
+        together = "".join(terms)
+        result = batch + "".join(sorted(c for c in set(together) - set(batch) if together.count(c) == 1))
+    return terms, result.replace("...", batch)
+
+
+def _contract(
+    products: Products, a: Tensor, left: str, b: Tensor, right: str, later: set[str], part: str
+) -> tuple[Tensor, str]:
+    """The product of two operands with letters; letters that nothing needs later are summed over."""
+    for letter in set(left) - set(right) - later:
+        a, left = a.sum(left.index(letter)), left.replace(letter, "")
+    for letter in set(right) - set(left) - later:
+        b, right = b.sum(right.index(letter)), right.replace(letter, "")
+    both = [c for c in left if c in right]
+    batch, summed = [c for c in both if c in later], [c for c in both if c not in later]
+    rows, columns = [c for c in left if c not in both], [c for c in right if c not in both]
+    sizes = dict(zip(left, a.shape, strict=True))
+    sizes |= {c: max(size, sizes.get(c, 1)) for c, size in zip(right, b.shape, strict=True)}  # a size of 1 is spread
+    a = _arranged(a, left, [batch, rows, summed], sizes)
+    b = _arranged(b, right, [batch, columns, summed], sizes).mT
+    out = products.matmul(a, b, part)
+    letters = batch + rows + columns
+    return out.reshape([sizes[c] for c in letters]), "".join(letters)
+
+
+def _arranged(x: Tensor, letters: str, groups: list[list[str]], sizes: dict[str, int]) -> Tensor:
+    """An operand with one dimension for each group of letters."""
+    order = [c for group in groups for c in group]
+    x = x.permute([letters.index(c) for c in order]).expand([sizes[c] for c in order])
+    return x.reshape([prod(sizes[c] for c in group) for group in groups])
+
+
+def tensordot(products: Products, a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Any:
+    """`torch.tensordot`."""
+    if out is not None or isinstance(dims, Tensor):
+        return NotImplemented
+    if isinstance(dims, int):
+        ours, theirs = list(range(a.dim() - dims, a.dim())), list(range(dims))
+    else:
+        ours, theirs = ([each] if isinstance(each, int) else list(each) for each in dims)
+    ours, theirs = [d % a.dim() for d in ours], [d % b.dim() for d in theirs]
+    kept, others = ([d for d in range(x.dim()) if d not in used] for x, used in ((a, ours), (b, theirs)))
+    shape = [a.shape[d] for d in kept] + [b.shape[d] for d in others]
+    length = prod(a.shape[d] for d in ours)
+    left = a.permute(kept + ours).reshape(-1, length)
+    right = b.permute(theirs + others).reshape(length, -1)
+    return products.matmul(left, right).reshape(shape)
+
+
+def bilinear(products: Products, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.bilinear`: input1 [*, I], input2 [*, J], weight [O, I, J] -> [*, O].
+
+    First input1 is multiplied by the weight, as in a linear layer, then the result by input2.
+    """
+    outputs, _, width = weight.shape
+    rows = weight.mT.reshape(outputs * width, -1)
+    first = products.linear(input1, rows, None, "weight").reshape(*input1.shape[:-1], outputs, width)
+    out = products.matmul(first, input2.unsqueeze(-1), "inputs").squeeze(-1)
+    return out if bias is None else out + bias
+
+
+def addmm(products: Products, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    """`torch.addmm`, and `baddbmm`, `addmv`: beta input + alpha a b."""
+    plain = (beta, alpha) == (1, 1) and input.dim() == 1 and isinstance(b, torch.nn.Parameter) and b.dim() == 2
+    if plain:
+        return products.linear(a, b.mT, input)
+    out = products.matmul(a, b)
+    out = out if alpha == 1 else out * alpha
+    return out if beta == 0 else out + (input if beta == 1 else input * beta)
