@@ -26,7 +26,7 @@ from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.modules import LISTENERS, EmulatedModule, Emulating, unwrapped
 from lnpu_torch.quant.precision import Precision
 
-UNKNOWN_SITE = "an emulated product that no earlier call of its module has made: run the model once on a batch before it is compiled"
+UNKNOWN_SITE = "a product that its module has not made before: run the model on a batch before it is compiled"
 
 
 class Choice(NamedTuple):
