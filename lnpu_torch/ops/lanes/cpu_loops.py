@@ -83,7 +83,8 @@ def _add_tile(runs, entries, share):
                 work, times = _joined(work, times), (times + JOIN - 1) // JOIN
             own[:] = 0
             _add_run(work, channels, own)
-        entries[i * share : (i + 1) * share] += own
+        for j in range(share):  # an expression of arrays would compile for seconds
+            entries[i * share + j] += own[j]
 
 
 @inlined

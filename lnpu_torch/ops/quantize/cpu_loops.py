@@ -163,7 +163,7 @@ def _quantize_rows(part, parts, x, single, half, packed, few, many, runs, heads,
     alone = groups == channels > 1  # a channel's counts are its marks
     group = size if alone else size // groups
     run = positions * _power_of_two(min(CHUNK, group) // positions)  # whole channels, so that sums can be folded
-    sums, over_channels = np.zeros(run, np.uint16), np.zeros((2, groups, positions), np.int32)
+    sums, over_channels = np.zeros(run, np.uint16), np.zeros((2, groups * positions), np.int32)
     values, marks, both = np.empty(run, np.float32), np.empty(run, np.uint16), np.empty(run, np.int32)
     until = np.zeros(run + 1, np.int32)
     begin, end = bounds(len(packed) * pieces, part, parts)
@@ -187,7 +187,8 @@ def _quantize_rows(part, parts, x, single, half, packed, few, many, runs, heads,
                     _add(sums, known)
                     summed += 1
                     if stop % group == 0 or summed == MOST:
-                        _fold(sums, both, over_channels[0, start // group], over_channels[1, start // group])
+                        a = start // group * positions
+                        _fold(sums, both, over_channels[0, a : a + positions], over_channels[1, a : a + positions])
                         summed = 0
                 if len(runs):
                     c, d = start // positions, stop // positions
@@ -195,7 +196,7 @@ def _quantize_rows(part, parts, x, single, half, packed, few, many, runs, heads,
                     _count_runs(known, positions, place, first, heads[part, c:d], runs[of, c:d], until)
                 start = stop
             if sampled and not alone:
-                _keep(over_channels.reshape((2, groups * positions)), few, many, row)
+                _keep(over_channels, few, many, row)
 
 
 @compiled
@@ -207,7 +208,7 @@ def _quantize_rows_last(part, parts, x, single, half, packed, few, many, runs, h
     run, length = channels * together, channels // groups
     at_once = max(1, CHUNK // size) if run >= size else 1
     rounded = max(run, at_once * size)
-    sums, over_channels = np.zeros(run, np.uint16), np.zeros((2, groups, positions), np.int32)
+    sums, over_channels = np.zeros(run, np.uint16), np.zeros((2, groups * positions), np.int32)
     values, marks = np.empty(rounded, np.float32), np.empty(rounded, np.uint16)
     begin, end = bounds(len(packed) * pieces, part, parts)
     begin_row, end_row = _first_row(begin, pieces, share), _first_row(end, pieces, share)
@@ -238,7 +239,8 @@ def _quantize_rows_last(part, parts, x, single, half, packed, few, many, runs, h
                         for g in range(groups):
                             of = p * channels + g * length
                             fp8, wide = _totals(known[of : of + length])
-                            over_channels[0, g, position + p], over_channels[1, g, position + p] = fp8, wide
+                            place_of = g * positions + position + p
+                            over_channels[0, place_of], over_channels[1, place_of] = fp8, wide
                 if len(runs):
                     _add(sums, known)
                     after = before + stop // channels
@@ -250,7 +252,7 @@ def _quantize_rows_last(part, parts, x, single, half, packed, few, many, runs, h
                             _fold_runs(sums, runs[0 if joined else row, :, t])
                 start = stop
             if sampled:
-                _keep(over_channels.reshape((2, groups * positions)), few, many, row)
+                _keep(over_channels, few, many, row)
 
 
 @inlined
