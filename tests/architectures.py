@@ -51,7 +51,8 @@ TORCHVISION = [
     *_of("torchvision", "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11 vgg16_bn densenet121"),
     *_of("torchvision", "mobilenet_v2 mobilenet_v3_small mobilenet_v3_large shufflenet_v2_x0_5"),
     *_of("torchvision", "efficientnet_b0 efficientnet_v2_s convnext_tiny regnet_y_400mf"),
-    *_of("torchvision", "squeezenet1_1 alexnet googlenet swin_t swin_v2_t mnasnet0_5 regnet_x_400mf", 64),
+    *_of("torchvision", "squeezenet1_1 alexnet googlenet swin_t mnasnet0_5 regnet_x_400mf", 64),
+    *_of("torchvision", "swin_v2_t", 256),  # padded windows have errors beyond FP16: they normalise zeros
     *_of("torchvision", "inception_v3", 96, aux_logits=False, init_weights=False),
     *_of("torchvision", "vit_b_16", image_size=32),
     *_of("torchvision", "r3d_18"),

@@ -28,7 +28,7 @@ from lnpu_torch.nn.modules import (
     torch_layer,
     unwrapped,
 )
-from lnpu_torch.nn.sites import ROUTES, Choice, InterceptedModule, emulations, has_own_forward, is_emulated
+from lnpu_torch.nn.sites import OWN, ROUTES, Choice, InterceptedModule, emulations, has_own_forward, is_emulated
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
@@ -336,7 +336,8 @@ def _reason(module: nn.Module, name: str, model: nn.Module, ran: nn.Module) -> s
     if isinstance(module, InterceptedModule):
         if not module.choices:
             return "left in float by choice"
-        return "" if cast(InterceptedModule, ran.get_submodule(name)).sites else NOT_CALLED
+        multiplies = isinstance(module, OWN) or cast(InterceptedModule, ran.get_submodule(name)).sites
+        return "" if multiplies else NOT_CALLED
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its shapes are not known yet; run one batch first"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -225,6 +225,7 @@ def torch_layer(module: nn.Module) -> type[nn.Module] | None:
     What torch itself derives from its layers (lazy ones, fully_shard's, attention's projections) is none of these.
     """
     cls = _unparametrized(module)
+    cls = cls.original_class if issubclass(cls, Emulating) else cls
     base = next((each for each in cls.__mro__ if each in EMULATED_CLASSES), None)
     if base is None or "forward" in vars(module):
         return None
