@@ -301,8 +301,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
         model = model.get_submodule("_orig_mod" if hasattr(model, "_orig_mod") else "module")
     return model
-
-
-def emulated_layers(model: nn.Module) -> dict[str, EmulatedModule]:
-    """The model's emulated layers by name, a shared one once. Wrappers add nothing to names."""
-    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, EmulatedModule)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import Precision, Rule
-from lnpu_torch.nn.modules import emulated_layers
+from lnpu_torch.nn.sites import emulations
 from lnpu_torch.ops.dispatch import Choice, backend
 from lnpu_torch.ops.quantize.reference import UNSET
 
@@ -183,7 +183,7 @@ def test_a_layer_that_is_never_called_has_no_counts_and_no_threshold(tmp_path) -
     lnpu.load_thresholds(model, lnpu.thresholds(model))
     cost.save(tmp_path / "counts.json")
     assert {row.layer for row in lnpu.price(lnpu.Counts.load(tmp_path / "counts.json"), "lnpu").rows} >= {"used"}
-    assert all(layer.emulation.counting for layer in emulated_layers(model).values())
+    assert all(layer.emulation.counting for layer in emulations(model).values())
 
 
 def test_a_layer_called_many_times_a_step_counts_every_call_and_keeps_its_threshold() -> None:

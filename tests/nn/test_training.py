@@ -8,7 +8,7 @@ from torch import nn
 
 import lnpu_torch as lnpu
 from lnpu_torch import ConfigError, Precision, Rule
-from lnpu_torch.nn.modules import emulated_layers
+from lnpu_torch.nn.sites import emulations
 
 PRECISIONS = {
     "fgmp": "fgmp",
@@ -46,7 +46,7 @@ def test_compiled_is_eager(precision):
     assert a.counts == b.counts
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
-    for p, q in zip(emulated_layers(eager).values(), emulated_layers(compiled).values(), strict=True):
+    for p, q in zip(emulations(eager).values(), emulations(compiled).values(), strict=True):
         assert torch.equal(p.emulation.thresholds, q.emulation.thresholds)
 
 
@@ -193,7 +193,7 @@ def test_uncounted_steps_compute_as_ever_and_count_nothing(compiled):
     states = lnpu.thresholds(sampled)
     assert all(torch.equal(state, states[name]) for name, state in lnpu.thresholds(counted).items())
     assert {(entry.calls, entry.macs > 0) for entry in steps(cost).values()} == {(1, True)}
-    assert all(layer.emulation.counting for layer in emulated_layers(sampled).values())
+    assert all(layer.emulation.counting for layer in emulations(sampled).values())
 
 
 def test_empty_batch():
