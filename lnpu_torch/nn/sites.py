@@ -83,7 +83,10 @@ class InterceptedModule(Emulating):
             channels: of the input, and of the error.
             activations: whether neither operand is a weight.
         """
-        known = self.sites.get(name) or self._new_site(name, weight, channels, activations)
+        known = self.sites.get(name)
+        if known is None and torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNKNOWN_SITE)
+        known = known or self._new_site(name, weight, channels, activations)
         if known is None:
             return None
         if known.channels != channels and not torch.compiler.is_compiling():
@@ -93,7 +96,6 @@ class InterceptedModule(Emulating):
         known.emulation.training = self.training
         return known.emulation
 
-    @torch.compiler.disable(reason=UNKNOWN_SITE)  # type: ignore[untyped-decorator]
     def _new_site(self, name: str, weight: Tensor, channels: tuple[int, int], activations: bool) -> Site | None:
         chosen = self.precision_of(name)
         if chosen is None:
