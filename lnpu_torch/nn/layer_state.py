@@ -93,6 +93,11 @@ class LayerState:
         )
         self.histograms = None if self.histograms is None else self.histograms.to(device)
 
+    def share_choices(self, bins: int) -> None:
+        """Keep the histograms, of so many bins, by which ranks choose thresholds together."""
+        if self.histograms is None:
+            self.histograms = torch.zeros((len(READS), bins), dtype=torch.int32, device=self.device)
+
     def _share(self) -> None:
         """Let other processes see, and add to, what is counted here."""
         for tensor in (self.thresholds, self.counters, self.lanes, self.call_sizes):

@@ -55,10 +55,12 @@ class InterceptedModule(Emulating):
     counting: bool
     waiting: dict[str, Tensor]
     """Thresholds of sites that are not known yet."""
+    histogram_bins: int
+    """Of `LayerState.share_choices`; 0 where no ranks choose together."""
 
     def set_choices(self, choices: tuple[Choice, ...]) -> None:
         """Begin to emulate: no site is known yet, and each gets the precision of the last choice that names it."""
-        self.sites, self.choices, self.counting, self.waiting = {}, choices, True, {}
+        self.sites, self.choices, self.counting, self.waiting, self.histogram_bins = {}, choices, True, {}, 0
 
     @staticmethod
     def derive(original: type[nn.Module]) -> type[Emulating]:
@@ -68,7 +70,7 @@ class InterceptedModule(Emulating):
         return [site.emulation for site in self.sites.values()]
 
     def forget(self) -> None:
-        del self.sites, self.choices, self.counting, self.waiting
+        del self.sites, self.choices, self.counting, self.waiting, self.histogram_bins
 
     def precision_of(self, site: str) -> Precision | None:
         """That of the last choice whose pattern matches a site's name."""
@@ -102,6 +104,8 @@ class InterceptedModule(Emulating):
             return None
         state = LayerState(chosen.of_activations() if activations else chosen, weight.device)
         state.counting = self.counting
+        if self.histogram_bins:
+            state.share_choices(self.histogram_bins)
         if name in self.waiting:
             state.check_thresholds(name, self.waiting[name])
             state.thresholds.copy_(self.waiting.pop(name))

@@ -117,3 +117,27 @@ def test_without_ranks_there_is_nothing_to_share():
         lnpu.ThresholdSync(model("fgmp"))
     with pytest.raises(ConfigError, match="no layer of this model is emulated"):
         lnpu.ThresholdSync(nn.Linear(2, 2))
+
+
+class Head(nn.Module):
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x
+
+
+def shared_steps_of_sites(count):
+    """Thresholds of a rank whose sites are first seen in its first step."""
+    torch.manual_seed(0)
+    net, rank = lnpu.convert(nn.Sequential(nn.Linear(8, 8), Head())), dist.get_rank()
+    shared, seen = lnpu.ThresholdSync(net), []
+    for step in range(count):
+        x = torch.randn(2, 2, 4, 8, generator=torch.Generator().manual_seed(step))[rank] * 8.0**rank
+        net(x).square().sum().backward()
+        shared.all_reduce()
+        seen.append(lnpu.thresholds(net))
+    return seen
+
+
+def test_ranks_hold_equal_thresholds_of_sites_that_are_new():
+    for one, other in zip(*on_ranks(shared_steps_of_sites, 3), strict=True):
+        assert one.keys() == other.keys() == {"0", "1:matmul", "1:matmul.2"}
+        assert all(torch.equal(one[name], other[name]) for name in one)
