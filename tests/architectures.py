@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 import lnpu_torch as lnpu
 from helpers.paths import ROOT
+from lnpu_torch.nn import EMULATED_CLASSES
 from lnpu_torch.nn.convert import Coverage
 from lnpu_torch.recipes.torchvision_compat import import_torchvision
 
+NAMES = {each.__name__ for each in EMULATED_CLASSES}
 PAGE = ROOT / "docs" / "zoo.md"
 
 
@@ -70,10 +72,15 @@ ZOO = [*TORCHVISION, *TIMM]
 
 
 class Finding(NamedTuple):
-    """What a model left in float: its coverage, and the share of a forward pass's macs that is not emulated."""
+    """What is emulated of a model: its coverage, its sites, and the shares of a forward pass's macs left in float.
+
+    `of_layers`: the share where torch's own layers alone are emulated.
+    """
 
     entry: Entry
     coverage: Coverage
+    sites: int
+    of_layers: float
     share: float
 
 
@@ -81,12 +88,12 @@ def examine(entry: Entry) -> Finding:
     """Convert, a training step, revert; an AssertionError where macs do not close or something does not come back."""
     model, images = entry.build(), entry.batch()
     twin, types = copy.deepcopy(model), [type(module) for module in model.modules()]
+    whole = lnpu.coverage(model, images).macs
+    layers = _in_float(lnpu.coverage(lnpu.convert(model, "fgmp", only=tuple(EMULATED_CLASSES)), images))
     coverage = lnpu.coverage(lnpu.convert(model, "fgmp"), images)
     counts = _step(model, images)
-    assert coverage.products is not None and coverage.macs is not None
-    outside = sum(product.macs or 0 for product in coverage.products)
     forward = sum(row.macs for row in counts.steps if row.step == "forward")
-    assert forward == coverage.macs - outside, "macs are not those of torch's FLOP formulas"
+    assert whole and forward == whole - _in_float(coverage), "macs are not those of torch's FLOP formulas"
     for chip in ("lnpu", "dense-fp16"):
         for row in lnpu.price(counts, chip).rows:
             assert row.macs == row.executed + row.skipped + row.padding + row.not_run
@@ -95,7 +102,13 @@ def examine(entry: Entry) -> Finding:
     with torch.no_grad():
         for ours, theirs in zip(tree_leaves(model.eval()(images)), tree_leaves(twin.eval()(images)), strict=True):
             assert torch.equal(ours, theirs), "reverted, it does not compute as before"
-    return Finding(entry, coverage, outside / coverage.macs)
+    sites = {row.layer for row in counts.steps if ":" in row.layer}
+    return Finding(entry, coverage, len(sites), layers / whole, _in_float(coverage) / whole)
+
+
+def _in_float(coverage: Coverage) -> int:
+    """Multiply-accumulates of a forward pass that are not emulated."""
+    return sum(product.macs or 0 for product in coverage.products or ())
 
 
 def _step(model: nn.Module, images: Tensor) -> lnpu.Counts:
@@ -117,25 +130,23 @@ model computes bit for bit what torch's own does with the same `state_dict`. `py
 this page; `make test-slow` tests what is installed of it (timm is not in any of our extras).
 
 "In float" is the share of a forward pass's multiplications that is not emulated, as `lnpu.coverage(model, batch)` lists
-them; the last column is what else with weights stayed in float. Images are small, so that attention's share is smaller
-than at full size. Look at MACs, not at layers: torchvision's Swin passes the weights of its Linear layers to
-`F.linear`, so that these are converted and never called; `nf_resnet26` and some classifiers of timm are built
-of subclasses of torch's layers that have a forward of their own, and stay as they are.
+them: first where torch's own layers alone are (`convert(model, only=...)`), then as `convert` does it by itself. A
+site is a product that a module's own forward calls. The last column is what else with weights stayed in float: nothing
+of it multiplies and accumulates.
 
-| | image | layers emulated | their parameters | MACs in float | which | other layers with weights |
-| --- | --- | --- | --- | --- | --- | --- |
+| | image | layers | sites | in float, layers alone | in float | which | other modules with weights |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
 def line(finding: Finding) -> str:
-    entry, coverage, share = finding
-    held, total = (sum(row.parameters for row in rows) for rows in (coverage.emulated, coverage.rows))
-    ops = Counter({product.op: product.macs for product in coverage.products})
-    which = ", ".join(sorted(op.removeprefix("aten.").removeprefix("_") for op in ops)) or "-"
+    entry, coverage, sites, of_layers, share = finding
+    layers = sum(row.kind in NAMES for row in coverage.emulated)
+    which = ", ".join(sorted({product.op.removeprefix("aten.") for product in coverage.products or ()})) or "-"
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(row.kind for row in coverage.in_float).most_common())
     return (
-        f"| {entry.source} {entry.name} | {entry.size} | {len(coverage.emulated)} | {held / total:.1%} "
-        f"| {share:.1%} | {which} | {kinds or '-'} |\n"
+        f"| {entry.source} {entry.name} | {entry.size} | {layers} | {sites} | {of_layers:.1%} | {share:.1%} | {which} "
+        f"| {kinds or '-'} |\n"
     )
 
 
