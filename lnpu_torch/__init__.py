@@ -25,6 +25,7 @@ from lnpu_torch.profiler.cost_counter import CostCounter  # noqa: E402
 from lnpu_torch.profiler.estimate import estimate  # noqa: E402
 from lnpu_torch.profiler.layer_counters import no_count  # noqa: E402
 from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402
+from lnpu_torch.reporting.run_comparison import RunComparison, compare  # noqa: E402
 from lnpu_torch.versions import versions  # noqa: E402
 
 __version__ = "0.1.0"
@@ -38,10 +39,12 @@ __all__ = [
     "Precision",
     "Report",
     "Rule",
+    "RunComparison",
     "Sensitivity",
     "Sweep",
     "ThresholdSync",
     "chip",
+    "compare",
     "convert",
     "coverage",
     "estimate",

@@ -14,7 +14,7 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import estimate, price, report, reproduce, train
+from lnpu_torch.cli import compare, estimate, price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
 from lnpu_torch.cli.importing import import_model
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
@@ -43,7 +43,7 @@ def _root(
 
 
 PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
-PARTS += (report.report, reproduce.reproduce, price.chips, estimate.estimate)
+PARTS += (report.report, reproduce.reproduce, price.chips, estimate.estimate, compare.compare)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 
