@@ -14,9 +14,9 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import compare, estimate, price, report, reproduce, train
+from lnpu_torch.cli import compare, estimate, export, price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
-from lnpu_torch.cli.importing import import_model
+from lnpu_torch.cli.importing import import_model, parse_shape
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.training_step import Loss, OptimizerName, TrainingStep, infer, silent_layers
@@ -43,7 +43,7 @@ def _root(
 
 
 PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
-PARTS += (report.report, reproduce.reproduce, price.chips, estimate.estimate, compare.compare)
+PARTS += (report.report, reproduce.reproduce, price.chips, estimate.estimate, compare.compare, export.export)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 
@@ -98,17 +98,6 @@ def _left(network: nn.Module) -> str:
     """The kinds of the layers that stayed in float, ": only BatchNorm2d, LayerNorm"."""
     kinds = sorted({row.kind for row in lnpu.coverage(network).in_float})
     return f": only {', '.join(kinds)}" if kinds else ""
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """The shape that "8,3,224,224" gives. Raises ConfigError unless it is positive integers between commas."""
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ConfigError(f"--input-shape: {text!r} is not a shape such as 8,3,224,224")
-    return shape
 
 
 def make_batch(shape: tuple[int, ...]) -> Tensor:

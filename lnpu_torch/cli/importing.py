@@ -1,4 +1,4 @@
-"""Models of anyone's, by the name of the module that they are in."""
+"""Models of anyone's, by the name of the module that they are in, and the shapes of their inputs."""
 
 from __future__ import annotations
 
@@ -49,3 +49,14 @@ def _call(found: Any, target: str) -> Any:
         return found()
     except Exception as error:  # whatever the user's function raises
         raise ConfigError(f"{target}: cannot be called without arguments: {type(error).__name__}: {error}") from error
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The shape that "8,3,224,224" gives. Raises ConfigError unless it is positive integers between commas."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ConfigError(f"--input-shape: {text!r} is not a shape such as 8,3,224,224")
+    return shape

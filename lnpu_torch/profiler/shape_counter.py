@@ -57,7 +57,8 @@ class _Layers(TorchDispatchMode):
 class ShapeCounter:
     """Counts a copy of a model that holds no values: `network` is that copy, `counting()` a block to run it in.
 
-    Tensors are to be made inside `shapes()` or `counting()`; they have shapes, and no values.
+    `calls` are the steps of layers that were counted, in their order, each with its layer's name. Tensors are to be
+    made inside `shapes()` or `counting()`; they have shapes, and no values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +67,7 @@ class ShapeCounter:
             self.network: nn.Module = copy.deepcopy(model)
         convert(self.network, "fp16")
         self.counts = Counts(steps=())
+        self.calls: list[tuple[str, StepCall]] = []
 
     @contextmanager
     def shapes(self) -> Iterator[None]:
@@ -81,9 +83,12 @@ class ShapeCounter:
         try:
             with self._fake, tracer, layers:
                 yield
-            states = {id(layer.emulation.counters): layer.emulation for layer in emulated_layers(self.network).values()}
+            found = emulated_layers(self.network).items()
+            states = {id(layer.emulation.counters): (name, layer.emulation) for name, layer in found}
             for call in layers.calls:
-                _add(states[call.counters], call)
+                name, state = states[call.counters]
+                self.calls.append((name, call))
+                _add(state, call)
         finally:
             ledger.close()
         self.counts = counted(ledger, tracer)
