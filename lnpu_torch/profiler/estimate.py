@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.nn.utils import skip_init
 
 from lnpu_torch.counts.densities import Densities
 from lnpu_torch.counts.schema import OPERANDS, Counts
@@ -54,15 +54,15 @@ class LayerShape(Frozen):
         if self.kind == "Linear":
             if given:
                 raise ConfigError(f"{', '.join(given)}: a linear layer has none")
-            return cast(nn.Module, skip_init(nn.Linear, self.in_channels, self.out_channels, bias=False))
+            return nn.Linear(self.in_channels, self.out_channels, bias=False)
         if self.kernel_size is None:
             raise ConfigError("kernel_size: a convolution needs one")
         if "output_padding" in given and "Transpose" not in self.kind:
             raise ConfigError("output_padding: for a transposed convolution alone")
         if len(self.input) != int(self.kind[-2]):
             raise ConfigError(f"input: {self.kind} has a grid of {self.kind[-2]} sizes, got {list(self.input)}")
-        layer = skip_init(CLASSES[self.kind], self.in_channels, self.out_channels, bias=False, **given)
-        return cast(nn.Module, layer)
+        layer: nn.Module = CLASSES[self.kind](self.in_channels, self.out_channels, bias=False, **given)
+        return layer
 
     def shape(self, batch: int) -> tuple[int, ...]:
         """Of the input."""
@@ -137,7 +137,7 @@ def _model(
         counter = ShapeCounter(model)
     try:
         with counter.shapes():
-            batch = torch.zeros(*shape)
+            batch = counter.batch(shape)
             step = TrainingStep(counter.network, batch, loss, optimizer) if training else None
             if step:  # a step before makes the optimizer's states
                 step.backward()
@@ -158,26 +158,22 @@ def _model(
 
 def _table(layers: Mapping[str, Any], batch: int, training: bool) -> Counts:
     """Each layer for itself; the first one's errors are not propagated."""
-    table = {name: validate(LayerShape, dict(layer), f"layers.{name}") for name, layer in layers.items()}
+    table = {name: validate(LayerShape, layer, f"layers.{name}") for name, layer in layers.items()}
     if not table:
         raise ConfigError("layers: none is given")
     modules = nn.ModuleList()
-    for name, layer in table.items():
-        try:
-            modules.append(layer.module())
-        except (ConfigError, ValueError) as error:
-            raise ConfigError(f"layers.{name}: {error}") from None
+    with torch.device("meta"):
+        for name, layer in table.items():
+            with _named(name):
+                modules.append(layer.module())
     counter = ShapeCounter(modules)
     with counter.counting():
         for place, (name, layer) in enumerate(table.items()):
-            x = torch.zeros(layer.shape(batch), requires_grad=training and place > 0)
-            try:
-                with torch.set_grad_enabled(training):
-                    output = counter.network.get_submodule(str(place))(x)
-            except RuntimeError as error:
-                raise ConfigError(f"layers.{name}: {error}") from None
-            if training:
-                output.backward(torch.ones_like(output))
+            with _named(name), torch.set_grad_enabled(training):
+                x = torch.zeros(layer.shape(batch), requires_grad=training and place > 0)
+                output = counter.network.get_submodule(str(place))(x)
+                if training:
+                    output.backward(torch.ones_like(output))
     names = dict(zip(map(str, range(len(table))), table, strict=True))
     steps = [
         entry.model_copy(
@@ -189,3 +185,12 @@ def _table(layers: Mapping[str, Any], batch: int, training: bool) -> Counts:
         for entry in counter.counts.steps
     ]
     return Counts(steps=tuple(steps), vector_ops=NotCounted(reason=NO_MODEL))
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Within the block, what is wrong with a layer is a ConfigError that names it."""
+    try:
+        yield
+    except (ConfigError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"layers.{layer}: {error}") from None

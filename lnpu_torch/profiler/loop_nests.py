@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from lnpu_torch.counts.loop_nest import LoopNest, NestTensor, Place
@@ -50,7 +49,7 @@ def loop_nests(model: nn.Module, counts: Counts, shape: Sequence[int]) -> list[L
 def _calls(model: nn.Module, shape: Sequence[int], training: bool) -> list[tuple[str, StepCall]]:
     counter = ShapeCounter(model)
     with counter.counting():
-        batch = torch.zeros(*shape)
+        batch = counter.batch(shape)
         if training:
             TrainingStep(counter.network, batch, None, "none").backward()
         else:

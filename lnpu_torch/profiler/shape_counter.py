@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lnpu_torch.counts.schema import STEPS, Counts, Step
+from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.convert import convert
 from lnpu_torch.nn.gemms import product_of
 from lnpu_torch.nn.layer_call import Product
@@ -23,6 +24,9 @@ from lnpu_torch.ops.registry import OPS
 from lnpu_torch.profiler.cost_counter import counted
 from lnpu_torch.profiler.layer_counters import LayerLedger
 from lnpu_torch.profiler.op_tracer import OpTracer
+
+MOST_MACS = 2**60
+"""Counters hold so many, and more calls."""
 
 
 class StepCall(NamedTuple):
@@ -65,9 +69,20 @@ class ShapeCounter:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with FakeCopyMode(self._fake):
             self.network: nn.Module = copy.deepcopy(model)
+        with self._fake:
+            _leave_meta(self.network)
         convert(self.network, "fp16")
         self.counts = Counts(steps=())
         self.calls: list[tuple[str, StepCall]] = []
+
+    def batch(self, shape: Sequence[int]) -> Tensor:
+        """An input without values. Raises ConfigError if there is none of this shape."""
+        try:
+            with self._fake:
+                return torch.zeros(*shape)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"a batch of shape {tuple(shape)} cannot be made: {reason}") from None
 
     @contextmanager
     def shapes(self) -> Iterator[None]:
@@ -94,9 +109,24 @@ class ShapeCounter:
         self.counts = counted(ledger, tracer)
 
 
+def _leave_meta(network: nn.Module) -> None:
+    """Have what is on the meta device, where layers are not emulated, on the CPU, as far as it is anywhere."""
+    moved: dict[int, Tensor] = {}
+    for module in network.modules():
+        for name, x in module.named_parameters(recurse=False):
+            if x.is_meta:
+                empty = nn.Parameter(torch.empty_like(x, device="cpu"), x.requires_grad)
+                setattr(module, name, moved.setdefault(id(x), empty))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
 def _add(state: Any, call: StepCall) -> None:
     """Add a call to a layer's counters, as if all its elements were wide."""
     product, shape, step = call.product, call.shape, STEPS.index(call.step)
+    if shape.macs > MOST_MACS:
+        raise ConfigError(f"{shape.macs:.3g} multiplications in one call; at most {MOST_MACS:.3g} can be counted")
     if not call.run:
         state.not_run(call.step, shape.macs)
         return

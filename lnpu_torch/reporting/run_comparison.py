@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rich.text import Text
 from lnpu_torch.cost.pricing import EXTRAPOLATED, price
 from lnpu_torch.cost.report import Report, caveats
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.files import MOST, ConfigError, write_text
+from lnpu_torch.files import MOST, ConfigError, is_file, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.reporting.run_reader import Epoch, Run, read_run
@@ -322,10 +323,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         ConfigError: one is neither, or is given twice.
     """
-    again = [str(path) for path, times in Counter(path.resolve() for path in paths).items() if times > 1]
+    again = [path for path, times in Counter(os.path.realpath(path) for path in paths).items() if times > 1]
     if again:
         raise ConfigError(f"{again[0]}: is given twice")
-    runs = [_file(path) if path.is_file() else read_run(path) for path in paths]
+    runs = [_file(path) if is_file(path) else read_run(path) for path in paths]
     often = Counter(run.name for run in runs)
     return [
         Run(str(path), run.settings, run.versions, run.epochs) if often[run.name] > 1 else run

@@ -75,6 +75,14 @@ def test_what_a_run_counts_beside_values_is_estimated_exactly(optimizer: Optimiz
     assert again == estimated
 
 
+def test_a_model_without_memory_is_estimated_too() -> None:
+    with torch.device("meta"):
+        meta, large = Twice(), nn.Linear(2**20, 2**20, bias=False)
+    assert lnpu.estimate(meta, 4, input_shape=(3, 8, 8)) == lnpu.estimate(Twice(), 4, input_shape=(3, 8, 8))
+    assert meta.stem.weight.is_meta
+    assert lnpu.estimate(large, 8, input_shape=(2**20,)).steps[0].macs == 2**43
+
+
 class Choosy(nn.Linear):
     """What it does depends on values."""
 
@@ -160,6 +168,11 @@ CONV = TABLE["a.conv"]
         (nn.Linear(3, 2), {}, "input_shape: a model needs that of one sample"),
         (nn.Linear(3, 2), {"input_shape": (4,)}, "the model cannot take an input of shape (2, 4)"),
         (Choosy(3, 2), {"input_shape": (3,)}, "what the model does depends on values, which"),
+        ({"a": {**TABLE["fc"], "input": [2**30, 2**30]}}, {"batch": 2**30}, "layers.a: "),
+        ({"a": {**CONV, "in_channels": 2**30, "out_channels": 2**30}}, {}, "layers.a: "),
+        ({"a": {**TABLE["fc"], "in_channels": 2**30, "out_channels": 2**30}}, {}, "2.31e+18 multiplications in"),
+        ({"a": [3, 2]}, {}, "layers.a: "),
+        (nn.Linear(3, 2), {"input_shape": (2**40, 2**40, 3)}, "a batch of shape (2, 1099511627776, "),
         (nn.ReLU(), {"input_shape": (4,)}, "the model has no parameter to train"),
         (nn.BatchNorm1d(4), {"input_shape": (4,)}, "no layer of this model is emulated"),
     ],
