@@ -12,6 +12,7 @@ from lnpu_torch.cost.pricing import price  # noqa: E402
 from lnpu_torch.cost.report import Report  # noqa: E402
 from lnpu_torch.cost.sensitivity import Sensitivity, sensitivity  # noqa: E402
 from lnpu_torch.cost.sweep import Sweep, sweep  # noqa: E402
+from lnpu_torch.counts.densities import Densities  # noqa: E402
 from lnpu_torch.counts.schema import Counts  # noqa: E402
 from lnpu_torch.files import ConfigError  # noqa: E402
 from lnpu_torch.hardware.chip import Chip, chip  # noqa: E402
@@ -21,8 +22,10 @@ from lnpu_torch.nn.observers import pause_op_tracing  # noqa: E402
 from lnpu_torch.nn.rounding import quantize  # noqa: E402
 from lnpu_torch.nn.threshold_sync import ThresholdSync  # noqa: E402
 from lnpu_torch.profiler.cost_counter import CostCounter  # noqa: E402
+from lnpu_torch.profiler.estimate import estimate  # noqa: E402
 from lnpu_torch.profiler.layer_counters import no_count  # noqa: E402
 from lnpu_torch.quant.precision import Precision, Rule  # noqa: E402
+from lnpu_torch.reporting.run_comparison import RunComparison, compare  # noqa: E402
 from lnpu_torch.versions import versions  # noqa: E402
 
 __version__ = "0.1.0"
@@ -32,15 +35,19 @@ __all__ = [
     "CostCounter",
     "CostRow",
     "Counts",
+    "Densities",
     "Precision",
     "Report",
     "Rule",
+    "RunComparison",
     "Sensitivity",
     "Sweep",
     "ThresholdSync",
     "chip",
+    "compare",
     "convert",
     "coverage",
+    "estimate",
     "functional",
     "load_thresholds",
     "nn",

@@ -225,7 +225,7 @@ class Run:
         """Test, price, show and save an epoch."""
         whole, (loss, right, seen) = Tallied.merge(distributed.gather(tallied)), self.sums
         row: Row = {"epoch": self.epoch, "loss": loss / seen, "train_accuracy": right / seen}
-        row |= {"test_accuracy": self.test_accuracy(), "images_per_s": images_per_s}
+        row |= {"test_accuracy": self.test_accuracy(), "images": int(seen), "images_per_s": images_per_s}
         reports = [lnpu.price(whole.counts, chip) for chip in self.chips] if self.config.emulated else []
         for report in reports:
             row |= console_output.columns(report)

@@ -39,7 +39,7 @@ FORBIDDEN = re.compile(
     r"(eval|exec|compile|__import__|os\.(system|popen)|(pickle|marshal|shelve|dill)\..*|.*unsafe_load)"
 )
 ASKED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
-RUNS_CODE = {"dispatch.py", "app.py", "torchvision_compat.py", "photographs.py"}
+RUNS_CODE = {"dispatch.py", "importing.py", "torchvision_compat.py", "photographs.py"}
 """Import modules by name: of the user's own only app.py, for MODULE:ATTR."""
 
 

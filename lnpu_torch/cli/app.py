@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import price, report, reproduce, train
+from lnpu_torch.cli import compare, estimate, export, price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
+from lnpu_torch.cli.importing import import_model, parse_shape
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
-from lnpu_torch.cli.training_step import Loss, OptimizerName, TrainingStep, infer, silent_layers
 from lnpu_torch.files import ConfigError
+from lnpu_torch.profiler.training_step import Loss, OptimizerName, TrainingStep, infer, silent_layers
 
 app = typer.Typer(name="lnpu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,7 +43,7 @@ def _root(
 
 
 PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
-PARTS += (report.report, reproduce.reproduce, price.chips)
+PARTS += (report.report, reproduce.reproduce, price.chips, estimate.estimate, compare.compare, export.export)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 
@@ -99,55 +98,6 @@ def _left(network: nn.Module) -> str:
     """The kinds of the layers that stayed in float, ": only BatchNorm2d, LayerNorm"."""
     kinds = sorted({row.kind for row in lnpu.coverage(network).in_float})
     return f": only {', '.join(kinds)}" if kinds else ""
-
-
-def import_model(target: str) -> nn.Module:
-    """The nn.Module that MODULE:ATTR names, or that calling it returns; the current folder is searched too.
-
-    Raises:
-        ConfigError: the module or attribute does not exist, importing or calling it fails, or it is no nn.Module.
-    """
-    module, colon, attribute = target.partition(":")
-    if not (module and colon and attribute):
-        raise ConfigError(f"{target!r}: a model is written MODULE:ATTR, such as torchvision.models:resnet18")
-    found = _import_attribute(module, attribute)
-    if not isinstance(found, nn.Module):
-        found = _call(found, target)
-    if not isinstance(found, nn.Module):
-        kind = type(found).__name__
-        raise ConfigError(f"{target}: an nn.Module is expected, or a function that returns one; got {kind}")
-    return found
-
-
-def _import_attribute(module: str, attribute: str) -> Any:
-    if module.split(".")[0] == "torchvision":
-        from lnpu_torch.recipes.torchvision_compat import import_torchvision
-
-        import_torchvision()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except Exception as error:  # whatever the user's module raises
-        raise ConfigError(f"{module}:{attribute}: cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _call(found: Any, target: str) -> Any:
-    try:
-        return found()
-    except Exception as error:  # whatever the user's function raises
-        raise ConfigError(f"{target}: cannot be called without arguments: {type(error).__name__}: {error}") from error
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """The shape that "8,3,224,224" gives. Raises ConfigError unless it is positive integers between commas."""
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ConfigError(f"--input-shape: {text!r} is not a shape such as 8,3,224,224")
-    return shape
 
 
 def make_batch(shape: tuple[int, ...]) -> Tensor:

@@ -15,9 +15,9 @@ from lnpu_torch.cost.report import (
     TRAFFIC,
     Report,
     access,
+    caveats,
     energy_range,
     lacking,
-    missing,
     modelled,
     names,
 )
@@ -53,7 +53,7 @@ class Comparison:
 
     def _notes(self) -> Iterator[str]:
         """Each note once, with the chips it holds for unless it holds for all."""
-        notes = [[*missing(report), *lacking(report), *report.notes] for report in self.reports]
+        notes = [[*caveats(report), *lacking(report), *report.notes] for report in self.reports]
         for note in dict.fromkeys(note for each in notes for note in each):
             chips = [report.chip for report, each in zip(self.reports, notes, strict=True) if note in each]
             yield note if len(chips) == len(self.reports) else f"{', '.join(chips)}: {note}"

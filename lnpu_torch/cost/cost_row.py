@@ -53,6 +53,7 @@ class CostRow:
         border_zj: what `padding` would add to the energy on the chip if it were multiplied as zeros, in zJ; 0 on a chip
             where it is.
         after: of vector operations, the layer that they follow; "" where that was not recorded, and in sums.
+        estimate: whether counts that no run has made are in it.
 
     Raises:
         ValueError: the MACs do not add up.
@@ -80,6 +81,7 @@ class CostRow:
     range_zj: tuple[int, int] = (0, 0)
     border_zj: int = 0
     after: str = ""
+    estimate: bool = False
 
     def __post_init__(self) -> None:
         if self.macs != self.executed + self.skipped + self.padding + self.not_run:
@@ -108,6 +110,7 @@ class CostRow:
             energy_zj=_in_order(_added(row.energy_zj for row in rows)),
             bits=_added(row.bits for row in rows),
             range_zj=(sum(row.range_zj[0] for row in rows), sum(row.range_zj[1] for row in rows)),
+            estimate=any(row.estimate for row in rows),
         )
 
     @property
@@ -339,6 +342,7 @@ COLUMNS = (
     Column("dram_bits", "DRAM access", "bits from and to DRAM", "bit", "energy", on_page=False, modelled=True),
     Column("dense_dram_bits", "", "bits from and to DRAM in dense FP16", "bit", on_page=False, modelled=True),
     Column("energy_zj", "", "exact energy by component", None, on_page=False),
+    Column("estimate", "", "whether counts that no run has made are in it", None, on_page=False),
 )
 """All columns, in the order in which they are shown and written."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,8 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         _part(entry, chip, energies, Context(entry.layer == first, entry.layer not in told)) for entry in counts.steps
     )
     parts = timed((*steps, *vector_op_rows(counts.vector_ops, chip, energies)), energies)
+    if counts.estimate:
+        parts = tuple(replace(part, estimate=True) for part in parts)
     return Report(
         chip=chip.name,
         clock_hz=chip.clock_hz,
@@ -52,6 +55,7 @@ def price(counts: Counts, chip: str | Path | Chip) -> Report:
         notes=(*_notes(counts, chip), *not_recorded(steps), *_power(parts, chip)),
         in_float=counts.in_float,
         dram_pj_per_bit=_dram_range(chip),
+        estimate=counts.estimate,
     )
 
 

@@ -34,6 +34,7 @@ class Report:
     `energy_range_pj` stand for, None if the chip gives no range; `notes` are printed below the table. `in_float` are
     multiply-accumulates outside of emulated layers, by torch op, which no figure has in it; None where nobody looked.
     `dram_pj_per_bit` is what a bit of DRAM takes at least, as it is priced, and at most; None without a range.
+    `estimate` says what the counts were made from, if they are none of a run's own.
     """
 
     chip: str
@@ -44,6 +45,7 @@ class Report:
     grouped: Literal["layer", "step"] | None = None
     in_float: Mapping[str, FloatProduct] | None = None
     dram_pj_per_bit: tuple[float, float, float] | None = None
+    estimate: str | None = None
 
     @property
     def float_macs(self) -> int | None:
@@ -149,6 +151,7 @@ class Report:
             "float_macs": self.float_macs,
             "float_share": self.float_share,
             "in_float": self.in_float and {op: product.model_dump() for op, product in self.in_float.items()},
+            "estimate": self.estimate,
             "notes": list(self.notes),
         }
 
@@ -218,13 +221,14 @@ def lacking(report: Report) -> list[str]:
     return lines + ([] if layers else ["no step of an emulated layer was counted"])
 
 
-def missing(report: Report) -> list[str]:
-    """A line that says how much of the multiply-accumulates no total has in it, if any."""
+def caveats(report: Report) -> list[str]:
+    """Lines that say if it is an estimate, and how much of the multiply-accumulates no total has in it, if any."""
+    lines = [f"ESTIMATE: {report.estimate}"] if report.estimate else []
     if not report.float_macs:
-        return []
+        return lines
     ops = ", ".join(f"{op} ({each.calls} x)" for op, each in (report.in_float or {}).items())
     share_ = f"{report.float_share or 0:.1%} of all multiply-accumulates"
-    return [f"NOT IN THE TOTAL: {share_}, {si(report.float_macs)}, which ran in float: {ops}"]
+    return [*lines, f"NOT IN THE TOTAL: {share_}, {si(report.float_macs)}, which ran in float: {ops}"]
 
 
 def names(row: CostRow) -> tuple[str, str, str]:
@@ -283,7 +287,7 @@ def _footer(report: Report) -> list[str]:
         f"{efficiency} TFLOPS/W (2 FLOP per MAC, skipped ones too; DRAM apart)",
         *_with_dram(report),
         _time(report),
-        *missing(report),
+        *caveats(report),
         *_layers_access(report),
         *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
         *_shares(report),

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lnpu_torch.cost.pricing import price
-from lnpu_torch.cost.report import Report
+from lnpu_torch.cost.report import Report, caveats
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
@@ -48,10 +48,13 @@ class Sensitivity:
     effects: tuple[Effect, ...]
 
     def __rich__(self) -> RenderableType:
-        return Group(self._table(), Text(NOTE))
+        return Group(self._table(), *self._notes())
 
     def __str__(self) -> str:
-        return plain(self._table(), Text(NOTE))
+        return plain(self._table(), *self._notes())
+
+    def _notes(self) -> list[Text]:
+        return [Text(NOTE), *map(Text, caveats(self.reports[0]))]
 
     def _table(self) -> Table:
         first, others = self.reports[0], self.reports[1:]

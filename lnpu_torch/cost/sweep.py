@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lnpu_torch.cost.cost_row import CostRow, columns
 from lnpu_torch.cost.pricing import price
-from lnpu_torch.cost.report import missing
+from lnpu_torch.cost.report import caveats
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, parse_yaml, write_text
 from lnpu_torch.hardware.chip import Chip
@@ -29,7 +29,7 @@ SHOWN = 40
 
 NUMBERS = columns(
     *("cycles", "utilisation", "simd_cycles", "energy_pj", "mac_energy_pj", "sram_energy_pj", "simd_energy_pj"),
-    *("dram_energy_pj", "sram_bits", "dram_bits", "dense_dram_bits"),
+    *("dram_energy_pj", "sram_bits", "dram_bits", "dense_dram_bits", "estimate"),
 )
 """The columns of a total that a sweep's CSV has."""
 
@@ -54,13 +54,14 @@ class Point:
 class Sweep:
     """All points, in the order of the settings. `str()` is a table; a rich console prints it too.
 
-    `energy` says what points are compared by; `missing`, if anything, what no point has in it.
+    `energy` says what points are compared by; `caveats` say what no point has in it, or that all
+    are estimates.
     """
 
     keys: tuple[str, ...]
     points: tuple[Point, ...]
     energy: Literal["chip and DRAM", "chip"]
-    missing: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -84,10 +85,10 @@ class Sweep:
         return text.getvalue()
 
     def __rich__(self) -> RenderableType:
-        return Group(self._table(), *map(Text, self.missing))
+        return Group(self._table(), *map(Text, self.caveats))
 
     def __str__(self) -> str:
-        return plain(self._table(), *map(Text, self.missing))
+        return plain(self._table(), *map(Text, self.caveats))
 
     def _table(self) -> Table:
         few = len(self.points) <= SHOWN
@@ -133,7 +134,7 @@ def sweep(
         chosen = dict(zip(settings, values, strict=True))
         report = price(counts, start.with_values(chosen))
         total = report.total
-        left_out |= dict.fromkeys(missing(report))
+        left_out |= dict.fromkeys(caveats(report))
         if total.energy_pj is None:
             raise ConfigError(f"{start.name}: no model covers any of what was counted")
         energy = pj(_sum(total)) if dram else total.energy_pj

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from lnpu_torch.counts.densities import Densities
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts
 from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
@@ -56,7 +57,7 @@ class Operand(Frozen):
 
     def __add__(self, other: Operand) -> Operand:
         lanes = self.lanes and other.lanes and self.lanes + other.lanes
-        return self.model_copy(update={"elements": _add(self.elements, other.elements), "lanes": lanes})
+        return self.model_copy(update={"elements": add_groups(self.elements, other.elements), "lanes": lanes})
 
 
 class Calls(Frozen):
@@ -124,10 +125,10 @@ class StepCounts(Frozen):
     def _sizes_close(self) -> Self:
         for which in ("first", "second") if self.by_size else ():
             parts = [getattr(each, which) for each in self.by_size]
-            if reduce(_add, parts) != getattr(self, which).elements:
+            if reduce(add_groups, parts) != getattr(self, which).elements:
                 raise ValueError(f"{self.layer} {self.step}: {which} elements are not the sum of those by size")
         known = [each.pairs for each in self.by_size if each.pairs]
-        if known and len(known) == len(self.by_size) and reduce(_add_tables, known) != self.pairs:
+        if known and len(known) == len(self.by_size) and reduce(add_tables, known) != self.pairs:
             raise ValueError(f"{self.layer} {self.step}: pairs are not the sum of those by size")
         return self
 
@@ -150,7 +151,7 @@ class StepCounts(Frozen):
         return self.model_copy(
             update={
                 **{key: getattr(self, key) + getattr(other, key) for key in ("calls", "macs", "padding", "not_run")},
-                "pairs": _add_tables(self.pairs, other.pairs),
+                "pairs": add_tables(self.pairs, other.pairs),
                 "first": self.first + other.first,
                 "second": self.second + other.second,
                 "by_size": _merge_sizes(self, other),
@@ -175,10 +176,12 @@ class Counts(Frozen):
     `vector_ops` is what ran besides multiply-accumulates, or why that was not counted.
     `in_float` are multiply-accumulates outside of emulated layers, by torch op; None where nobody looked.
     `extrapolated` says that some of the work was not counted, but taken to be like what was.
+    `estimate` says, if it is none of a run's own counts, what they were made from; None for those.
     """
 
     version: Literal[5] = VERSION
     extrapolated: bool = False
+    estimate: Annotated[str, Field(min_length=1)] | None = None
     steps: tuple[StepCounts, ...]
     vector_ops: VectorOpCounts | NotCounted = NotCounted(reason="these counts are of layers' own steps only")
     in_float: dict[str, FloatProduct] | None = None
@@ -218,7 +221,49 @@ class Counts(Frozen):
             vector_ops=merge_vector_ops([part.vector_ops for part in parts]),
             in_float=None if None in seen else _sum_products([each for each in seen if each]),
             extrapolated=any(part.extrapolated for part in parts),
+            estimate="; ".join(dict.fromkeys(part.estimate for part in parts if part.estimate)) or None,
         )
+
+    def densities(self) -> Densities:
+        """The densities of each layer's operands in each step, as `with_sparsity` and `estimate` take them."""
+        from lnpu_torch.counts import what_if  # imported late: it is made of Counts
+
+        return what_if.densities(self)
+
+    def with_sparsity(self, densities: Densities | Mapping[str, Any]) -> Counts:
+        """What the same run would do with other zeros, and other FP8 shares, in its operands: an estimate.
+
+        Elements that change are chosen at random, whatever they are multiplied by. Lanes wait as much for each non-zero
+        as they did.
+
+        Args:
+            densities: `Densities`, or plain data of the same form, such as
+                `{"default": {"weight": 0.5}, "layers": {"layer1.*": {"input": {"nonzero": 0.3, "fp8": 0.9}}}}`. What
+                nothing is said of stays as it was counted.
+
+        Raises:
+            ConfigError: a share outside 0 ... 1, an unknown key, or a layer that was not counted.
+        """
+        from lnpu_torch.counts import what_if
+
+        return what_if.with_sparsity(self, densities)
+
+    def with_batch(self, batch: int, was: int) -> Counts:
+        """What a run over the same samples would do in batches of another size: an estimate.
+
+        Multiplications, and vector operations but for updates, stay; how often weights are read, and how often they
+        are updated, changes, and so does what passes between two uses of a tensor.
+
+        Args:
+            batch: samples in a batch.
+            was: samples in the largest batches of the run, which its counts do not say.
+
+        Raises:
+            ConfigError: a batch below 1, a size that the counts contradict, or counts without the sizes of calls.
+        """
+        from lnpu_torch.counts import what_if
+
+        return what_if.with_batch(self, batch, was)
 
     def of_model(self, model: tuple[str, int, int]) -> Counts:
         """The same counts, known to be of this model as long as they are in memory: its process, and a number."""
@@ -283,17 +328,17 @@ def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:
 
 
 def _add_calls(a: Calls, b: Calls) -> Calls:
-    pairs = a.pairs and b.pairs and _add_tables(a.pairs, b.pairs)
+    pairs = a.pairs and b.pairs and add_tables(a.pairs, b.pairs)
     macs = None if a.macs is None or b.macs is None else a.macs + b.macs
-    groups = {"first": _add(a.first, b.first), "second": _add(a.second, b.second), "pairs": pairs}
+    groups = {"first": add_groups(a.first, b.first), "second": add_groups(a.second, b.second), "pairs": pairs}
     return a.model_copy(update={"count": a.count + b.count, "macs": macs, **groups})
 
 
-def _add_tables(a: Table, b: Table) -> Table:
-    return (_add(a[0], b[0]), _add(a[1], b[1]), _add(a[2], b[2]))
+def add_tables(a: Table, b: Table) -> Table:
+    return (add_groups(a[0], b[0]), add_groups(a[1], b[1]), add_groups(a[2], b[2]))
 
 
-def _add(a: Triple, b: Triple) -> Triple:
+def add_groups(a: Triple, b: Triple) -> Triple:
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
 
 

@@ -64,14 +64,7 @@ class CostCounter:
         if not self._tracer:
             counts = self._ledger.counts()
             return counts.model_copy(update={"vector_ops": NotCounted(reason="CostCounter(vector_ops=False)")})
-        counts = self._ledger.counts(self._tracer.reuse)
-        calls = sum(entry.calls for entry in counts.steps)
-        if isinstance(self._tracer.result(calls), NotCounted):  # nor was the order seen in which layers ran
-            counts = self._ledger.counts()
-        products = sorted(self._tracer.products.items()) if self._tracer.sees_products(calls) else None
-        in_float = products and {op: FloatProduct(calls=times, macs=macs) for op, (times, macs) in products}
-        seen = {"vector_ops": self._tracer.result(calls), "in_float": {} if products == [] else in_float}
-        return counts.model_copy(update=seen)
+        return counted(self._ledger, self._tracer)
 
     def report(self, chip: str | Path | Chip = "lnpu") -> Report:
         """`price(counts, chip)`. Raises ConfigError for an unknown or wrong chip."""
@@ -80,3 +73,15 @@ class CostCounter:
     def save(self, path: str | Path) -> None:
         """Write the counts as versioned JSON, whole or not at all. Raises ConfigError if that cannot be written."""
         self.counts.save(path)
+
+
+def counted(ledger: LayerLedger, tracer: OpTracer) -> Counts:
+    """What a ledger's layers did, and what a tracer saw beside them."""
+    counts = ledger.counts(tracer.reuse)
+    calls = sum(entry.calls for entry in counts.steps)
+    if isinstance(tracer.result(calls), NotCounted):  # nor was the order seen in which layers ran
+        counts = ledger.counts()
+    products = sorted(tracer.products.items()) if tracer.sees_products(calls) else None
+    in_float = products and {op: FloatProduct(calls=times, macs=macs) for op, (times, macs) in products}
+    seen = {"vector_ops": tracer.result(calls), "in_float": {} if products == [] else in_float}
+    return counts.model_copy(update=seen)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
@@ -110,8 +111,8 @@ class _Ranges(threading.local):
     def renew(self, made: list[Tensor]) -> None:
         """Tensors that the step has made without computing, such as copies; one may lie where another lay before."""
         for x in filter(_is_array, made):
-            self.made.add(x.data_ptr())
-            self.fetched.discard(x.data_ptr())
+            self.made.add(_address(x))
+            self.fetched.discard(_address(x))
 
     def moved(self, operands: list[Tensor], results: list[Tensor]) -> Moved:
         """What a call of the step is the first to fetch, and the first to change of what stays after it.
@@ -122,17 +123,17 @@ class _Ranges(threading.local):
         """
         fetched = stored = read = written = 0
         for x in filter(_is_array, operands):
-            if isinstance(x, Parameter) and x.grad is not None and x.grad.data_ptr() in self.stored:
-                self.stored.remove(x.grad.data_ptr())
+            if isinstance(x, Parameter) and x.grad is not None and _address(x.grad) in self.stored:
+                self.stored.remove(_address(x.grad))
                 stored -= x.numel()
                 read -= (width(x) - 1) * x.numel()
                 written -= (width(x) - min(width(x) - 1, 1)) * x.numel()
-            if (address := x.data_ptr()) not in self.fetched and address not in self.made:
+            if (address := _address(x)) not in self.fetched and address not in self.made:
                 self.fetched.add(address)
                 fetched += x.numel()
                 read, written = read + x.numel(), written + min(width(x) - 1, 1) * x.numel()
         for x in filter(_is_array, results):
-            if (address := x.data_ptr()) not in self.fetched:
+            if (address := _address(x)) not in self.fetched:
                 self.made.add(address)
             elif address not in self.stored:
                 self.stored.add(address)
@@ -140,6 +141,11 @@ class _Ranges(threading.local):
                 read += (width(x) - 1) * x.numel()
                 written += (width(x) - min(width(x) - 1, 1)) * x.numel()
         return Moved(fetched, stored, read, written)
+
+
+def _address(x: Tensor) -> int:
+    """Where a tensor lies; of one without memory, which tensor it is."""
+    return x.untyped_storage()._cdata if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 class OpTracer:

@@ -1,4 +1,4 @@
-"""Writes the page of a run: one HTML file that opens offline, around figures that are given."""
+"""Writes the page of a run, and that of several: one HTML file that opens offline."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lnpu_torch.cost.cost_row import COLUMNS, Column, CostRow
+from lnpu_torch.reporting.run_comparison import RunComparison
 from lnpu_torch.reporting.run_report import ChipReport, RunReport
 from lnpu_torch.text_tables import si
 
@@ -61,13 +62,7 @@ def page(report: RunReport, drawn: Mapping[str, str]) -> str:
         report: the run, priced.
         drawn: figures by name, each as an SVG element; those that are missing are left out.
     """
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _environment()
     environment.filters["versions"] = lambda found: ", ".join(f"{name} {version}" for name, version in found.items())
     first = report.chips[0].chip
     return environment.get_template("page.html").render(
@@ -84,6 +79,33 @@ def page(report: RunReport, drawn: Mapping[str, str]) -> str:
         cell=_cell,
         share=_share_of_energy,
         settings=list(_flat(report.settings)),
+    )
+
+
+def comparison_page(comparison: RunComparison) -> str:
+    """The page of several runs on several chips as HTML."""
+    rows = comparison.to_rows()
+    most = max((row["all_j"] or 0.0 for row in rows), default=0.0)
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            fields=comparison.shown(),
+            rows=rows,
+            notes=comparison.notes,
+            text=lambda field, row: field.text(row).replace(" uJ", " \u00b5J"),
+            share=lambda row: f"{100 * (row['all_j'] or 0.0) / most:.2f}" if most else "0",
+        )
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -144,6 +144,7 @@ class RunReport:
     versions: dict[str, dict[str, str]]
     metrics: tuple[dict[str, float], ...]
     extrapolated: bool
+    estimate: str | None
     shares: LayerShares
     chips: tuple[ChipReport, ...]
 
@@ -160,6 +161,7 @@ class RunReport:
             versions={"run": run.versions, "report": versions()},
             metrics=tuple({**epoch.metrics, "epoch": epoch.number} for epoch in run.epochs),
             extrapolated=any(epoch.counts.extrapolated for epoch in run.epochs),
+            estimate=Counts.merge(epoch.counts for epoch in run.epochs).estimate,
             shares=LayerShares.of(run),
             chips=tuple(ChipReport.of(run, read_chip(each)) for each in chips),
         )
@@ -172,6 +174,7 @@ class RunReport:
             "versions": self.versions,
             "metrics": self.metrics,
             "extrapolated": self.extrapolated,
+            "estimate": self.estimate,
             "shares": self.shares.to_dict(),
             "chips": [chip.to_dict() for chip in self.chips],
         }

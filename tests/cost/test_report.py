@@ -53,6 +53,7 @@ FIELDS_EXPECTED = [
     "dram_bits",
     "dense_dram_bits",
     "energy_zj",
+    "estimate",
 ]
 
 

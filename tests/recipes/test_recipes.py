@@ -73,6 +73,7 @@ def test_the_run_folder_holds_settings_metrics_counts_and_checkpoints(tmp_path: 
     epochs = RunFolder(folder).counts()
     assert [name for name, _ in epochs] == ["epoch1", "epoch2"]
     for row, (_, counts) in zip(rows, epochs, strict=True):
+        assert row["images"] == 2 * 32
         report = lnpu.price(counts, "lnpu")
         assert report.total.energy_pj == row["lnpu_energy_pj"] and report.time_s == row["lnpu_time_s"]
         steps = report.by("step").rows

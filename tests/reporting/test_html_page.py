@@ -236,6 +236,16 @@ def test_what_no_model_covers_is_no_zero(tmp_path: Path) -> None:
     assert [text for _, text in cells][-5:] == ["-"] * 5 and cells[-2][0] == ""
 
 
+def test_what_is_estimated_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    estimate = epoch_counts(1).with_sparsity({"default": {"input": 0.5}})
+    estimate.save(run / "counts" / "epoch1.json")
+    report = RunReport.of(read_run(run), CHIPS)
+    assert f">estimate</span> {estimate.estimate}" in page(report, {})
+    assert json.loads(report.json_text())["estimate"] == estimate.estimate
+    assert ">estimate</span>" not in page(RunReport.of(read_run(write_run(tmp_path / "other")), CHIPS), {})
+
+
 def test_what_is_extrapolated_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", epochs=1)
     epoch_counts(1).model_copy(update={"extrapolated": True}).save(run / "counts" / "epoch1.json")

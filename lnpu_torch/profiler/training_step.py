@@ -1,4 +1,4 @@
-"""A training step of any model on random input, as `lnpu profile` runs it: loss, loss scale, optimizer."""
+"""A training step of any model on random input: loss, loss scale, optimizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lnpu_torch as lnpu
+from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError
+from lnpu_torch.nn.observers import pause_op_tracing
+from lnpu_torch.profiler.layer_counters import no_count
 
 Loss = Literal["cross-entropy", "mse", "mean"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]
@@ -46,7 +48,7 @@ class TrainingStep:
 
     def warm_up(self) -> None:
         """A step that is not counted; the loss scale is halved until no gradient overflows. Raises ConfigError."""
-        with lnpu.no_count(self._network):
+        with no_count(self._network):
             for _ in range(SCALES):
                 if self.run():
                     return
@@ -55,6 +57,22 @@ class TrainingStep:
 
     def run(self) -> bool:
         """Forward, backward, and the update if gradients are finite; returns whether they are. Raises ConfigError."""
+        self.backward()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        with pause_op_tracing():  # the scale is folded into the learning rate
+            finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+            torch._foreach_div_(gradients, self.scale)
+        if finite:
+            self.update()
+        return finite
+
+    def update(self) -> None:
+        """The optimizer's step."""
+        if self._optimizer:
+            self._optimizer.step()
+
+    def backward(self) -> None:
+        """Forward and backward, with the loss scaled. Raises ConfigError."""
         for parameter in self._parameters:
             parameter.grad = None
         with refusing(self._batch):
@@ -63,13 +81,6 @@ class TrainingStep:
             if not losses:
                 raise ConfigError("the model returns no tensor that depends on its parameters; nothing to train")
             (sum(losses[1:], start=losses[0]) * self.scale).backward()
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        with lnpu.pause_op_tracing():  # the scale is folded into the learning rate
-            finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
-            torch._foreach_div_(gradients, self.scale)
-        if finite and self._optimizer:
-            self._optimizer.step()
-        return finite
 
     def _loss_of(self, output: Tensor) -> Tensor:
         loss = self._loss or ("cross-entropy" if output.dim() > 1 and output.shape[1] > 1 else "mean")
@@ -103,7 +114,7 @@ def infer(network: nn.Module, batch: Tensor) -> None:
         network.eval()(batch)
 
 
-def silent_layers(counts: lnpu.Counts) -> list[str]:
+def silent_layers(counts: Counts) -> list[str]:
     """Layers all of whose errors are zero, although they were asked to propagate them."""
     return [
         entry.layer
