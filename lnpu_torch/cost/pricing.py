@@ -105,7 +105,7 @@ def _dram_range(chip: Chip) -> tuple[float, float, float] | None:
 
 
 def _range(chip: Chip) -> str:
-    low, high = chip.energy.fp16_to_fp8.range or (0.0, 0.0)
+    low, high = (chip.energy.fp16_to_fp8 and chip.energy.fp16_to_fp8.range) or (0.0, 0.0)
     return f"energy of an FP16 MAC {low:g} ... {high:g} times an FP8 MAC's"
 
 
@@ -213,9 +213,24 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
         whose = ", ".join(f"{count} of {name}" for name, count in chip.origins().items())
         notes.append(f"values that {chip.name} takes from others: {whose}; `lnpu chips` lists which")
     mixed = [each for each in operands if each.elements[1] and each.elements[2]]
-    if mixed and chip.fp8_pairs.value != "never" and not chip.mixed_tensors.value:
+    if mixed and chip.fp8_pairs.value in ("streamed", "both") and not chip.mixed_tensors.value:
         told = f"{len(mixed)} of {len(operands)} operands mix FP8 and {mixed[0].wide.upper()}, which this chip cannot"
         notes.append(f"{told}: priced as if it could; count a run with precision fp8 or fp16 for it")
-    if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
-        notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
+    notes += _formats(operands, chip)
     return [*notes, *vector_op_notes(counts.vector_ops, chip)]
+
+
+def _formats(operands: Sequence[Operand], chip: Chip) -> list[str]:
+    """Which of the counted formats the chip prices as another one."""
+    pairs, notes = chip.fp8_pairs.value, []
+    fp8, wide = (any(operand.elements[place] for operand in operands) for place in (1, 2))
+    if pairs == "never" and fp8:
+        notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
+    if pairs == "always" and wide:
+        notes.append("this chip has no FP16: FP16 values are priced as FP8")
+    own = [
+        f"what is priced as {name.upper()} is {entry.value} there"
+        for name in ("fp8", "fp16")
+        if (entry := getattr(chip.formats, name)) and getattr(chip.macs_per_cycle, name)
+    ]
+    return notes + ([f"formats of this chip: {'; '.join(own)}"] if own and (fp8 or wide) else [])

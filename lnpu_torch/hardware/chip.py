@@ -27,15 +27,30 @@ from lnpu_torch.files import (
 )
 from lnpu_torch.hardware.energy_tables import BottomUp
 from lnpu_torch.hardware.operating_point import OperatingPoint
-from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, SourcedRange, SourcedValue, sourced_values
+from lnpu_torch.hardware.sourced_value import (
+    Bits,
+    Natural,
+    NotNegative,
+    Positive,
+    SourcedRange,
+    SourcedValue,
+    sourced_values,
+)
 from lnpu_torch.named_files import NamedFile, file_to_read
 
 
 class MacsPerCycle(Frozen):
-    """Multiply-accumulates that the whole chip starts in one cycle; `fp8` is None on a chip without FP8."""
+    """Multiply-accumulates that the whole chip starts in one cycle; None in a format that it does not compute in."""
 
     fp8: SourcedValue[Natural] | None
-    fp16: SourcedValue[Natural]
+    fp16: SourcedValue[Natural] | None
+
+
+class Formats(Frozen):
+    """What the chip's multipliers take for FP8 and for FP16, such as INT8; None is FP8, FP16 itself."""
+
+    fp8: SourcedValue[Annotated[str, Field(min_length=1)]] | None = None
+    fp16: SourcedValue[Annotated[str, Field(min_length=1)]] | None = None
 
 
 class Lanes(Frozen):
@@ -71,15 +86,17 @@ class SramSize(Frozen):
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
-    A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
-    moved from or to DRAM. SRAM's are those of the size in `sram_size`. `reuse_in_mac`: how many multiplications a value
-    that is read from SRAM serves in what a MAC costs. `idle_w` flows while multipliers wait; while they work, it
-    is in what a MAC costs. `dram_static_w` flows in DRAM all the time.
+    A MAC: a multiplication in FP8, one that is skipped, and one in FP16, or FP16's over FP8's; None in a format that
+    the chip does not compute in. A bit: read from SRAM, written to it, moved from or to DRAM. SRAM's are those of the
+    size in `sram_size`. `reuse_in_mac`: how many multiplications a value that is read from SRAM serves in what a MAC
+    costs. `idle_w` flows while multipliers wait; while they work, it is in what a MAC costs. `dram_static_w` flows in
+    DRAM all the time.
     """
 
-    fp8_mac_pj: SourcedValue[NotNegative]
+    fp8_mac_pj: SourcedValue[NotNegative] | None
+    fp16_mac_pj: SourcedValue[NotNegative] | None = None
     skipped_mac_pj: SourcedValue[NotNegative]
-    fp16_to_fp8: SourcedRange
+    fp16_to_fp8: SourcedRange | None
     sram_read_pj_per_bit: SourcedValue[NotNegative]
     sram_write_pj_per_bit: SourcedValue[NotNegative]
     sram_size: SramSize
@@ -88,9 +105,20 @@ class Energy(Frozen):
     dram_static_w: SourcedRange
     dram_pj_per_bit: SourcedRange
 
+    @model_validator(mode="after")
+    def _fp16_stands_once(self) -> Self:
+        if self.fp16_mac_pj and self.fp16_to_fp8:
+            raise ValueError("fp16_mac_pj and fp16_to_fp8 say the same: one of them is null")
+        if self.fp16_to_fp8 and not self.fp8_mac_pj:
+            raise ValueError("fp16_to_fp8 needs fp8_mac_pj, whose multiple it is")
+        return self
 
-CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram_read", "energy.sram_write")
+
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_", "energy.sram_read", "energy.sram_write")
 """How the keys begin that only the calibrated model uses."""
+
+NOT_PRICED = ("node_nm", "year", "formats.")
+"""How the keys begin that no price hangs on."""
 
 
 class Storage(Frozen):
@@ -132,20 +160,25 @@ class Chip(Frozen):
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
-    ("streamed"), those whose operands "both" are, or "never". `mixed_tensors` says whether elements of both may stand
-    in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand ("as_zero"), or
-    not scheduled ("free"). `inherited` are the values that the chip's file took from others, and from which.
+    ("streamed"), those whose operands "both" are, "never", or "always". `mixed_tensors` says whether elements of both
+    may stand in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand
+    ("as_zero"), or not scheduled ("free"). `node_nm` is the process, `year` that of the publication. `lanes` is None
+    where nobody told how multipliers wait for each other: all are then taken for busy. `inherited` are the values that
+    the chip's file took from others, and from which.
     """
 
     name: str
     description: str
+    node_nm: SourcedValue[Positive] | None = None
+    year: SourcedValue[Natural] | None = None
+    formats: Formats = Formats()
     energy_model: Literal["calibrated", "bottom_up"] = "calibrated"
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
     sram_bytes: SourcedValue[Natural]
     dram_bytes_per_s: SourcedRange
-    lanes: Lanes
-    fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
+    lanes: Lanes | None
+    fp8_pairs: SourcedValue[Literal["streamed", "both", "never", "always"]]
     mixed_tensors: SourcedValue[bool]
     energy: Energy
     storage: Storage
@@ -156,9 +189,17 @@ class Chip(Frozen):
     inherited: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _fp8_rate(self) -> Self:
-        if (self.macs_per_cycle.fp8 is None) != (self.fp8_pairs.value == "never"):
-            raise ValueError("macs_per_cycle.fp8 is null if, and only if, fp8_pairs is 'never'")
+    def _rates(self) -> Self:
+        rates, energy, pairs = self.macs_per_cycle, self.energy, self.fp8_pairs.value
+        fp16 = energy.fp16_mac_pj or energy.fp16_to_fp8
+        for rate, known, name, other in (
+            (rates.fp8, energy.fp8_mac_pj, "fp8", "never"),
+            (rates.fp16, fp16, "fp16", "always"),
+        ):
+            if (rate is None) != (pairs == other):
+                raise ValueError(f"macs_per_cycle.{name} is null if, and only if, fp8_pairs is '{other}'")
+            if rate and not known:
+                raise ValueError(f"macs_per_cycle.{name} has a rate, but energy has no {name}_mac_pj")
         return self
 
     @model_validator(mode="after")
@@ -177,8 +218,8 @@ class Chip(Frozen):
 
     def runs_fp8(self, streamed: str, other: str) -> bool:
         """Whether a product of these groups ("zero", "fp8", "fp16", "fp32") runs as FP8; a zero is an FP8 code."""
-        asked = {"streamed": [streamed], "both": [streamed, other], "never": ["fp16"]}[self.fp8_pairs.value]
-        return all(group in ("zero", "fp8") for group in asked)
+        asked = {"streamed": [streamed], "both": [streamed, other], "never": ["fp16"], "always": []}
+        return all(group in ("zero", "fp8") for group in asked[self.fp8_pairs.value])
 
     @model_validator(mode="after")
     def _works_with_more_than_it_waits_with(self) -> Self:
@@ -207,7 +248,7 @@ class Chip(Frozen):
 
     def _busy(self, rate: int, channels: int | None, values: int) -> float:
         """The share of lanes, and of their multipliers, that channels and values of such numbers fill."""
-        if channels is None:
+        if channels is None or self.lanes is None:
             return 1.0
         lanes = self.lanes.count.value
         width = rate / lanes
@@ -229,7 +270,7 @@ class Chip(Frozen):
     @property
     def _unused(self) -> tuple[str, ...]:
         """How the keys begin that the chip's energy model does not use."""
-        return CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
+        return (*NOT_PRICED, *(CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)))
 
     def with_values(self, values: Mapping[str, Any]) -> Chip:
         """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
@@ -294,8 +335,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
         return _merge(start, data)
     base = _base(data.pop("like"), path, (*above, path.resolve()))
     known, own = base.pop("inherited", {}), set(_dotted(data))
-    inherited = {key: known.get(key, base["name"]) for key in _dotted(base) if key not in own}
-    return {**_merge({**base, **start}, data), "inherited": inherited}
+    merged = _merge({**base, **start}, data)
+    inherited = {key: known.get(key, base["name"]) for key in _dotted(merged) if key not in own}
+    return {**merged, "inherited": inherited}
 
 
 def _dotted(data: Any, prefix: str = "") -> Iterator[str]:
@@ -328,6 +370,9 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+OWN = ("description", "year")
+"""Keys that a file never takes from the one it is like."""
+
 ADDED = (("energy", "sram_size"), ("energy", "reuse_in_mac"), ("energy", "idle_w"), ("energy", "dram_static_w"))
 """Keys that a run's chip of an older version lacks; it gets LNPU's."""
 
@@ -342,14 +387,14 @@ def _completed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """What a chip takes from the one it is `like`: everything but its description."""
+    """What a chip takes from the one it is `like`: everything but what is said of that one alone."""
     if not isinstance(like, str):
         raise ConfigError(f"{path}: like: a chip's name or path is expected, got {like!r}")
     beside = path.parent / like
     base = find("chips", beside if is_file(beside) else like, f"chip in {path}: like:")
     if base.resolve() in above:
         raise ConfigError(f"{path}: like: {like!r} comes back to itself")
-    return {key: value for key, value in _read(base, above).items() if key != "description"}
+    return {key: value for key, value in _read(base, above).items() if key not in OWN}
 
 
 def _merge(base: Any, over: Any) -> Any:

@@ -20,14 +20,15 @@ def chips_table(chips: Sequence[Chip]) -> Table:
     """One line per chip: its rates, energies and what it skips."""
     table = plain_table("Chips", ["chip", "what it is", "skips FF", "EP", "WG"], RATES)
     for each in chips:
-        fp8, energies, skip = each.macs_per_cycle.fp8, EnergyTable.of(each), each.skip
+        energies, skip = EnergyTable.of(each), each.skip
+        fp8, fp16 = each.macs_per_cycle.fp8, each.macs_per_cycle.fp16
         add_row(
             table,
             *(each.name, each.description),
             *(skip.forward.value, skip.grad_input.value, skip.grad_weight.value),
             *(f"{each.operating_point.voltage_v.value:g}", f"{each.clock_hz / 1e6:.4g}"),
-            *(f"{fp8.value}" if fp8 else "-", f"{each.macs_per_cycle.fp16.value}"),
-            *(f"{pj(energies.fp8_mac):.4g}" if fp8 else "-", f"{pj(energies.fp16_mac):.4g}"),
+            *(f"{fp8.value}" if fp8 else "-", f"{fp16.value}" if fp16 else "-"),
+            *(f"{pj(energies.fp8_mac):.4g}" if fp8 else "-", f"{pj(energies.fp16_mac):.4g}" if fp16 else "-"),
             *(f"{pj(energies.skipped_mac):.4g}", f"{each.sram_bytes.value / 1024:.4g}"),
         )
     return table

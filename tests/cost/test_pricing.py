@@ -395,7 +395,7 @@ def test_a_report_says_what_a_chip_takes_from_another(tmp_path: Path) -> None:
     path.write_text("like: dense-fp16\ndescription: mine\nsram_bytes: {value: 1000, tag: assumed, source: test}\n")
     mine = chip(path)
     (note,) = (note for note in price(counts(step()), mine).notes if "takes from others" in note)
-    used = [key for key in mine.values() if not key.startswith("bottom_up.")]
+    used = [key for key in mine.values() if not key.startswith(("bottom_up.", "node_nm"))]
     assert (
         note.startswith("values that mine takes from others: ") and "of dense-fp16" in note and "of lnpu-fp16" in note
     )

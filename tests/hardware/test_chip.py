@@ -131,7 +131,11 @@ BAD = [
     ("macs_per_cycle.fp8.rate", 1, ["macs_per_cycle.fp8.rate", "known: value, tag, source"]),
     ("macs_per_cycle.fp8", None, ["macs_per_cycle.fp8", "fp8_pairs"]),
     ("fp8_pairs.value", "never", ["macs_per_cycle.fp8", "fp8_pairs"]),
-    ("fp8_pairs.value", "always", ["fp8_pairs.value", "'always'"]),
+    ("fp8_pairs.value", "always", ["macs_per_cycle.fp16", "fp8_pairs"]),
+    ("fp8_pairs.value", "sometimes", ["fp8_pairs.value", "'sometimes'"]),
+    ("macs_per_cycle.fp16", None, ["macs_per_cycle.fp16", "fp8_pairs"]),
+    ("node_nm", 65, ["node_nm"]),
+    ("year.value", 2019.5, ["year.value"]),
     ("skip.forward.value", "grad_output", ["skip.forward.value", "'grad_output'"]),
     ("skip.grad_input.value", "input", ["skip.grad_input.value"]),
     ("skip.grad_weight.value", "weight", ["skip.grad_weight.value"]),
@@ -186,6 +190,10 @@ def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
     assert mine.energy.fp8_mac_pj.value == 0.5
     assert mine.energy.skipped_mac_pj == lnpu.energy.skipped_mac_pj
     assert (yours.name, yours.description, yours.energy) == ("your chip", "yours", mine.energy)
+    assert (yours.node_nm, yours.year) == (lnpu.node_nm, None)
+    (tmp_path / "bare.yaml").write_text("like: lnpu\ndescription: no tables\nbottom_up: null\n")
+    bare = chip(tmp_path / "bare.yaml")
+    assert not any(key.startswith("bottom_up") for key in (*bare.values(), *bare.inherited))
 
 
 def test_keys_of_older_files_are_read(tmp_path: Path) -> None:
