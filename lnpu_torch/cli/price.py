@@ -20,7 +20,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.chip import chips as all_chips
-from lnpu_torch.reporting.chip_tables import chip_table, chips_table
+from lnpu_torch.reporting.chip_tables import checks_tables, chip_table, chips_table
 from lnpu_torch.reporting.sweep_plot import require_matplotlib, save_plot
 from lnpu_torch.text_tables import plain
 
@@ -91,11 +91,12 @@ def sweep(
 def chips(
     name: Annotated[str | None, typer.Argument(parser=expanduser, help="A built-in chip or a YAML file.")] = None,
 ) -> None:
-    """List the built-in chips; or one chip's values, each with its tag and source."""
+    """List the built-in chips; or one chip's values, each with its tag and source, and its published figures."""
     if name is None:
         print(plain(chips_table(all_chips())))
     else:
-        Console().print(chip_table(read_chip(name)))
+        shown = read_chip(name)
+        Console().print(chip_table(shown), *checks_tables(shown))
 
 
 def load(path: Path) -> Counts:

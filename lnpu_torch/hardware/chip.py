@@ -25,6 +25,7 @@ from lnpu_torch.files import (
     read_text,
     validate,
 )
+from lnpu_torch.hardware.checks import Check
 from lnpu_torch.hardware.energy_tables import BottomUp
 from lnpu_torch.hardware.operating_point import OperatingPoint
 from lnpu_torch.hardware.sourced_value import (
@@ -163,8 +164,8 @@ class Chip(Frozen):
     ("streamed"), those whose operands "both" are, "never", or "always". `mixed_tensors` says whether elements of both
     may stand in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand
     ("as_zero"), or not scheduled ("free"). `node_nm` is the process, `year` that of the publication. `lanes` is None
-    where nobody told how multipliers wait for each other: all are then taken for busy. `inherited` are the values that
-    the chip's file took from others, and from which.
+    where nobody told how multipliers wait for each other: all are then taken for busy. `checks` are published figures,
+    by a name for each. `inherited` are the values that the chip's file took from others, and from which.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Chip(Frozen):
     padding: SourcedValue[Literal["as_zero", "free"]]
     simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
+    checks: dict[str, Check] = {}
     inherited: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -209,6 +211,19 @@ class Chip(Frozen):
         voltage = self.operating_point.voltage_v.value
         if self.bottom_up and not 0 <= (scale := self.bottom_up.arithmetic.scale(voltage)) <= MOST:
             raise ValueError(f"bottom_up: energies are {scale:g} times the measured ones at {voltage:g} V")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_checked(self) -> Self:
+        low, high = self.operating_point.low.voltage_v.value, self.operating_point.highest_v
+        for name, check in self.checks.items():
+            if unknown := [key for key in check.fitted if key not in self.values()]:
+                raise ValueError(f"checks.{name}: fitted: no value has the key {unknown[0]!r}")
+            own = [check.format, *([check.over.format] if check.over and check.over.chip is None else [])]
+            if lacks := [each for each in own if getattr(self.macs_per_cycle, each) is None]:
+                raise ValueError(f"checks.{name}: the chip does not compute in {lacks[0]}")
+            if check.voltage_v is not None and not low <= check.voltage_v <= high:
+                raise ValueError(f"checks.{name}: voltage_v {check.voltage_v:g} is outside {low:g} ... {high:g} V")
         return self
 
     @property
@@ -370,7 +385,7 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-OWN = ("description", "year")
+OWN = ("description", "year", "checks")
 """Keys that a file never takes from the one it is like."""
 
 ADDED = (("energy", "sram_size"), ("energy", "reuse_in_mac"), ("energy", "idle_w"), ("energy", "dram_static_w"))
