@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +27,7 @@ from lnpu_torch.files import (
 )
 from lnpu_torch.hardware.checks import Check
 from lnpu_torch.hardware.energy_tables import BottomUp
+from lnpu_torch.hardware.node_scaling import node_scale
 from lnpu_torch.hardware.operating_point import OperatingPoint
 from lnpu_torch.hardware.sourced_value import (
     Bits,
@@ -304,7 +305,8 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
     """A Chip from a built-in name ("lnpu", "dense-fp16", ...), a YAML file's path, or itself.
 
     A file may start from another with `like: NAME_OR_PATH` (a path as seen from the file) and give only what differs;
-    a sourced value is replaced whole. The chip's name is the file's, unless it gives another.
+    a sourced value is replaced whole. If it gives `node_nm`, the energies in SCALED that it does not give are the other
+    one's at its own process and voltage. The chip's name is the file's, unless it gives another.
 
     Args:
         voltage: run it at this voltage, in V, in place of its own.
@@ -352,7 +354,43 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
     known, own = base.pop("inherited", {}), set(_dotted(data))
     merged = _merge({**base, **start}, data)
     inherited = {key: known.get(key, base["name"]) for key in _dotted(merged) if key not in own}
+    if "node_nm" in data:
+        _to_node(merged, base, [key for key in SCALED if key in inherited], path)
     return {**merged, "inherited": inherited}
+
+
+SCALED = ("energy.sram_read_pj_per_bit", "energy.sram_write_pj_per_bit", "simd.operation_pj")
+"""Energies that hang on the process, but of which those of a MAC, which a chip's file has from its own figures."""
+
+
+def _to_node(data: dict[str, Any], base: dict[str, Any], keys: Iterable[str], path: Path) -> None:
+    """Scale energies of a chip's plain data from the process and voltage of the chip that it is like to its own."""
+    places = [_number(each, key) for each in (base, data) for key in ("node_nm", "operating_point.low.voltage_v")]
+    for key in keys:
+        if None in places or places[:2] == places[2:] or _number(data, key) is None:
+            continue
+        nm, voltage, own_nm, own_voltage = (float(place or 0) for place in places)
+        try:
+            scale = node_scale(nm, voltage, own_nm, own_voltage)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {key} cannot be taken from {base['name']}: {error}") from None
+        entry = _at(data, key)
+        told = f"times {scale:.4g}, from {nm:g} nm and {voltage:g} V (Stillmaker & Baas 2017)"
+        tag = "assumed" if entry["tag"] == "assumed" else "derived"
+        entry |= {"value": entry["value"] * scale, "tag": tag, "source": f"{entry['source']}; {told}"}
+
+
+def _at(data: Any, key: str) -> Any:
+    """What stands at a dotted key of plain data; None if there is nothing."""
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _number(data: Any, key: str) -> float | None:
+    """The value of a sourced value in plain data, if it is a positive number."""
+    found = _at(data, f"{key}.value")
+    return found if isinstance(found, int | float) and found > 0 else None
 
 
 def _dotted(data: Any, prefix: str = "") -> Iterator[str]:
