@@ -21,16 +21,20 @@ from lnpu_torch.units import pj
 def test_every_chip_loads_and_says_what_each_value_rests_on(name: str) -> None:
     loaded = chip(name)
     assert loaded.name == name
-    both = [loaded.with_values({"energy_model": model}) for model in ("calibrated", "bottom_up")]
-    assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in both)  # each uses its own part
+    models = ("calibrated", "bottom_up") if loaded.bottom_up else ("calibrated",)
+    each_model = [loaded.with_values({"energy_model": model}) for model in models]
+    assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in each_model)  # each uses its own part
     assert all(len(entry.source) > 10 for entry in loaded.values().values())
 
 
 def test_the_built_in_chips() -> None:
-    assert [each.name for each in chips()] == ["dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"]
+    names = {each.name for each in chips()}
+    published = {"redmule", "pnpu", "tsunami", "t-pim", "ibm-hfp8", "ibm-14nm", "ibm-14nm-2020", "trainer", "ganpu"}
+    published |= {"omnidrl", "kim-2020", "sp-pim", "snu-fp8", "sigma", "v100", "a100", "h100", "lnpu"}
+    assert names == published | {"lnpu-fp16", "dense-fp16", "sparse-inference"}
+    ours = [chip(name) for name in ("dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference")]
     policies = {
-        each.name: (each.skip.forward.value, each.skip.grad_input.value, each.skip.grad_weight.value)
-        for each in chips()
+        each.name: (each.skip.forward.value, each.skip.grad_input.value, each.skip.grad_weight.value) for each in ours
     }
     assert policies == {
         "dense-fp16": ("none", "none", "none"),
@@ -38,7 +42,19 @@ def test_the_built_in_chips() -> None:
         "lnpu-fp16": ("input", "grad_output", "input"),
         "sparse-inference": ("input", "none", "none"),
     }
-    assert {each.name for each in chips() if each.macs_per_cycle.fp8} == {"lnpu"}
+    assert {each.name for each in ours if each.macs_per_cycle.fp8} == {"lnpu"}
+
+
+@pytest.mark.parametrize("name", [each.name for each in chips() if each.checks])
+def test_a_published_chip_says_when_and_in_what_process(name: str) -> None:
+    """And it has its own energies of MACs, rates and formats, and whether elements of both may stand in one tensor."""
+    loaded = chip(name)
+    assert loaded.node_nm and loaded.year and 2017 <= loaded.year.value <= 2023
+    assert name == "lnpu" or not {"energy.skipped_mac_pj", "mixed_tensors", "skip.forward"} & set(loaded.inherited)
+    for check in loaded.checks.values():
+        assert len(check.source) > 10
+    assert not any(entry.tag == "published" and "recalled" in entry.source for entry in loaded.values().values())
+    assert not any(check.tag == "published" and "recalled" in check.source for check in loaded.checks.values())
 
 
 def test_energy_line_and_rates() -> None:
@@ -164,7 +180,7 @@ def test_bad_values_are_named(key: str, value: object, said: list[str], tmp_path
 
 
 def test_unknown_chip_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown chip 'tpu'.*dense-fp16, lnpu, lnpu-fp16, sparse-inference"):
+    with pytest.raises(ConfigError, match=r"unknown chip 'tpu'.*dense-fp16, ganpu, h100"):
         chip("tpu")
 
 
