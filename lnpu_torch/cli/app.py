@@ -16,6 +16,7 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
+from lnpu_torch.cli import chips as chip_commands
 from lnpu_torch.cli import price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
@@ -44,7 +45,7 @@ def _root(
 
 
 PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
-PARTS += (report.report, reproduce.reproduce, price.chips)
+PARTS += (report.report, reproduce.reproduce, chip_commands.chips, chip_commands.normalize)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 

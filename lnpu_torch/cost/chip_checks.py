@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts, Operand, StepCounts
-from lnpu_torch.hardware.checks import Check, Quantity
+from lnpu_torch.hardware.checks import Check, Format, Quantity
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 
@@ -40,7 +40,7 @@ def run_checks(chip: Chip) -> list[CheckResult]:
     return [CheckResult(name, check, _ours(chip, check)) for name, check in chip.checks.items()]
 
 
-def figure(chip: Chip, of: Quantity, format: Literal["fp8", "fp16"], zeros: Sequence[float]) -> float:
+def figure(chip: Chip, of: Quantity, format: Format, zeros: Sequence[float]) -> float:
     """Efficiency in TFLOPS/W, throughput in TFLOPS or power in W of a forward step that keeps all multipliers busy.
 
     Args:
@@ -68,7 +68,7 @@ def _ours(chip: Chip, check: Check) -> float | None:
     return found / other if other else None
 
 
-def _product(format: Literal["fp8", "fp16"], zeros: Sequence[float]) -> StepCounts:
+def _product(format: Format, zeros: Sequence[float]) -> StepCounts:
     """A product of two operands, every element of one with every element of the other."""
     operands = []
     for share in zeros:

@@ -10,6 +10,7 @@ from lnpu_torch.files import Frozen
 from lnpu_torch.hardware.sourced_value import Positive, SourcedValue
 
 Share = Annotated[float, Field(ge=0, le=0.999)]
+Format = Literal["fp8", "fp16"]
 Quantity = Literal["efficiency", "throughput", "power"]
 UNITS: dict[Quantity, str] = {"efficiency": "TFLOPS/W", "throughput": "TFLOPS", "power": "W"}
 
@@ -18,7 +19,7 @@ class Over(Frozen):
     """What a ratio is to: a chip's name (None is the chip itself), the format, and the zeros of both operands."""
 
     chip: str | None = None
-    format: Literal["fp8", "fp16"]
+    format: Format
     zeros: tuple[Share, Share]
 
 
@@ -32,7 +33,7 @@ class Check(SourcedValue[Positive]):
     """
 
     of: Quantity
-    format: Literal["fp8", "fp16"]
+    format: Format
     zeros: tuple[Share, Share] | None
     voltage_v: Positive | None = None
     over: Over | None = None
