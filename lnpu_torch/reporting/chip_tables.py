@@ -86,7 +86,7 @@ def figures(found: CheckResult) -> tuple[str, str, str]:
     unit, ours, deviation = found.check.unit, found.ours, found.deviation
     shown = f"{ours:.4g}{'' if unit == 'x' else ' '}{unit}" if ours is not None else "-"
     told = f"{found.check.value:.6g}{'' if unit == 'x' else ' '}{unit}"
-    return told, shown, f"{100 * deviation:+.1f} %" if deviation is not None else "-"
+    return told, shown, f"{round(100 * deviation, 1) or 0.0:+.1f} %" if deviation is not None else "-"
 
 
 def condition(chip: Chip, found: CheckResult) -> str:
