@@ -22,7 +22,7 @@ from lnpu_torch.text_tables import si
 EXTRAPOLATED = "extrapolated: only some of the steps were counted; the others are assumed to be like them"
 
 MODELS = {
-    "calibrated": "energy of a MAC: on a line through the chip's two efficiencies",
+    "calibrated": "energy of a MAC: from efficiencies of the whole chip",
     "bottom_up": "energy of a MAC: bottom-up, from tables of single circuits, not calibrated",
 }
 
@@ -138,7 +138,7 @@ def _low_reuse(entry: StepCounts, chip: Chip, policy: str, energies: EnergyTable
 
 
 def _power(parts: Sequence[CostRow], chip: Chip) -> list[str]:
-    """Where the chip draws more than its own power at this voltage, or, on average, less than its lowest."""
+    """Where the chip draws more than its own power at this voltage, or leaves, on average, the range of its power."""
     point, clock = chip.operating_point, chip.clock_hz
     least, most = point.low.power_w.value, (point.high or point.low).power_w.value
     own, mean = max(point.power_w, least), power_w(parts, clock)
@@ -147,7 +147,7 @@ def _power(parts: Sequence[CostRow], chip: Chip) -> list[str]:
     found = {each: power_w((parts[place] for place in places), clock) for each, places in passes(parts).items()}
     above = [(power, each) for each, power in found.items() if power is not None and power > 1.05 * own]
     told = f"power: {si(mean, 'W')} on average"
-    if not least <= mean <= most:
+    if point.high and not 0.99 * least <= mean <= 1.01 * most:
         told += f", outside the chip's {si(least, 'W')} ... {si(most, 'W')}"
     if above:
         power, each = max(above)
