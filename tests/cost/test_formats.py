@@ -103,3 +103,11 @@ def test_formats_that_do_not_fit_are_refused(change: tuple[str, str], said: str,
     assert INT8.count(change[0]) == 1
     with pytest.raises(ConfigError, match=said):
         made(INT8.replace(*change), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["h100", "ibm-hfp8", "redmule", "trainer", "ganpu"])
+def test_data_of_both_formats_on_a_published_chip_that_has_one_a_tensor(name: str) -> None:
+    mixed = "2 of 2 operands mix FP8 and FP16, which this chip cannot: priced as if it could"
+    assert any(note.startswith(mixed) for note in price(counts(step(second=(1, 4, 3))), name).notes)
+    alone = step(pairs=((0, 0, 0), (0, 9, 0), (0, 0, 0)), padding=0, first=(0, 3, 0), second=(0, 3, 0))
+    assert not any("which this chip cannot" in note for note in price(counts(alone), name).notes)
