@@ -54,6 +54,11 @@ def test_a_chip_of_8_bits_prices_every_format_as_its_own_and_says_so(tmp_path: P
     assert not any("cannot: priced as if it could" in note for note in report.notes)
 
 
+def test_a_ratio_to_fp16_moves_nothing_where_nothing_runs_in_it(tmp_path: Path) -> None:
+    inherits = made(INT8.replace("  fp16_to_fp8: null\n", ""), tmp_path)
+    assert inherits.energy.fp16_to_fp8 and price(counts(step()), inherits).energy_range is None
+
+
 def test_a_chip_of_fp16_gives_its_energy_without_that_of_fp8(tmp_path: Path) -> None:
     report = price(counts(step(padding=0)), made(FP16, tmp_path))
     (row,) = report.rows
