@@ -65,6 +65,7 @@ docs: $(DOCS_READY)
 
 drawings: $(READY)
 	.venv/bin/python docs/generate/drawings.py
+	.venv/bin/python docs/generate/chips.py
 
 examples: $(READY)
 	for each in swap_layers fp16_share compare_chips; do \

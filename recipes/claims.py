@@ -47,23 +47,10 @@ class Claim(Frozen):
         return f"{100 * (ours / nearer - 1):+.1f} %"
 
 
-class Figure(Frozen):
-    """A figure that claims are compared by."""
-
-    value: float
-    tag: Tag
-    source: str
-
-
 class Claims(Frozen):
-    """All claims by key, and the V100's peak efficiency in TFLOPS/W."""
+    """All claims by key."""
 
     claims: dict[str, Claim]
-    v100: dict[Literal["peak_tflops", "power_w"], Figure]
-
-    @property
-    def v100_tflops_per_watt(self) -> float:
-        return self.v100["peak_tflops"].value / self.v100["power_w"].value
 
 
 def read_claims() -> Claims:

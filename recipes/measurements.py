@@ -17,14 +17,13 @@ Chip = str | lnpu.Chip
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was run: three networks, one layer at synthetic zeros; and the V100's peak, which was not.
+    """What was run: three networks, and one layer at synthetic zeros.
 
     `images` says in words what the networks were trained on.
     """
 
     probes: dict[str, Probe]
     curves: Curves
-    v100_tflops_per_watt: float
     images: str
 
 

@@ -64,7 +64,7 @@ def reproduce(settings: Settings, say: Callable[[str], None]) -> tuple[tuple[Row
     probes = probe_all(settings, images, say)
     say("one layer at 0 ... 90 % zeros")
     drawn = curves(settings.curve, settings.seed)
-    evidence = Evidence(probes, drawn, claims.v100_tflops_per_watt, str(images))
+    evidence = Evidence(probes, drawn, str(images))
     return rows(claims, evidence), evidence
 
 

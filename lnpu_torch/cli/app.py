@@ -14,6 +14,7 @@ import typer
 from torch import Tensor, nn
 
 import lnpu_torch as lnpu
+from lnpu_torch.cli import chips as chip_commands
 from lnpu_torch.cli import compare, estimate, export, price, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
 from lnpu_torch.cli.importing import import_model, parse_shape
@@ -43,7 +44,8 @@ def _root(
 
 
 PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
-PARTS += (report.report, reproduce.reproduce, price.chips, estimate.estimate, compare.compare, export.export)
+PARTS += (report.report, reproduce.reproduce, chip_commands.chips, chip_commands.normalize)
+PARTS += (estimate.estimate, compare.compare, export.export)
 for command in PARTS:
     app.command()(errors_as_messages(command))
 

@@ -1,4 +1,4 @@
-"""The commands that price what was counted: price, sweep, chips. They read arguments and print."""
+"""The commands that price what was counted: price, sweep. They read arguments and print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.pricing import price as price_on
@@ -19,10 +18,7 @@ from lnpu_torch.cost.sweep import sweep as sweep_over
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.hardware.chip import chips as all_chips
-from lnpu_torch.reporting.chip_tables import chip_table, chips_table
 from lnpu_torch.reporting.sweep_plot import require_matplotlib, save_plot
-from lnpu_torch.text_tables import plain
 
 File = Annotated[
     Path, typer.Argument(metavar="COUNTS", parser=user_path, help="A counts file, as in a run's folder counts/.")
@@ -86,16 +82,6 @@ def sweep(
     if plot:
         save_plot(swept, f"{out}.png")
     print(f"saved: {out}.csv" + (f", {out}.png" if plot else ""))
-
-
-def chips(
-    name: Annotated[str | None, typer.Argument(parser=expanduser, help="A built-in chip or a YAML file.")] = None,
-) -> None:
-    """List the built-in chips; or one chip's values, each with its tag and source."""
-    if name is None:
-        print(plain(chips_table(all_chips())))
-    else:
-        Console().print(chip_table(read_chip(name)))
 
 
 def load(path: Path) -> Counts:

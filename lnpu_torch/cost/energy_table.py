@@ -16,7 +16,8 @@ from lnpu_torch.units import Component, zj
 class EnergyTable:
     """Energy of one event each, in zJ: a multiplication or a skipped MAC, a bit of SRAM or DRAM, a cycle of waiting.
 
-    `fp16_range` is what the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
+    A format that the chip does not compute in costs what the other does, and nothing runs in it. `fp16_range` is what
+    the ends of the chip's range of FP16 to FP8 add to an FP16 MAC; None without such a range.
     """
 
     fp8_mac: int
@@ -36,12 +37,12 @@ class EnergyTable:
         if chip.energy_model == "bottom_up" and chip.bottom_up:
             return cls._bottom_up(chip, chip.bottom_up)
         energy, scale, larger = chip.energy, chip.operating_point.energy_scale, _sram_scale(chip)
-        fp8, ratio = energy.fp8_mac_pj.value * scale, energy.fp16_to_fp8
-        fp16 = zj(fp8 * ratio.value)
+        fp8, fp16 = _macs(chip)
+        ends = energy.fp16_to_fp8.range if energy.fp16_to_fp8 and chip.macs_per_cycle.fp16 else None
         return cls(
             fp8_mac=zj(fp8),
-            fp16_mac=fp16,
-            fp16_range=(zj(fp8 * ratio.range[0]) - fp16, zj(fp8 * ratio.range[1]) - fp16) if ratio.range else None,
+            fp16_mac=zj(fp16),
+            fp16_range=(zj(fp8 * ends[0]) - zj(fp16), zj(fp8 * ends[1]) - zj(fp16)) if ends else None,
             skipped_mac=zj(energy.skipped_mac_pj.value * scale),
             sram_read_bit=zj(energy.sram_read_pj_per_bit.value * scale * larger),
             sram_write_bit=zj(energy.sram_write_pj_per_bit.value * scale * larger),
@@ -111,6 +112,16 @@ class EnergyTable:
         """What the ends of the chip's range of FP16 to FP8 add to the energy of these multiplications."""
         low, high = self.fp16_range or (0, 0)
         return low * fp16_macs, high * fp16_macs
+
+
+def _macs(chip: Chip) -> tuple[float, float]:
+    """Energy of a MAC in FP8 and in FP16, in pJ; the other's in a format that the chip does not compute in."""
+    energy, scale = chip.energy, chip.operating_point.energy_scale
+    fp8, fp16 = (entry.value * scale if entry else None for entry in (energy.fp8_mac_pj, energy.fp16_mac_pj))
+    if fp8 is not None and energy.fp16_to_fp8:
+        fp16 = fp8 * energy.fp16_to_fp8.value
+    known = next((each for each in (fp8, fp16) if each is not None), 0.0)
+    return known if fp8 is None else fp8, known if fp16 is None else fp16
 
 
 def _per_cycle(power_w: float, chip: Chip) -> int:

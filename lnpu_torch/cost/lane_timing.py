@@ -14,11 +14,12 @@ def lane_cycles(entry: StepCounts, chip: Chip, ideal: float) -> LaneCycles | Non
     """Cycles of a step that takes `ideal` ones with every lane busy; None if its lane profile was not recorded.
 
     A lane's work is its non-zeros of the streamed operand, FP8 and wider ones alike. Where zeros of both operands are
-    skipped, those of the other one are assumed to be spread evenly. Where none are, no lane waits.
+    skipped, those of the other one are assumed to be spread evenly. Where none are, or the chip's
+    lanes are not known, no lane waits.
     """
     policy, lanes = getattr(chip.skip, entry.step).value, chip.lanes
     profile = (entry.second if policy == OPERANDS[entry.step][1] else entry.first).lanes
-    if policy == "none" or not ideal:
+    if policy == "none" or not ideal or lanes is None:
         return LaneCycles(ideal, ideal, ideal)
     if profile is None:
         return None

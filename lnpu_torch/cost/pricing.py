@@ -23,7 +23,7 @@ from lnpu_torch.text_tables import si
 EXTRAPOLATED = "extrapolated: only some of the steps were counted; the others are assumed to be like them"
 
 MODELS = {
-    "calibrated": "energy of a MAC: on a line through the chip's two efficiencies",
+    "calibrated": "energy of a MAC: from efficiencies of the whole chip",
     "bottom_up": "energy of a MAC: bottom-up, from tables of single circuits, not calibrated",
 }
 
@@ -109,7 +109,7 @@ def _dram_range(chip: Chip) -> tuple[float, float, float] | None:
 
 
 def _range(chip: Chip) -> str:
-    low, high = chip.energy.fp16_to_fp8.range or (0.0, 0.0)
+    low, high = (chip.energy.fp16_to_fp8 and chip.energy.fp16_to_fp8.range) or (0.0, 0.0)
     return f"energy of an FP16 MAC {low:g} ... {high:g} times an FP8 MAC's"
 
 
@@ -142,7 +142,7 @@ def _low_reuse(entry: StepCounts, chip: Chip, policy: str, energies: EnergyTable
 
 
 def _power(parts: Sequence[CostRow], chip: Chip) -> list[str]:
-    """Where the chip draws more than its own power at this voltage, or, on average, less than its lowest."""
+    """Where the chip draws more than its own power at this voltage, or leaves, on average, the range of its power."""
     point, clock = chip.operating_point, chip.clock_hz
     least, most = point.low.power_w.value, (point.high or point.low).power_w.value
     own, mean = max(point.power_w, least), power_w(parts, clock)
@@ -151,7 +151,7 @@ def _power(parts: Sequence[CostRow], chip: Chip) -> list[str]:
     found = {each: power_w((parts[place] for place in places), clock) for each, places in passes(parts).items()}
     above = [(power, each) for each, power in found.items() if power is not None and power > 1.05 * own]
     told = f"power: {si(mean, 'W')} on average"
-    if not least <= mean <= most:
+    if point.high and not 0.99 * least <= mean <= 1.01 * most:
         told += f", outside the chip's {si(least, 'W')} ... {si(most, 'W')}"
     if above:
         power, each = max(above)
@@ -217,9 +217,24 @@ def _notes(counts: Counts, chip: Chip) -> list[str]:
         whose = ", ".join(f"{count} of {name}" for name, count in chip.origins().items())
         notes.append(f"values that {chip.name} takes from others: {whose}; `lnpu chips` lists which")
     mixed = [each for each in operands if each.elements[1] and each.elements[2]]
-    if mixed and chip.fp8_pairs.value != "never" and not chip.mixed_tensors.value:
+    if mixed and chip.fp8_pairs.value in ("streamed", "both") and not chip.mixed_tensors.value:
         told = f"{len(mixed)} of {len(operands)} operands mix FP8 and {mixed[0].wide.upper()}, which this chip cannot"
         notes.append(f"{told}: priced as if it could; count a run with precision fp8 or fp16 for it")
-    if chip.fp8_pairs.value == "never" and any(operand.elements[1] for operand in operands):
-        notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
+    notes += _formats(operands, chip)
     return [*notes, *vector_op_notes(counts.vector_ops, chip)]
+
+
+def _formats(operands: Sequence[Operand], chip: Chip) -> list[str]:
+    """Which of the counted formats the chip prices as another one."""
+    pairs, notes = chip.fp8_pairs.value, []
+    fp8, wide = (any(operand.elements[place] for operand in operands) for place in (1, 2))
+    if pairs == "never" and fp8:
+        notes.append("this chip has no FP8: FP8 values are priced as FP16; zeros that FP8's rounding made stay zeros")
+    if pairs == "always" and wide:
+        notes.append("this chip has no FP16: FP16 values are priced as FP8")
+    own = [
+        f"what is priced as {name.upper()} is {entry.value} there"
+        for name in ("fp8", "fp16")
+        if (entry := getattr(chip.formats, name)) and getattr(chip.macs_per_cycle, name)
+    ]
+    return notes + ([f"formats of this chip: {'; '.join(own)}"] if own and (fp8 or wide) else [])

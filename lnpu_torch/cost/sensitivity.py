@@ -21,12 +21,12 @@ from lnpu_torch.text_tables import add_row, plain, plain_table, si
 NAMES = {"energy_pj": "pJ", "all_energy_pj": "pJ", "time_s": "s"}
 """What is looked at, and its unit."""
 
-NOTE = "each constant alone, on all chips; the one that moves most first"
+NOTE = "each constant alone, on all chips, each over its own range; the one that moves most first"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The reports of all chips with one constant at either end of its range."""
+    """The reports of all chips with one constant at either end of its range; `ends` are the first chip's."""
 
     key: str
     ends: tuple[float, float]
@@ -87,15 +87,21 @@ def sensitivity(counts: Counts, chips: Sequence[str | Path | Chip]) -> Sensitivi
         if isinstance(entry, SourcedRange) and entry.range
     }
     effects = [
-        Effect(key, ends, _reports(counts, starts, key, ends[0]), _reports(counts, starts, key, ends[1]))
+        Effect(key, ends, *(_reports(counts, [_at(start, key, end) for start in starts]) for end in (0, 1)))
         for key, ends in ranges.items()
     ]
     effects.sort(key=lambda effect: -effect.spread)
     return Sensitivity(tuple(price(counts, start) for start in starts), tuple(effects))
 
 
-def _reports(counts: Counts, starts: Sequence[Chip], key: str, value: float) -> tuple[Report, ...]:
-    return tuple(price(counts, start.with_values({key: value}) if key in start.values() else start) for start in starts)
+def _at(start: Chip, key: str, end: int) -> Chip:
+    """A chip with a constant at one end of its own range; as it is, if it has none."""
+    entry = start.values().get(key)
+    return start.with_values({key: entry.range[end]}) if isinstance(entry, SourcedRange) and entry.range else start
+
+
+def _reports(counts: Counts, chips: Sequence[Chip]) -> tuple[Report, ...]:
+    return tuple(price(counts, chip) for chip in chips)
 
 
 def _numbers(low: Sequence[Report], high: Sequence[Report]) -> list[str]:

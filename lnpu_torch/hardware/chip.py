@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,17 +25,34 @@ from lnpu_torch.files import (
     read_text,
     validate,
 )
+from lnpu_torch.hardware.checks import Check
 from lnpu_torch.hardware.energy_tables import BottomUp
+from lnpu_torch.hardware.node_scaling import node_scale
 from lnpu_torch.hardware.operating_point import OperatingPoint
-from lnpu_torch.hardware.sourced_value import Bits, Natural, NotNegative, SourcedRange, SourcedValue, sourced_values
+from lnpu_torch.hardware.sourced_value import (
+    Bits,
+    Natural,
+    NotNegative,
+    Positive,
+    SourcedRange,
+    SourcedValue,
+    sourced_values,
+)
 from lnpu_torch.named_files import NamedFile, file_to_read
 
 
 class MacsPerCycle(Frozen):
-    """Multiply-accumulates that the whole chip starts in one cycle; `fp8` is None on a chip without FP8."""
+    """Multiply-accumulates that the whole chip starts in one cycle; None in a format that it does not compute in."""
 
     fp8: SourcedValue[Natural] | None
-    fp16: SourcedValue[Natural]
+    fp16: SourcedValue[Natural] | None
+
+
+class Formats(Frozen):
+    """What the chip's multipliers take for FP8 and for FP16, such as INT8; None is FP8, FP16 itself."""
+
+    fp8: SourcedValue[Annotated[str, Field(min_length=1)]] | None = None
+    fp16: SourcedValue[Annotated[str, Field(min_length=1)]] | None = None
 
 
 class Lanes(Frozen):
@@ -71,15 +88,17 @@ class SramSize(Frozen):
 class Energy(Frozen):
     """Energies at the low end of the operating range, DRAM's at any voltage of the chip.
 
-    A MAC: a multiplication in FP8, one that is skipped, and FP16's over FP8's. A bit: read from SRAM, written to it,
-    moved from or to DRAM. SRAM's are those of the size in `sram_size`. `reuse_in_mac`: how many multiplications a value
-    that is read from SRAM serves in what a MAC costs. `idle_w` flows while multipliers wait; while they work, it
-    is in what a MAC costs. `dram_static_w` flows in DRAM all the time.
+    A MAC: a multiplication in FP8, one that is skipped, and one in FP16, or FP16's over FP8's; None in a format that
+    the chip does not compute in. A bit: read from SRAM, written to it, moved from or to DRAM. SRAM's are those of the
+    size in `sram_size`. `reuse_in_mac`: how many multiplications a value that is read from SRAM serves in what a MAC
+    costs. `idle_w` flows while multipliers wait; while they work, it is in what a MAC costs. `dram_static_w` flows in
+    DRAM all the time.
     """
 
-    fp8_mac_pj: SourcedValue[NotNegative]
+    fp8_mac_pj: SourcedValue[NotNegative] | None
+    fp16_mac_pj: SourcedValue[NotNegative] | None = None
     skipped_mac_pj: SourcedValue[NotNegative]
-    fp16_to_fp8: SourcedRange
+    fp16_to_fp8: SourcedRange | None
     sram_read_pj_per_bit: SourcedValue[NotNegative]
     sram_write_pj_per_bit: SourcedValue[NotNegative]
     sram_size: SramSize
@@ -88,9 +107,20 @@ class Energy(Frozen):
     dram_static_w: SourcedRange
     dram_pj_per_bit: SourcedRange
 
+    @model_validator(mode="after")
+    def _fp16_stands_once(self) -> Self:
+        if self.fp16_mac_pj and self.fp16_to_fp8:
+            raise ValueError("fp16_mac_pj and fp16_to_fp8 say the same: one of them is null")
+        if self.fp16_to_fp8 and not self.fp8_mac_pj:
+            raise ValueError("fp16_to_fp8 needs fp8_mac_pj, whose multiple it is")
+        return self
 
-CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_to_fp8", "energy.sram_read", "energy.sram_write")
+
+CALIBRATED = ("energy.fp8_mac", "energy.skipped_mac", "energy.fp16_", "energy.sram_read", "energy.sram_write")
 """How the keys begin that only the calibrated model uses."""
+
+NOT_PRICED = ("node_nm", "year", "formats.")
+"""How the keys begin that no price hangs on."""
 
 
 class Storage(Frozen):
@@ -132,20 +162,25 @@ class Chip(Frozen):
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
-    ("streamed"), those whose operands "both" are, or "never". `mixed_tensors` says whether elements of both may stand
-    in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand ("as_zero"), or
-    not scheduled ("free"). `inherited` are the values that the chip's file took from others, and from which.
+    ("streamed"), those whose operands "both" are, "never", or "always". `mixed_tensors` says whether elements of both
+    may stand in one tensor. `padding` says what a MAC outside the image is: a zero of the step's first operand
+    ("as_zero"), or not scheduled ("free"). `node_nm` is the process, `year` that of the publication. `lanes` is None
+    where nobody told how multipliers wait for each other: all are then taken for busy. `checks` are published figures,
+    by a name for each. `inherited` are the values that the chip's file took from others, and from which.
     """
 
     name: str
     description: str
+    node_nm: SourcedValue[Positive] | None = None
+    year: SourcedValue[Natural] | None = None
+    formats: Formats = Formats()
     energy_model: Literal["calibrated", "bottom_up"] = "calibrated"
     operating_point: OperatingPoint
     macs_per_cycle: MacsPerCycle
     sram_bytes: SourcedValue[Natural]
     dram_bytes_per_s: SourcedRange
-    lanes: Lanes
-    fp8_pairs: SourcedValue[Literal["streamed", "both", "never"]]
+    lanes: Lanes | None
+    fp8_pairs: SourcedValue[Literal["streamed", "both", "never", "always"]]
     mixed_tensors: SourcedValue[bool]
     energy: Energy
     storage: Storage
@@ -153,12 +188,21 @@ class Chip(Frozen):
     padding: SourcedValue[Literal["as_zero", "free"]]
     simd: SimdCore | None = None
     bottom_up: BottomUp | None = None
+    checks: dict[str, Check] = {}
     inherited: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _fp8_rate(self) -> Self:
-        if (self.macs_per_cycle.fp8 is None) != (self.fp8_pairs.value == "never"):
-            raise ValueError("macs_per_cycle.fp8 is null if, and only if, fp8_pairs is 'never'")
+    def _rates(self) -> Self:
+        rates, energy, pairs = self.macs_per_cycle, self.energy, self.fp8_pairs.value
+        fp16 = energy.fp16_mac_pj or energy.fp16_to_fp8
+        for rate, known, name, other in (
+            (rates.fp8, energy.fp8_mac_pj, "fp8", "never"),
+            (rates.fp16, fp16, "fp16", "always"),
+        ):
+            if (rate is None) != (pairs == other):
+                raise ValueError(f"macs_per_cycle.{name} is null if, and only if, fp8_pairs is '{other}'")
+            if rate and not known:
+                raise ValueError(f"macs_per_cycle.{name} has a rate, but energy has no {name}_mac_pj")
         return self
 
     @model_validator(mode="after")
@@ -170,6 +214,19 @@ class Chip(Frozen):
             raise ValueError(f"bottom_up: energies are {scale:g} times the measured ones at {voltage:g} V")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_checked(self) -> Self:
+        low, high = self.operating_point.low.voltage_v.value, self.operating_point.highest_v
+        for name, check in self.checks.items():
+            if unknown := [key for key in check.fitted if key not in self.values()]:
+                raise ValueError(f"checks.{name}: fitted: no value has the key {unknown[0]!r}")
+            own = [check.format, *([check.over.format] if check.over and check.over.chip is None else [])]
+            if lacks := [each for each in own if getattr(self.macs_per_cycle, each) is None]:
+                raise ValueError(f"checks.{name}: the chip does not compute in {lacks[0]}")
+            if check.voltage_v is not None and not low <= check.voltage_v <= high:
+                raise ValueError(f"checks.{name}: voltage_v {check.voltage_v:g} is outside {low:g} ... {high:g} V")
+        return self
+
     @property
     def clock_hz(self) -> float:
         """The clock at the chip's voltage."""
@@ -177,8 +234,8 @@ class Chip(Frozen):
 
     def runs_fp8(self, streamed: str, other: str) -> bool:
         """Whether a product of these groups ("zero", "fp8", "fp16", "fp32") runs as FP8; a zero is an FP8 code."""
-        asked = {"streamed": [streamed], "both": [streamed, other], "never": ["fp16"]}[self.fp8_pairs.value]
-        return all(group in ("zero", "fp8") for group in asked)
+        asked = {"streamed": [streamed], "both": [streamed, other], "never": ["fp16"], "always": []}
+        return all(group in ("zero", "fp8") for group in asked[self.fp8_pairs.value])
 
     @model_validator(mode="after")
     def _works_with_more_than_it_waits_with(self) -> Self:
@@ -207,7 +264,7 @@ class Chip(Frozen):
 
     def _busy(self, rate: int, channels: int | None, values: int) -> float:
         """The share of lanes, and of their multipliers, that channels and values of such numbers fill."""
-        if channels is None:
+        if channels is None or self.lanes is None:
             return 1.0
         lanes = self.lanes.count.value
         width = rate / lanes
@@ -229,7 +286,7 @@ class Chip(Frozen):
     @property
     def _unused(self) -> tuple[str, ...]:
         """How the keys begin that the chip's energy model does not use."""
-        return CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)
+        return (*NOT_PRICED, *(CALIBRATED if self.energy_model == "bottom_up" else ("bottom_up.",)))
 
     def with_values(self, values: Mapping[str, Any]) -> Chip:
         """The same chip with other values, by dotted key ("macs_per_cycle.fp16", "energy_model"); they are "assumed".
@@ -248,7 +305,8 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
     """A Chip from a built-in name ("lnpu", "dense-fp16", ...), a YAML file's path, or itself.
 
     A file may start from another with `like: NAME_OR_PATH` (a path as seen from the file) and give only what differs;
-    a sourced value is replaced whole. The chip's name is the file's, unless it gives another.
+    a sourced value is replaced whole. If it gives `node_nm`, the energies in SCALED that it does not give are the other
+    one's at its own process and voltage. The chip's name is the file's, unless it gives another.
 
     Args:
         voltage: run it at this voltage, in V, in place of its own.
@@ -294,8 +352,45 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
         return _merge(start, data)
     base = _base(data.pop("like"), path, (*above, path.resolve()))
     known, own = base.pop("inherited", {}), set(_dotted(data))
-    inherited = {key: known.get(key, base["name"]) for key in _dotted(base) if key not in own}
-    return {**_merge({**base, **start}, data), "inherited": inherited}
+    merged = _merge({**base, **start}, data)
+    inherited = {key: known.get(key, base["name"]) for key in _dotted(merged) if key not in own}
+    if "node_nm" in data:
+        _to_node(merged, base, [key for key in SCALED if key in inherited], path)
+    return {**merged, "inherited": inherited}
+
+
+SCALED = ("energy.sram_read_pj_per_bit", "energy.sram_write_pj_per_bit", "simd.operation_pj")
+"""Energies that hang on the process, but of which those of a MAC, which a chip's file has from its own figures."""
+
+
+def _to_node(data: dict[str, Any], base: dict[str, Any], keys: Iterable[str], path: Path) -> None:
+    """Scale energies of a chip's plain data from the process and voltage of the chip that it is like to its own."""
+    places = [_number(each, key) for each in (base, data) for key in ("node_nm", "operating_point.low.voltage_v")]
+    for key in keys:
+        if None in places or places[:2] == places[2:] or _number(data, key) is None:
+            continue
+        nm, voltage, own_nm, own_voltage = (float(place or 0) for place in places)
+        try:
+            scale = node_scale(nm, voltage, own_nm, own_voltage)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {key} cannot be taken from {base['name']}: {error}") from None
+        entry = _at(data, key)
+        told = f"times {scale:.4g}, from {nm:g} nm and {voltage:g} V (Stillmaker & Baas 2017)"
+        tag = "assumed" if entry["tag"] == "assumed" else "derived"
+        entry |= {"value": entry["value"] * scale, "tag": tag, "source": f"{entry['source']}; {told}"}
+
+
+def _at(data: Any, key: str) -> Any:
+    """What stands at a dotted key of plain data; None if there is nothing."""
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _number(data: Any, key: str) -> float | None:
+    """The value of a sourced value in plain data, if it is a positive number."""
+    found = _at(data, f"{key}.value")
+    return found if isinstance(found, int | float) and found > 0 else None
 
 
 def _dotted(data: Any, prefix: str = "") -> Iterator[str]:
@@ -328,6 +423,9 @@ def _current(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+OWN = ("description", "year", "checks")
+"""Keys that a file never takes from the one it is like."""
+
 ADDED = (("energy", "sram_size"), ("energy", "reuse_in_mac"), ("energy", "idle_w"), ("energy", "dram_static_w"))
 """Keys that a run's chip of an older version lacks; it gets LNPU's."""
 
@@ -342,14 +440,14 @@ def _completed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(like: Any, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """What a chip takes from the one it is `like`: everything but its description."""
+    """What a chip takes from the one it is `like`: everything but what is said of that one alone."""
     if not isinstance(like, str):
         raise ConfigError(f"{path}: like: a chip's name or path is expected, got {like!r}")
     beside = path.parent / like
     base = find("chips", beside if is_file(beside) else like, f"chip in {path}: like:")
     if base.resolve() in above:
         raise ConfigError(f"{path}: like: {like!r} comes back to itself")
-    return {key: value for key, value in _read(base, above).items() if key != "description"}
+    return {key: value for key, value in _read(base, above).items() if key not in OWN}
 
 
 def _merge(base: Any, over: Any) -> Any:

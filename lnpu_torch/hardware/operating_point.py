@@ -36,12 +36,17 @@ class OperatingPoint(Frozen):
 
     @model_validator(mode="after")
     def _in_range(self) -> Self:
-        low, high = self.low.voltage_v.value, (self.high or self.low).voltage_v.value
+        low, high = self.low.voltage_v.value, self.highest_v
         if self.high and not low < high:
             raise ValueError(f"low.voltage_v {low:g} is not below high.voltage_v {high:g}")
         if not low <= self.voltage_v.value <= high:
             raise ValueError(f"voltage_v {self.voltage_v.value:g} is outside the chip's range, {low:g} ... {high:g} V")
         return self
+
+    @property
+    def highest_v(self) -> float:
+        """The highest voltage that the chip runs at."""
+        return (self.high or self.low).voltage_v.value
 
     @property
     def clock_hz(self) -> float:

@@ -239,7 +239,7 @@ def test_chips_side_by_side() -> None:
     assert first.split()[-4:] == [word for each in (dense, lnpu) for word in si(each.rows[0].energy_pj, "pJ").split()]
     ratio = lnpu.total.energy_pj / dense.total.energy_pj
     assert any(line.split()[:1] == ["lnpu"] and f" {ratio:.3f} " in line for line in text.splitlines())
-    assert text.count("\nenergy of a MAC: on a line") == 1  # it holds for both, so no chip is named
+    assert text.count("\nenergy of a MAC: from efficiencies") == 1  # it holds for both, so no chip is named
     assert any(line.split()[:1] == ["lnpu"] and f" {ACCESS:.3f} " in line for line in text.splitlines())
     assert "dense-fp16: this chip has no FP8" in text
     assert "lnpu: utilisation not recorded: their cycles assume" in text  # a dense chip's is 1

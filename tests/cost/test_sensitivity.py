@@ -1,4 +1,4 @@
-"""What the ranges of constants do to a run: every range, at both ends, on all chips alike."""
+"""What the ranges of constants do to a run: every range, at both ends, on each chip over its own."""
 
 from __future__ import annotations
 
@@ -81,3 +81,18 @@ def test_a_report_names_what_takes_most() -> None:
     share = most.all_energy_pj / report.total.all_energy_pj
     assert line.startswith(f"most of chip and DRAM: {most.layer} {most.step} {share:.1%}, ")
     assert "vector operations, by the layer" not in str(report)
+
+
+def test_a_chip_with_a_range_of_its_own_goes_over_that() -> None:
+    """T-PIM draws 5.25 mW in all, so what LNPU may draw while it waits, up to 17.2 mW, is none of its ranges."""
+    found = sensitivity(network(), ["lnpu", "t-pim"])
+    (idle,) = (effect for effect in found.effects if effect.key == "energy.idle_w")
+    own = chip("t-pim").energy.idle_w.range
+    for ends, value in zip((idle.low, idle.high), own, strict=True):  # type: ignore[arg-type]
+        assert ends[1].total == price(network(), chip("t-pim").with_values({"energy.idle_w": value})).total
+    assert idle.ends == chip("lnpu").energy.idle_w.range
+    assert "each over its own range" in str(found)
+    (dram,) = (
+        each for each in sensitivity(network(), ["lnpu", "v100"]).effects if each.key == "energy.dram_pj_per_bit"
+    )
+    assert dram.low[1] == dram.high[1] == price(network(), "v100")  # what has no range stays

@@ -151,3 +151,11 @@ def test_a_depthwise_layer_reads_each_input_for_nine_multiplications() -> None:
     more = row.sram_energy_pj - filled.of_layers().rows[0].sram_energy_pj
     reuse = 9 * 32 * 32 / 34**2  # less at the border
     assert more == pytest.approx(row.macs * 16 * READ * (1 / reuse - 1 / 48), rel=1e-6)
+
+
+def test_a_chip_of_one_power_has_no_range_to_leave() -> None:
+    """A V100 whose tensor cores all work draws its 300 W; one that waits for DRAM draws less, which is no news."""
+    entry = step(pairs=((0, 0, 0), (0, 0, 0), (0, 0, 10**12)), padding=0)
+    assert "power: 300 W on average" in price(counts(entry), "v100").notes
+    (told,) = (note for note in price(counts(step()), "v100").notes if note.startswith("power"))
+    assert told.startswith("power: ") and told.endswith("W on average")

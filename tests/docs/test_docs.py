@@ -12,6 +12,7 @@ import pytest
 
 import lnpu_torch as lnpu
 from helpers.paths import ROOT
+from lnpu_torch.cost.chip_checks import run_checks
 from lnpu_torch.hardware.chip import chips
 
 DOCS = ROOT / "docs"
@@ -43,6 +44,29 @@ def test_every_constant_is_in_the_tables() -> None:
         table = constants(chip, None).replace("\\*", "*")
         for key, entry in chip.values().items():
             assert f"`{key.partition('.')[2] or key}`" in table and entry.source in table, (chip.name, key)
+
+
+def test_the_page_of_published_chips_is_what_the_files_say() -> None:
+    made = runpy.run_path(str(DOCS / "generate" / "chips.py"))
+    page = (DOCS / "chips.md").read_text()
+    assert page == made["filled"](page), "make drawings"
+    for chip in made["published"]():
+        assert all(
+            f"| {chip.name} ({chip.node_nm.value:g} nm, {chip.year.value}) | {name} |" in page for name in chip.checks
+        )
+    (ours,) = (each.ours for each in run_checks(lnpu.chip("lnpu")) if each.name == "over-v100")
+    assert f"is {ours:.2f}x where two abstracts have 4.9x and 4.4x" in page
+
+
+def test_the_picture_of_published_chips_has_them_all() -> None:
+    pytest.importorskip("matplotlib")
+    made = runpy.run_path(str(DOCS / "generate" / "chips.py"))
+    (axes,) = made["efficiency_by_zeros"]().axes
+    names = {text.get_text() for text in axes.texts}
+    assert {chip.name for chip in chips() if chip.checks} <= names and "lnpu peak-fp16" in names
+    (lnpu_line,) = (line for line in axes.lines if line.get_linewidth() > 2)
+    assert lnpu_line.get_ydata()[[0, -1]] == pytest.approx([2 / 0.575, 2 / (0.1 * 0.575 + 0.9 * 0.024)])
+    assert "images/chips.svg" in (DOCS / "chips.md").read_text() and (DOCS / "images" / "chips.svg").is_file()
 
 
 @pytest.mark.slow

@@ -21,16 +21,20 @@ from lnpu_torch.units import pj
 def test_every_chip_loads_and_says_what_each_value_rests_on(name: str) -> None:
     loaded = chip(name)
     assert loaded.name == name
-    both = [loaded.with_values({"energy_model": model}) for model in ("calibrated", "bottom_up")]
-    assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in both)  # each uses its own part
+    models = ("calibrated", "bottom_up") if loaded.bottom_up else ("calibrated",)
+    each_model = [loaded.with_values({"energy_model": model}) for model in models]
+    assert all(20 < sum(each.tags().values()) < len(loaded.values()) for each in each_model)  # each uses its own part
     assert all(len(entry.source) > 10 for entry in loaded.values().values())
 
 
 def test_the_built_in_chips() -> None:
-    assert [each.name for each in chips()] == ["dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"]
+    names = {each.name for each in chips()}
+    published = {"redmule", "pnpu", "tsunami", "t-pim", "ibm-hfp8", "ibm-14nm", "ibm-14nm-2020", "trainer", "ganpu"}
+    published |= {"omnidrl", "kim-2020", "sp-pim", "snu-fp8", "sigma", "v100", "a100", "h100", "lnpu"}
+    assert names == published | {"lnpu-fp16", "dense-fp16", "sparse-inference"}
+    ours = [chip(name) for name in ("dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference")]
     policies = {
-        each.name: (each.skip.forward.value, each.skip.grad_input.value, each.skip.grad_weight.value)
-        for each in chips()
+        each.name: (each.skip.forward.value, each.skip.grad_input.value, each.skip.grad_weight.value) for each in ours
     }
     assert policies == {
         "dense-fp16": ("none", "none", "none"),
@@ -38,7 +42,19 @@ def test_the_built_in_chips() -> None:
         "lnpu-fp16": ("input", "grad_output", "input"),
         "sparse-inference": ("input", "none", "none"),
     }
-    assert {each.name for each in chips() if each.macs_per_cycle.fp8} == {"lnpu"}
+    assert {each.name for each in ours if each.macs_per_cycle.fp8} == {"lnpu"}
+
+
+@pytest.mark.parametrize("name", [each.name for each in chips() if each.checks])
+def test_a_published_chip_says_when_and_in_what_process(name: str) -> None:
+    """And it has its own energies of MACs, rates and formats, and whether elements of both may stand in one tensor."""
+    loaded = chip(name)
+    assert loaded.node_nm and loaded.year and 2017 <= loaded.year.value <= 2023
+    assert name == "lnpu" or not {"energy.skipped_mac_pj", "mixed_tensors", "skip.forward"} & set(loaded.inherited)
+    for check in loaded.checks.values():
+        assert len(check.source) > 10
+    assert not any(entry.tag == "published" and "recalled" in entry.source for entry in loaded.values().values())
+    assert not any(check.tag == "published" and "recalled" in check.source for check in loaded.checks.values())
 
 
 def test_energy_line_and_rates() -> None:
@@ -131,7 +147,11 @@ BAD = [
     ("macs_per_cycle.fp8.rate", 1, ["macs_per_cycle.fp8.rate", "known: value, tag, source"]),
     ("macs_per_cycle.fp8", None, ["macs_per_cycle.fp8", "fp8_pairs"]),
     ("fp8_pairs.value", "never", ["macs_per_cycle.fp8", "fp8_pairs"]),
-    ("fp8_pairs.value", "always", ["fp8_pairs.value", "'always'"]),
+    ("fp8_pairs.value", "always", ["macs_per_cycle.fp16", "fp8_pairs"]),
+    ("fp8_pairs.value", "sometimes", ["fp8_pairs.value", "'sometimes'"]),
+    ("macs_per_cycle.fp16", None, ["macs_per_cycle.fp16", "fp8_pairs"]),
+    ("node_nm", 65, ["node_nm"]),
+    ("year.value", 2019.5, ["year.value"]),
     ("skip.forward.value", "grad_output", ["skip.forward.value", "'grad_output'"]),
     ("skip.grad_input.value", "input", ["skip.grad_input.value"]),
     ("skip.grad_weight.value", "weight", ["skip.grad_weight.value"]),
@@ -160,7 +180,7 @@ def test_bad_values_are_named(key: str, value: object, said: list[str], tmp_path
 
 
 def test_unknown_chip_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown chip 'tpu'.*dense-fp16, lnpu, lnpu-fp16, sparse-inference"):
+    with pytest.raises(ConfigError, match=r"unknown chip 'tpu'.*dense-fp16, ganpu, h100"):
         chip("tpu")
 
 
@@ -186,6 +206,10 @@ def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
     assert mine.energy.fp8_mac_pj.value == 0.5
     assert mine.energy.skipped_mac_pj == lnpu.energy.skipped_mac_pj
     assert (yours.name, yours.description, yours.energy) == ("your chip", "yours", mine.energy)
+    assert (yours.node_nm, yours.year) == (lnpu.node_nm, None)
+    (tmp_path / "bare.yaml").write_text("like: lnpu\ndescription: no tables\nbottom_up: null\n")
+    bare = chip(tmp_path / "bare.yaml")
+    assert not any(key.startswith("bottom_up") for key in (*bare.values(), *bare.inherited))
 
 
 def test_keys_of_older_files_are_read(tmp_path: Path) -> None:
@@ -220,21 +244,11 @@ def test_tables_show_every_chip_and_every_value() -> None:
     listing = plain(chips_table(chips()))
     assert all(each.name in listing and each.description in listing for each in chips())
     lnpu_line = next(line for line in listing.splitlines() if line.startswith("  lnpu "))
-    assert lnpu_line.split()[-11:] == [
-        "input",
-        "grad_output",
-        "input",
-        "0.78",
-        "50",
-        "1536",
-        "768",
-        "0.575",
-        "1.15",
-        "0.024",
-        "372",
-    ]
+    numbers = "65 2019 0.78 50 0.154 0.0768 3.48 1.74 3%"  # 2 * 1536 * 50 MHz; 2 / 0.575 pJ; 1 constant of 39
+    assert lnpu_line.split("FP8; FP16")[1].split() == ["input", "grad_output", "input", *numbers.split()]
     dense_line = next(line for line in listing.splitlines() if line.startswith("  dense-fp16 "))
-    assert dense_line.split()[-8:] == ["0.78", "50", "-", "768", "-", "1.15", "0.024", "372"]
+    assert dense_line.split()[-9:] == ["65", "-", "0.78", "50", "-", "0.0768", "-", "1.74", "11%"]
+    assert "INT8 " in next(line for line in listing.splitlines() if line.startswith("  kim-2020 "))
     shown = plain(chip_table(chip("lnpu")))
     for key, entry in chip("lnpu").values().items():
         line = next(line for line in shown.splitlines() if line.startswith(f"  {key} "))
