@@ -108,7 +108,9 @@ class LayerLedger:
         """What was done so far, or, once closed, in all; with what `reuse` has seen of the order of it."""
         if not self._closed:
             self._changed()
-        return Counts.merge([_counts(life, self._model, reuse) for life in self._lives.values()])
+        places = {id(site.emulation): place for place, site in enumerate(emulations(self._model).values())}
+        lives = sorted(self._lives.values(), key=lambda life: places.get(id(life.emulation), len(places)))
+        return Counts.merge([_counts(life, self._model, reuse) for life in lives])
 
     def _changed(self) -> None:
         """Find layers that are new. They began at zero, or as they were when they were put in their place."""
