@@ -77,7 +77,7 @@ ACTIVATIONS: dict[str, Formula] = {
     "softplus_backward": each("activation", 3, 1),
     "mish": each("activation", 2, 3),  # x tanh(log(1 + exp(x)))
     "mish_backward": each("activation", 8, 4),
-    "_softmax": Formula("activation", op_formulas.softmax),
+    **_all("_softmax _safe_softmax", Formula("activation", op_formulas.softmax)),
     "_softmax_backward_data": each("activation", 4),  # y (dy - sum(dy y))
 }
 NORMALISATIONS: dict[str, Formula] = {

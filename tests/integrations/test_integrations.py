@@ -130,8 +130,8 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = run_example("transformers", tmp_path, monkeypatch)
     state, reports = ran["trainer"].state, ran["cost"].reports
     tokens, images = 5, 32  # 2 epochs of 16 images, of 4 patches and a class token
-    block = 4 * 32 * 32 + 2 * 32 * 64
-    macs = 3 * images * (4 * 32 * 3 * 16 * 16 + 2 * tokens * block + 32 * 2)
+    block, attention = 4 * 32 * 32 + 2 * 32 * 64, 2 * tokens * 32
+    macs = 3 * images * (4 * 32 * 3 * 16 * 16 + 2 * tokens * (block + attention) + 32 * 2)
     check_folder(tmp_path / "lnpu_run", reports, macs)
     rows = [row for row in state.log_history if "lnpu_energy_pj" in row]
     assert [row["epoch"] for row in rows] == [1, 2]
