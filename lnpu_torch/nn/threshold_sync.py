@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lnpu_torch.files import ConfigError
+from lnpu_torch.nn.layer_state import LayerState
+from lnpu_torch.nn.modules import LISTENERS
 from lnpu_torch.nn.reads import READS
-from lnpu_torch.nn.sites import emulations
+from lnpu_torch.nn.sites import emulations, is_emulated
 from lnpu_torch.ops.quantize.reference import choose_by_histogram
 from lnpu_torch.quant.precision import Rule
 
@@ -30,17 +34,25 @@ class ThresholdSync:
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        self._emulations = [site.emulation for site in emulations(model).values()]
-        if not self._emulations:
+        if not is_emulated(model):
             raise ConfigError("no layer of this model is emulated: call lnpu_torch.convert(model, ...) first")
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError(
                 "there are no ranks to share thresholds with: call torch.distributed.init_process_group() first"
             )
-        self._group, self._places = group, self._rules()
-        if self._places:
-            shape = (len(READS), max(map(_bins, self._places)))
-            for each in self._emulations:
+        self._model, self._group = model, group
+        self._emulations: list[LayerState] = []
+        self._places: dict[Rule, Tensor] = {}
+        self._look()
+        weakref.finalize(self, LISTENERS.remove, _listen(weakref.WeakMethod(self._look)))
+
+    def _look(self) -> None:
+        """Let all products be part of it that the model has by now, before they see anything."""
+        self._emulations = [site.emulation for site in emulations(self._model).values()]
+        self._places = self._rules()
+        shape = (len(READS), max(map(_bins, self._places), default=0))
+        for each in self._emulations if self._places else ():
+            if each.histograms is None or each.histograms.shape != shape:
                 each.histograms = torch.zeros(shape, dtype=torch.int32, device=each.thresholds.device)
 
     def all_reduce(self) -> None:
@@ -65,8 +77,20 @@ class ThresholdSync:
                 rule = each.precision.rule(step, operand)
                 if rule is not None and rule.low is not None and rule.threshold is None:
                     places.setdefault(rule, set()).add((index, read.row))
-        device = self._emulations[0].thresholds.device
+        device = self._emulations[0].thresholds.device if self._emulations else None
         return {rule: torch.tensor(sorted(found), device=device).T for rule, found in places.items()}
+
+
+def _listen(look: weakref.WeakMethod[Callable[[], None]]) -> Callable[[], None]:
+    """Begin to call a method, while its object lives, whenever products come or go. Returns what is called."""
+
+    def listener() -> None:
+        method = look()
+        if method is not None:
+            method()
+
+    LISTENERS.append(listener)
+    return listener
 
 
 def _bins(rule: Rule) -> int:
