@@ -10,11 +10,16 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 MatMul = Callable[[Tensor, Tensor, str], Tensor]
 """a by b as `torch.matmul` multiplies them, and the name of this product's part in what calls it."""
+
+
+def is_weight(x: Tensor) -> bool:
+    """Whether a tensor is a Parameter, or a view of one."""
+    return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
 
 
 class Products(Protocol):
@@ -51,6 +56,7 @@ def scaled_dot_product_attention(
     probabilities = torch.ops.aten._safe_softmax(scores, -1)  # zeros where a mask leaves nothing
     if dropout_p:
         probabilities = F.dropout(probabilities, dropout_p)
+    probabilities = probabilities.to(value.dtype)  # a mask may be of a wider one
     return matmul(probabilities, _repeated(value, query) if enable_gqa else value, "values")
 
 

@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lnpu_torch.nn.attention import Products
+from lnpu_torch.nn.attention import Products, is_weight
 
 
 def einsum(products: Products, equation: Any, *operands: Any) -> Any:
     """`torch.einsum` of two operands or more, from left to right; NotImplemented for what multiplies nothing.
 
-    Neither a subscript that occurs twice in one operand, nor operands with sublists, are taken.
+    An operand with a subscript that occurs twice is not taken.
     """
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) < 2:
+    if not isinstance(equation, str) or not len(operands) == equation.count(",") + 1 > 1:
         return NotImplemented
     terms, result = _subscripts(equation.replace(" ", ""), operands)
-    if any(len(set(term)) != len(term) for term in terms):
+    if any(len(set(term)) != len(term) for term in terms) or not set(result) <= set().union(*terms):
         return NotImplemented
     whole, letters = operands[0], terms[0]
     for index, (other, term) in enumerate(zip(operands[1:], terms[1:], strict=True), start=1):
-        later = set(result).union(*terms[index + 1 :])
+        later = "".join([result, *terms[index + 1 :]])
         whole, letters = _contract(products, whole, letters, other, term, later, f"{index}" if index > 1 else "")
-    return whole.permute([letters.index(letter) for letter in result])
+    return whole.permute([letters.index(letter) for letter in result]).contiguous()  # as torch's often is
 
 
 def _subscripts(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
@@ -50,20 +49,24 @@ def _subscripts(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], s
 
 
 def _contract(
-    products: Products, a: Tensor, left: str, b: Tensor, right: str, later: set[str], part: str
+    products: Products, a: Tensor, left: str, b: Tensor, right: str, later: str, part: str
 ) -> tuple[Tensor, str]:
-    """The product of two operands with letters; letters that nothing needs later are summed over."""
-    for letter in set(left) - set(right) - later:
+    """The product of two operands with letters; letters that nothing needs later are summed over.
+
+    The result's letters are in the order of `later`, as far as they can be, so that it often need not be moved.
+    """
+    for letter in set(left) - set(right) - set(later):
         a, left = a.sum(left.index(letter)), left.replace(letter, "")
-    for letter in set(right) - set(left) - later:
+    for letter in set(right) - set(left) - set(later):
         b, right = b.sum(right.index(letter)), right.replace(letter, "")
-    both = [c for c in left if c in right]
-    batch, summed = [c for c in both if c in later], [c for c in both if c not in later]
-    rows, columns = [c for c in left if c not in both], [c for c in right if c not in both]
+    batch, summed = [c for c in left if c in right and c in later], [c for c in left if c in right and c not in later]
+    rows, columns = [c for c in left if c not in right], [c for c in right if c not in left]
+    batch, rows, columns = (sorted(some, key=later.index) for some in (batch, rows, columns))
+    entries = [batch] if batch else []
     sizes = dict(zip(left, a.shape, strict=True))
     sizes |= {c: max(size, sizes.get(c, 1)) for c, size in zip(right, b.shape, strict=True)}  # a size of 1 is spread
-    a = _arranged(a, left, [batch, rows, summed], sizes)
-    b = _arranged(b, right, [batch, columns, summed], sizes).mT
+    a = _arranged(a, left, [*entries, rows, summed], sizes)
+    b = _arranged(b, right, [*entries, columns, summed], sizes).mT
     out = products.matmul(a, b, part)
     letters = batch + rows + columns
     return out.reshape([sizes[c] for c in letters]), "".join(letters)
@@ -76,15 +79,17 @@ def _arranged(x: Tensor, letters: str, groups: list[list[str]], sizes: dict[str,
     return x.reshape([prod(sizes[c] for c in group) for group in groups])
 
 
-def tensordot(products: Products, a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Any:
-    """`torch.tensordot`."""
-    if out is not None or isinstance(dims, Tensor):
+def tensordot(products: Products, a: Tensor, b: Tensor, dims: Any = 2) -> Any:
+    """`torch.tensordot`; NotImplemented for sizes of 1 that are spread."""
+    if isinstance(dims, Tensor):
         return NotImplemented
     if isinstance(dims, int):
         ours, theirs = list(range(a.dim() - dims, a.dim())), list(range(dims))
     else:
         ours, theirs = ([each] if isinstance(each, int) else list(each) for each in dims)
     ours, theirs = [d % a.dim() for d in ours], [d % b.dim() for d in theirs]
+    if [a.shape[d] for d in ours] != [b.shape[d] for d in theirs]:
+        return NotImplemented
     kept, others = ([d for d in range(x.dim()) if d not in used] for x, used in ((a, ours), (b, theirs)))
     shape = [a.shape[d] for d in kept] + [b.shape[d] for d in others]
     length = prod(a.shape[d] for d in ours)
@@ -107,7 +112,7 @@ def bilinear(products: Products, input1: Tensor, input2: Tensor, weight: Tensor,
 
 def addmm(products: Products, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """`torch.addmm`, and `baddbmm`, `addmv`: beta input + alpha a b."""
-    plain = (beta, alpha) == (1, 1) and input.dim() == 1 and isinstance(b, torch.nn.Parameter) and b.dim() == 2
+    plain = (beta, alpha) == (1, 1) and input.dim() == 1 and is_weight(b) and b.dim() == 2
     if plain:
         return products.linear(a, b.mT, input)
     out = products.matmul(a, b)

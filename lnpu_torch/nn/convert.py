@@ -13,11 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lnpu_torch.files import ConfigError, listed, nearest
 from lnpu_torch.nn.coverage import forward_macs
+from lnpu_torch.nn.layer_state import check_form
 from lnpu_torch.nn.modules import (
     EMULATED_CLASSES,
     LISTENERS,
@@ -26,9 +28,10 @@ from lnpu_torch.nn.modules import (
     change,
     restore,
     torch_layer,
+    unparametrized,
     unwrapped,
 )
-from lnpu_torch.nn.sites import OWN, ROUTES, Choice, InterceptedModule, emulations, has_own_forward, is_emulated
+from lnpu_torch.nn.sites import OWN, ROUTES, Choice, InterceptedModule, Sites, emulations, has_own_forward, is_emulated
 from lnpu_torch.quant.precision import Precision, Rule, precision
 
 PrecisionLike = str | Path | Rule | Precision
@@ -36,7 +39,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 _LEFT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Layers that a `convert` was told to leave in float."""
+"""Layers, and modules with products of their own, that a `convert` was told to leave in float."""
 
 
 def convert(
@@ -75,12 +78,12 @@ def convert(
     """
     default = None if chosen is None else precision(chosen)
     modules = dict(model.named_modules())
-    layers = {
-        name: each for name, each in modules.items() if _convertible(each) and isinstance(each, only or nn.Module)
-    }
-    hosts = (
-        {} if only else {name: each for name, each in modules.items() if name not in layers and has_own_forward(each)}
-    )
+    layers = {name: each for name, each in modules.items() if _convertible(each)}
+    hosts = {name: each for name, each in modules.items() if name not in layers and has_own_forward(each)}
+    left = {}
+    if only:
+        left = {name: each for name, each in layers.items() if not isinstance(each, only)} | hosts
+        layers, hosts = {name: each for name, each in layers.items() if name not in left}, {}
     choice: dict[str, Precision | None] = dict.fromkeys(layers, default)
     choices = {name: [Choice("*", default)] for name in hosts}
     for pattern, value in (overrides or {}).items():
@@ -91,8 +94,9 @@ def convert(
             raise ConfigError(f"override {pattern!r} matches no layer that can be emulated{hint}")
         for name in found & layers.keys():
             choice[name] = wanted
+        site = pattern.partition(":")[2] or "*"
         for name in found & hosts.keys():
-            choices[name].append(Choice(pattern.partition(":")[2] or "*", wanted))
+            choices[name] = [*(choices[name] if site != "*" else ()), Choice(site, wanted)]
     if not layers and not hosts:
         warnings.warn(f"no layer of this model was converted: {why_nothing_is_emulated(model)}", stacklevel=2)
     sites = any(each.precision for some in choices.values() for each in some)
@@ -105,10 +109,12 @@ def convert(
                 change(module, EmulatedModule)
                 cast(EmulatedModule, module).set_precision(choice[name])  # type: ignore[arg-type]
             elif sites and (name in hosts or name in layers):
-                emulated = any(each.precision for each in choices.get(name, ()))
+                some = choices.get(name, [])
                 change(module, InterceptedModule)
-                cast(InterceptedModule, module).set_choices(tuple(choices[name]) if emulated else ())
-            if name in layers and choice[name] is None:
+                emulated = tuple(some) if any(each.precision for each in some) else ()
+                cast(InterceptedModule, module).emulation_sites = Sites(emulated)
+            by_choice = name in hosts and not any(each.precision for each in choices[name])
+            if name in left or by_choice or (name in layers and choice[name] is None):
                 _LEFT.add(module)
     return model
 
@@ -119,7 +125,7 @@ def _chosen(pattern: str, layers: Mapping[str, nn.Module], hosts: Mapping[str, n
     if not colon:
         return {name for name in (*layers, *hosts) if fnmatchcase(name, pattern)}
     known = {route.name for route in ROUTES.values()}
-    if not any(fnmatchcase(name, site) or fnmatchcase(site, f"{name}.*") for name in known):
+    if not any(fnmatchcase(name, site.partition(".")[0]) for name in known):
         raise ConfigError(f"override {pattern!r} names no torch function that is emulated{nearest(site, known)}")
     return {name for name in hosts if fnmatchcase(name, module)}
 
@@ -152,13 +158,13 @@ def _changing_layers() -> Iterator[None]:
 def thresholds(model: nn.Module) -> dict[str, Tensor]:
     """The emulation's only state, to be saved beside optimizer and scaler: each product's thresholds, on the CPU."""
     known = {name: site.emulation.thresholds.cpu().clone() for name, site in emulations(model).items()}
-    return known | {f"{name}:{site}": state for name, module in _hosts(model) for site, state in module.waiting.items()}
+    return known | {f"{name}:{site}": state for name, sites in _sites(model) for site, state in sites.waiting.items()}
 
 
-def _hosts(model: nn.Module) -> Iterator[tuple[str, InterceptedModule]]:
+def _sites(model: nn.Module) -> Iterator[tuple[str, Sites]]:
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, InterceptedModule):
-            yield name, module
+            yield name, module.emulation_sites
 
 
 def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -168,11 +174,13 @@ def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ConfigError: the state belongs to a model with other emulated layers, or holds what can be no thresholds. Then
             nothing is restored.
     """
-    known, hosts = emulations(model), dict(_hosts(model))
-    waiting = {name for name in state.keys() - known.keys() if ":" in name and name.rpartition(":")[0] in hosts}
+    known, hosts = emulations(model), dict(_sites(model))
+    waiting = {name for name in state.keys() - known.keys() if _may_come(name, hosts)}
     if known.keys() != state.keys() - waiting:
         differ = sorted(known.keys() ^ (state.keys() - waiting))
         raise ConfigError(f"thresholds of another model: {len(differ)} layers differ, such as {differ[0]!r}")
+    for name in waiting:
+        check_form(name, state[name])
     for name, site in known.items():
         site.emulation.check_thresholds(name, state[name])
     for name, site in known.items():
@@ -180,6 +188,12 @@ def load_thresholds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name in waiting:
         module, _, site_name = name.rpartition(":")
         hosts[module].waiting[site_name] = state[name].cpu().clone()
+
+
+def _may_come(name: str, hosts: Mapping[str, Sites]) -> bool:
+    """Whether "module:function" is a site that its module may come to emulate."""
+    module, colon, site = name.rpartition(":")
+    return bool(colon) and module in hosts and hosts[module].precision_of(site) is not None
 
 
 UNSEEN = "Functional calls in a module's own forward (matmul, F.linear, attention) are not emulated, nor counted."
@@ -272,7 +286,7 @@ def coverage(model: nn.Module, *inputs: Any, **named: Any) -> Coverage:
             the model runs it in float. Of a product whose operands both have gradients, backward does twice as many.
     """
     model = unwrapped(model)
-    seen = any(isinstance(module, InterceptedModule) and module.choices for module in model.modules())
+    seen = any(isinstance(module, InterceptedModule) and module.emulation_sites.choices for module in model.modules())
     bypassed = not seen and any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
     notes = (SEEN if seen else UNSEEN, *((BYPASSED,) if bypassed else ()))
     if not inputs and not named:
@@ -334,33 +348,34 @@ def _reason(module: nn.Module, name: str, model: nn.Module, ran: nn.Module) -> s
     if isinstance(module, EmulatedModule):
         return ""
     if isinstance(module, InterceptedModule):
-        if not module.choices:
+        if not module.emulation_sites.choices:
             return "left in float by choice"
-        multiplies = isinstance(module, OWN) or cast(InterceptedModule, ran.get_submodule(name)).sites
+        multiplies = isinstance(module, OWN) or cast(InterceptedModule, ran.get_submodule(name)).emulation_sites.known
         return "" if multiplies else NOT_CALLED
+    if isinstance(module, torch.fx.GraphModule):
+        return "its forward is a graph: convert the model before it is traced"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: its shapes are not known yet; run one batch first"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         owner = model.get_submodule(name.rpartition(".")[0])
-        seen = isinstance(owner, InterceptedModule) and bool(owner.choices)
+        seen = isinstance(owner, InterceptedModule) and bool(owner.emulation_sites.choices)
         return "" if seen else "attention's projections are functional calls"
     if torch_layer(module) and not _has_torchs_weight(module):
         return f"its weight is a {type(module.weight).__name__}, which the emulation cannot read"
+    if module in _LEFT and (_convertible(module) or has_own_forward(module)):
+        return "left in float by choice"
     if _convertible(module):
-        if module in _LEFT:
-            return "left in float by choice"
-        return "added since: call convert again" if is_emulated(model) else "not converted"
-    if isinstance(module, tuple(EMULATED_CLASSES)):
-        base = next(cls for cls in type(module).__mro__ if cls in EMULATED_CLASSES)
-        if "forward" in vars(module):
-            return "its forward was replaced: convert before that"
-        if type(module).__module__.startswith("torch."):
-            return f"derived from {base.__name__} by torch, as fully_shard does: convert before that"
         return "added since: call convert again" if is_emulated(model) else "not converted"
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.PReLU):
         return "element operations, not multiply-accumulate"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "looks rows up, no multiply-accumulate"
+    if "forward" in vars(module):
+        return "its forward was replaced: convert before that"
+    if isinstance(module, tuple(EMULATED_CLASSES)):
+        base = next(cls for cls in type(module).__mro__ if cls in EMULATED_CLASSES)
+        if unparametrized(module).__module__.startswith("torch."):
+            return f"derived from {base.__name__} by torch, as fully_shard does: convert before that"
     return "added since: call convert again" if is_emulated(model) else "not converted"
 
 

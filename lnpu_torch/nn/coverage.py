@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
+from lnpu_torch.nn.attention import is_weight
 from lnpu_torch.nn.observers import LayerObserver, LayerSteps
 
 _aten = torch.ops.aten
@@ -29,12 +30,20 @@ def _trilinear(args: Sequence[Any]) -> int:
     return prod(map(max, zip(*sizes, strict=True)))
 
 
+def _grouped(args: Sequence[Any]) -> int:
+    """a [M, K] or [groups, M, K] by b [K, N] or [groups, K, N], each row, column or entry of one group alone."""
+    a, b = args[:2]
+    entries: int = b.numel() * a.shape[-2] if a.dim() > b.dim() else a.numel() * b.shape[-1]
+    return entries
+
+
 OWN: dict[str, Callable[[Sequence[Any]], int]] = {
     "mkldnn_rnn_layer": lambda args: _recurrent(args[0], args[1:3]),
     "mkldnn_rnn_layer_backward": lambda args: 2 * _recurrent(args[0], args[1:3]),
     **dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), lambda args: _recurrent(args[0], args[1])),
     **dict.fromkeys(("_cudnn_rnn_backward", "miopen_rnn_backward"), lambda args: 2 * _recurrent(args[0], args[1])),
     "_trilinear": _trilinear,
+    "_grouped_mm": _grouped,
     "mv": lambda args: args[0].numel(),
     "addmv": lambda args: args[1].numel(),
     **dict.fromkeys(("dot", "vdot"), lambda args: args[0].numel()),
@@ -84,7 +93,7 @@ def _reads_weights(func: Any, args: Any) -> bool:
 def _is_weight(arg: Any) -> bool:
     if isinstance(arg, list | tuple):
         return any(map(_is_weight, arg))
-    return isinstance(arg, nn.Parameter) and arg.dim() > 1
+    return isinstance(arg, Tensor) and is_weight(arg) and arg.dim() > 1
 
 
 class _Products(LayerObserver):

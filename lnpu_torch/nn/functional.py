@@ -244,11 +244,7 @@ def _emulated(input: Tensor, weight: Tensor, bias: Tensor | None, product: Produ
             raise TypeError(f"an emulated layer takes floating-point tensors, but its {name} is {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise TypeError(f"an emulated layer takes strided tensors, but its {name} is {tensor.layout}")
-    if _is_transformed(input):
-        raise RuntimeError(
-            "torch.func transforms and forward-mode derivatives through an emulated layer are not supported: "
-            "lnpu_torch.revert the model first"
-        )
+    check_untransformed(input)
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.device != input.device:
             raise RuntimeError(
@@ -268,6 +264,15 @@ def _emulated(input: Tensor, weight: Tensor, bias: Tensor | None, product: Produ
     with _without_autocast(kind):
         output: Tensor = _LayerCall.apply(input, weight, bias, product, emulation, tuple(asked), dtype)  # type: ignore[no-untyped-call]
     return output
+
+
+def check_untransformed(x: Tensor) -> None:
+    """Raises RuntimeError within torch.func's transforms, and for an x with a forward-mode derivative."""
+    if _is_transformed(x):
+        raise RuntimeError(
+            "torch.func transforms and forward-mode derivatives through an emulated layer are not supported: "
+            "lnpu_torch.revert the model first"
+        )
 
 
 def _is_transformed(x: Tensor) -> bool:

@@ -28,6 +28,16 @@ def new_thresholds(device: torch.device | str = "cpu") -> Tensor:
     return torch.full((len(READS), 2), UNSET, dtype=torch.int32, device=device)
 
 
+def check_form(name: str, state: Any) -> None:
+    """Raises ConfigError unless these may be some layer's thresholds."""
+    expected = [len(READS), 2]
+    if not isinstance(state, Tensor) or list(state.shape) != expected:
+        found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+        raise ConfigError(f"thresholds of {name!r}: expected a tensor {expected}, got {found}")
+    if state.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ConfigError(f"thresholds of {name!r}: expected whole numbers, got {state.dtype}")
+
+
 def new_counters(device: torch.device | str = "cpu") -> Tensor:
     """Counters of a layer that has done nothing: int64 [len(STEPS), counting.ROWS, counting.WIDTH]."""
     return torch.zeros(len(STEPS), counting.ROWS, counting.WIDTH, dtype=torch.int64, device=device)
@@ -93,11 +103,6 @@ class LayerState:
         )
         self.histograms = None if self.histograms is None else self.histograms.to(device)
 
-    def share_choices(self, bins: int) -> None:
-        """Keep the histograms, of so many bins, by which ranks choose thresholds together."""
-        if self.histograms is None:
-            self.histograms = torch.zeros((len(READS), bins), dtype=torch.int32, device=self.device)
-
     def _share(self) -> None:
         """Let other processes see, and add to, what is counted here."""
         for tensor in (self.thresholds, self.counters, self.lanes, self.call_sizes):
@@ -117,11 +122,7 @@ class LayerState:
 
     def check_thresholds(self, name: str, state: Tensor) -> None:
         """Raises ConfigError unless these fit this layer's thresholds in shape, dtype and range."""
-        if not isinstance(state, Tensor) or state.shape != self.thresholds.shape:
-            found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            raise ConfigError(f"thresholds of {name!r}: expected a tensor {list(self.thresholds.shape)}, got {found}")
-        if state.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
-            raise ConfigError(f"thresholds of {name!r}: expected whole numbers, got {state.dtype}")
+        check_form(name, state)
         rows = state.tolist()
         for (step, operand), read in self.plan.reads.items():
             rule = self.precision.rule(step, operand)

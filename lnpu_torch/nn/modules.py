@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import itertools
 import warnings
 import weakref
@@ -29,41 +30,64 @@ PICKLED = (
 class Emulating(nn.Module):
     """What modules share whose class `convert` has changed: states, which travel with them, not in their state_dict."""
 
-    original_class: ClassVar[type[nn.Module]]
+    emulation_original: ClassVar[type[nn.Module]]
+    emulation_attributes: ClassVar[tuple[str, ...]]
+    """Those that the emulation adds. All names here begin alike, as users' modules have names of their own."""
 
     @staticmethod
-    def derive(original: type[nn.Module]) -> type[Emulating]:
+    def emulation_derive(original: type[nn.Module]) -> type[Emulating]:
         """The class that a module of an original class gets."""
         raise NotImplementedError
 
-    def states(self) -> Iterable[LayerState]:
+    def emulation_states(self) -> Iterable[LayerState]:
         """The states of all products that this module makes itself."""
         raise NotImplementedError
 
-    def forget(self) -> None:
+    def emulation_forget(self) -> None:
         """Keep nothing of the emulation."""
-        raise NotImplementedError
+        for name in self.emulation_attributes:
+            delattr(self, name)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Raises RuntimeError: torch.jit.script asks for what it shall compile in this layer's place."""
         raise RuntimeError("torch.jit.script cannot compile an emulated model: lnpu_torch.revert it first")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied = getattr(super(), "__deepcopy__", None)
+        if copied is not None:  # the original class has a way of its own
+            twin: Self = copied(memo)
+            if isinstance(twin, type(self)):
+                twin.__dict__ |= copy.deepcopy(self._emulation(), memo)
+            return twin
+        if parametrize.is_parametrized(self):  # as torch copies such modules, which it refuses to pickle
+            twin = memo[id(self)] = type(self).__new__(type(self))
+            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return twin
+        make, args, state = self._emulation_reduce(4)[:3]
+        twin = memo[id(self)] = make(*copy.deepcopy(args, memo))
+        twin.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if parametrize.is_parametrized(self):  # torch refuses it, by a state that cannot be got
-            return super().__reduce_ex__(protocol)
+        reduced = self._emulation_reduce(protocol)
         if get_spawning_popen() is None:  # else it goes to a process that computes with it
             warnings.warn(PICKLED, stacklevel=2)
-        return _unpickled, (self.derive, self.original_class), self.__dict__
+        return reduced
+
+    def _emulation(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in self.emulation_attributes}
+
+    def _emulation_reduce(self, protocol: Any) -> tuple[Any, ...]:
+        """As the original class is pickled, but emulated."""
+        reduced: Any = super().__reduce_ex__(protocol)  # torch refuses it for a parametrized layer
+        make, args, *state = reduced
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _unpickled, (self.emulation_derive, self.emulation_original), *state
+        return _remade, (make, args, self.emulation_derive, self._emulation()), *state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for state in self.states():
+        for state in self.emulation_states():
             state.apply(fn)
         return self
 
@@ -72,12 +96,13 @@ class EmulatedModule(Emulating):
     """What all emulated layers share: an `emulation`."""
 
     torch_class: ClassVar[type[nn.Module]]
+    emulation_attributes = ("emulation",)
     emulation: LayerState
     weight: Tensor
 
     def __init_subclass__(cls) -> None:
-        if "original_class" not in vars(cls) and "torch_class" in vars(cls):
-            cls.original_class = cls.torch_class
+        if "emulation_original" not in vars(cls) and "torch_class" in vars(cls):
+            cls.emulation_original = cls.torch_class
 
     def __init__(self, *args: Any, precision: str | Path | Rule | Precision = "fgmp", **kwargs: Any) -> None:
         """As torch's class, and `precision`: a preset's name, a YAML file, a `Rule` or a `Precision`."""
@@ -85,14 +110,11 @@ class EmulatedModule(Emulating):
         self.set_precision(precision)
 
     @staticmethod
-    def derive(original: type[nn.Module]) -> type[Emulating]:
+    def emulation_derive(original: type[nn.Module]) -> type[Emulating]:
         return _emulated_class(original)
 
-    def states(self) -> Iterable[LayerState]:
+    def emulation_states(self) -> Iterable[LayerState]:
         return [self.emulation]
-
-    def forget(self) -> None:
-        del self.emulation
 
     def set_precision(self, chosen: str | Path | Rule | Precision) -> None:
         """Begin to emulate with this precision: counters at zero, every threshold still to be chosen."""
@@ -224,8 +246,8 @@ def torch_layer(module: nn.Module) -> type[nn.Module] | None:
 
     What torch itself derives from its layers (lazy ones, fully_shard's, attention's projections) is none of these.
     """
-    cls = _unparametrized(module)
-    cls = cls.original_class if issubclass(cls, Emulating) else cls
+    cls = unparametrized(module)
+    cls = cls.emulation_original if issubclass(cls, Emulating) else cls
     base = next((each for each in cls.__mro__ if each in EMULATED_CLASSES), None)
     if base is None or "forward" in vars(module):
         return None
@@ -236,20 +258,20 @@ def torch_layer(module: nn.Module) -> type[nn.Module] | None:
 
 def change(module: nn.Module, kind: type[Emulating]) -> None:
     """Make an emulated layer, or a module of another kind, of one that is neither."""
-    _change(module, kind.derive(_unparametrized(module)))
+    _change(module, kind.emulation_derive(unparametrized(module)))
 
 
 def restore(module: Emulating) -> bool:
     """Make it what it was. Returns whether that could be done: not if somebody else has changed its class since."""
-    cls = _unparametrized(module)
-    if cls is not module.derive(module.original_class):
+    cls = unparametrized(module)
+    if cls is not module.emulation_derive(module.emulation_original):
         return False
-    module.forget()
-    _change(module, module.original_class)
+    module.emulation_forget()
+    _change(module, module.emulation_original)
     return True
 
 
-def _unparametrized(module: nn.Module) -> type[nn.Module]:
+def unparametrized(module: nn.Module) -> type[nn.Module]:
     """A module's class, without what `torch.nn.utils.parametrize` derives from it for this module alone."""
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
@@ -271,7 +293,7 @@ def _emulated_class(cls: type[nn.Module]) -> type[EmulatedModule]:
     known = EMULATED_CLASSES.get(cls) or _DERIVED.get(cls)
     if known is None:
         base = next(each for each in cls.__mro__ if each in EMULATED_CLASSES)
-        own = {"original_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        own = {"emulation_original": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
         known = _DERIVED[cls] = type(cls.__name__, (EMULATED_CLASSES[base], cls), own)
     return known
 
@@ -282,11 +304,31 @@ def _unpickled(derive: Callable[[type[nn.Module]], type[Emulating]], original: t
     return cls.__new__(cls)
 
 
+def _remade(
+    make: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+    derive: Callable[[type[nn.Module]], type[Emulating]],
+    added: dict[str, Any],
+) -> nn.Module:
+    """A module that its class makes in a way of its own, as it was emulated."""
+    module = make(*args)
+    module.__class__ = derive(type(module))
+    module.__dict__ |= added
+    return module
+
+
 def _in_float(input: Tensor, weight: Tensor) -> bool:
     """Whether torch's own forward is taken: for shapes alone, and by those who trace or draw the model."""
+    if in_float_for_tracers():
+        return True
+    return not torch.compiler.is_compiling() and input.is_meta and weight.is_meta
+
+
+def in_float_for_tracers() -> bool:
+    """Whether somebody traces or draws the model, who shall see torch's own functions."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return (input.is_meta and weight.is_meta) or torch._C._is_tracing()
+    return torch._C._is_tracing()
 
 
 LISTENERS: list[Callable[[], None]] = []

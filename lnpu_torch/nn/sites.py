@@ -7,6 +7,8 @@ module, as a layer's does. While such a module's forward runs, a mode of torch's
 from __future__ import annotations
 
 import functools
+import inspect
+import operator
 import threading
 import weakref
 from collections import Counter
@@ -17,13 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
-from torch.nn.modules.utils import _ntuple
 from torch.overrides import TorchFunctionMode
 
 from lnpu_torch.nn import attention, contractions, functional, recurrent
 from lnpu_torch.nn.layer_state import LayerState
-from lnpu_torch.nn.modules import LISTENERS, EmulatedModule, Emulating, unwrapped
+from lnpu_torch.nn.modules import LISTENERS, EmulatedModule, Emulating, in_float_for_tracers, unparametrized, unwrapped
 from lnpu_torch.quant.precision import Precision
 
 UNKNOWN_SITE = "a product that its module has not made before: run the model on a batch before it is compiled"
@@ -47,72 +50,82 @@ class Site:
         self.channels: tuple[int, int] | None = channels
 
 
-class InterceptedModule(Emulating):
-    """What modules share of which the forward's own products are emulated: their sites, which travel with them."""
+class Sites:
+    """The products of one module's own forward: those that it has made so far, and how it emulates them.
 
-    sites: dict[str, Site]
-    choices: tuple[Choice, ...]
-    counting: bool
-    waiting: dict[str, Tensor]
-    """Thresholds of sites that are not known yet."""
-    histogram_bins: int
-    """Of `LayerState.share_choices`; 0 where no ranks choose together."""
+    `in_float` are those that were seen and are left in float; `waiting` are thresholds of some that were not seen yet.
+    """
 
-    def set_choices(self, choices: tuple[Choice, ...]) -> None:
-        """Begin to emulate: no site is known yet, and each gets the precision of the last choice that names it."""
-        self.sites, self.choices, self.counting, self.waiting, self.histogram_bins = {}, choices, True, {}, 0
-
-    @staticmethod
-    def derive(original: type[nn.Module]) -> type[Emulating]:
-        return _intercepted_class(original)
-
-    def states(self) -> Iterable[LayerState]:
-        return [site.emulation for site in self.sites.values()]
-
-    def forget(self) -> None:
-        del self.sites, self.choices, self.counting, self.waiting, self.histogram_bins
+    def __init__(self, choices: tuple[Choice, ...]) -> None:
+        self.known: dict[str, Site] = {}
+        self.in_float: set[str] = set()
+        self.choices, self.counting = choices, True
+        self.waiting: dict[str, Tensor] = {}
 
     def precision_of(self, site: str) -> Precision | None:
         """That of the last choice whose pattern matches a site's name."""
         matching = [each.precision for each in self.choices if fnmatchcase(site, each.pattern)]
         return matching[-1] if matching else None
 
-    def state(self, name: str, weight: Tensor, channels: tuple[int, int], activations: bool) -> LayerState | None:
+    def state(
+        self, name: str, weight: Tensor, channels: tuple[int, int], activations: bool, training: bool
+    ) -> LayerState | None:
         """The state of a site, ready for a call; None if it is left in float.
 
         Args:
             weight: the second operand.
             channels: of the input, and of the error.
             activations: whether neither operand is a weight.
+            training: whether the module is in training mode.
         """
-        known = self.sites.get(name)
-        if known is None and torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=UNKNOWN_SITE)
-        known = known or self._new_site(name, weight, channels, activations)
+        known = self.known.get(name)
+        if known is None and name not in self.in_float:
+            known = self._new_site(name, weight, channels, activations)
         if known is None:
             return None
         if known.channels != channels and not torch.compiler.is_compiling():
             known.channels = None
         if known.emulation.device != weight.device:
             known.emulation.move(weight.device)
-        known.emulation.training = self.training
+        known.emulation.training = training
         return known.emulation
 
     def _new_site(self, name: str, weight: Tensor, channels: tuple[int, int], activations: bool) -> Site | None:
         chosen = self.precision_of(name)
         if chosen is None:
+            self.in_float.add(name)
             return None
-        state = LayerState(chosen.of_activations() if activations else chosen, weight.device)
+        if torch.compiler.is_compiling():  # torch.export runs what is disabled
+            raise RuntimeError(UNKNOWN_SITE)
+        functional.check_untransformed(weight)
+        with torch.inference_mode(False), unset_fake_temporarily():  # the state outlives the call
+            state = LayerState(chosen.of_activations() if activations else chosen, weight.device)
         state.counting = self.counting
-        if self.histogram_bins:
-            state.share_choices(self.histogram_bins)
         if name in self.waiting:
             state.check_thresholds(name, self.waiting[name])
             state.thresholds.copy_(self.waiting.pop(name))
-        self.sites[name] = Site(state, name.split(".")[0], 0 if activations else weight.numel(), channels)
+        site = Site(state, name.split(".")[0], 0 if activations else weight.numel(), channels)
+        site = self.known.setdefault(name, site)  # another thread may have been faster
         for listen in tuple(LISTENERS):
             listen()
-        return self.sites[name]
+        return site
+
+
+class InterceptedModule(Emulating):
+    """What modules share of which the forward's own products are emulated: their sites, which travel with them."""
+
+    emulation_attributes = ("emulation_sites",)
+    emulation_sites: Sites
+
+    def __init_subclass__(cls) -> None:
+        """A user's class shall not hear of classes that are derived from it here."""
+
+    @staticmethod
+    def emulation_derive(original: type[nn.Module]) -> type[Emulating]:
+        return _intercepted_class(original)
+
+    def emulation_states(self) -> Iterable[LayerState]:
+        return [site.emulation for site in tuple(self.emulation_sites.known.values())]
 
 
 class _Products:
@@ -126,12 +139,14 @@ class _Products:
         return F.linear(x, weight, bias) if state is None else functional.linear(x, weight, bias, state)
 
     def matmul(self, a: Tensor, b: Tensor, part: str = "") -> Tensor:
-        if isinstance(b, nn.Parameter) and b.dim() == 2 and a.dim() > 1:
+        if attention.is_weight(a) and not attention.is_weight(b):  # the weight shall be the second operand
+            left, right = (x.mT if x.dim() > 1 else x for x in (b, a))
+            out = self.matmul(left, right, part)
+            return out.mT.contiguous() if a.dim() > 1 and b.dim() > 1 else out
+        if attention.is_weight(b) and b.dim() == 2 and a.dim() > 1:
             return self.linear(a, b.mT, None, part)
-        if isinstance(a, nn.Parameter) and a.dim() == 2 and b.dim() > 1:
-            return self.linear(b.mT, a, None, part).mT
         columns = b.shape[-1] if b.dim() > 1 else 1
-        state = self._state(part, b, (a.shape[-1], columns), activations=True)
+        state = self._state(part, b, (a.shape[-1], columns), activations=not attention.is_weight(b))
         return torch.matmul(a, b) if state is None else functional.matmul(a, b, state)
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: str = "", **sizes: Any) -> Tensor:
@@ -146,7 +161,8 @@ class _Products:
     def _state(
         self, part: str, weight: Tensor, channels: tuple[int, int], activations: bool = False
     ) -> LayerState | None:
-        return self._module.state(f"{self._name}.{part}" if part else self._name, weight, channels, activations)
+        name = f"{self._name}.{part}" if part else self._name
+        return self._module.emulation_sites.state(name, weight, channels, activations, self._module.training)
 
 
 def _float_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, **sizes: Any) -> Tensor:
@@ -161,17 +177,21 @@ def _linear(products: _Products, input: Tensor, weight: Tensor, bias: Tensor | N
     return products.linear(input, weight, bias) if weight.dim() == 2 else NotImplemented
 
 
-def _matmul(products: _Products, input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Any:
-    return products.matmul(input, other) if out is None else NotImplemented
+def _matmul(products: _Products, input: Tensor, other: Tensor) -> Any:
+    return products.matmul(input, other) if isinstance(other, Tensor) else NotImplemented
 
 
 def _reversed_matmul(products: _Products, other: Tensor, input: Tensor) -> Any:
-    return products.matmul(input, other)
+    return _matmul(products, input, other)
+
+
+def _sizes(given: Any, dims: int) -> tuple[int, ...]:
+    """A size for each dimension, of one number or several."""
+    several = (given,) if isinstance(given, int) else tuple(given)
+    return several * dims if len(several) == 1 else several
 
 
 def _convolution(dims: int) -> Callable[..., Any]:
-    sizes = _ntuple(dims)
-
     def run(
         products: _Products,
         input: Tensor,
@@ -182,16 +202,14 @@ def _convolution(dims: int) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        padding = padding if isinstance(padding, str) else sizes(padding)
-        given = {"stride": sizes(stride), "padding": padding, "dilation": sizes(dilation), "groups": groups}
-        return products.convolution(input, weight, bias, **given)
+        padding = padding if isinstance(padding, str) else _sizes(padding, dims)
+        given: dict[str, Any] = {"stride": _sizes(stride, dims), "padding": padding, "dilation": _sizes(dilation, dims)}
+        return products.convolution(input, weight, bias, groups=groups, **given)
 
     return run
 
 
 def _transposed_convolution(dims: int) -> Callable[..., Any]:
-    sizes = _ntuple(dims)
-
     def run(
         products: _Products,
         input: Tensor,
@@ -204,7 +222,7 @@ def _transposed_convolution(dims: int) -> Callable[..., Any]:
         dilation: Any = 1,
     ) -> Any:
         given = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
-        of_dims = {name: sizes(size) for name, size in given.items()}
+        of_dims: dict[str, Any] = {name: _sizes(size, dims) for name, size in given.items()}
         return products.convolution(input, weight, bias, groups=groups, transposed=True, **of_dims)
 
     return run
@@ -214,22 +232,39 @@ def _attention(products: _Products, *args: Any, **kwargs: Any) -> Any:
     return attention.scaled_dot_product_attention(products.matmul, *args, **kwargs)
 
 
-class Route(NamedTuple):
-    """How a torch function is emulated: its name, and what runs in its place, which may find that it cannot."""
+class Route:
+    """How a torch function is emulated: its name, and what runs in its place, which may find that it cannot.
 
-    name: str
-    run: Callable[..., Any]
+    `renamed`: torch's names of arguments, where those of `run` are others.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any], **renamed: str) -> None:
+        self.name, self.run, self.renamed = name, run, renamed
+        given = list(inspect.signature(run).parameters.values())[1:]
+        anything = any(each.kind is each.VAR_KEYWORD for each in given)
+        self.known = None if anything else {each.name for each in given}
+        self.most = sum(each.kind is each.POSITIONAL_OR_KEYWORD for each in given)
+        self.most = 99 if any(each.kind is each.VAR_POSITIONAL for each in given) else self.most
+
+    def named(self, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any] | None:
+        """Keyword arguments by the names of `run`; None if there are others, such as `out`, or too many of any."""
+        given = {self.renamed.get(name, name): value for name, value in given.items()}
+        if given.get("out", self) is None:  # as torch's Python functions pass on what was not given
+            del given["out"]
+        fits = len(args) <= self.most and (self.known is None or all(name in self.known for name in given))
+        return given if fits else None
 
 
 def _routes() -> dict[Any, Route]:
     """All functions that are emulated where a module's forward calls them."""
     routes: dict[Any, Route] = {F.linear: Route("linear", _linear)}
     for owner in (torch, torch.Tensor):
-        for name in ("matmul", "mm", "bmm", "mv"):
-            routes[getattr(owner, name)] = Route(name, _matmul)
-        for name in ("addmm", "baddbmm", "addmv"):
-            routes[getattr(owner, name)] = Route(name, contractions.addmm)
+        for name, second in (("matmul", "tensor2"), ("mm", "mat2"), ("bmm", "mat2"), ("mv", "vec")):
+            routes[getattr(owner, name)] = Route(name, _matmul, **{second: "other"})
+        for name, a, b in (("addmm", "mat1", "mat2"), ("baddbmm", "batch1", "batch2"), ("addmv", "mat", "vec")):
+            routes[getattr(owner, name)] = Route(name, contractions.addmm, **{a: "a", b: "b"})
     routes[torch.linalg.matmul] = routes[torch.Tensor.__matmul__] = routes[torch.matmul]
+    routes[operator.matmul] = routes[torch.matmul]  # as torch.export sees it
     routes[torch.Tensor.__rmatmul__] = Route("matmul", _reversed_matmul)
     for dims in (1, 2, 3):
         routes[getattr(torch, f"conv{dims}d")] = Route(f"conv{dims}d", _convolution(dims))
@@ -250,6 +285,8 @@ def _routes() -> dict[Any, Route]:
 ROUTES = _routes()
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+STANDING_FOR_PLAIN = (FakeTensor, FunctionalTensor)
+"""What compilers pass through a model in the place of plain tensors."""
 
 
 class _Frame(NamedTuple):
@@ -268,28 +305,58 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         route, given = ROUTES.get(func), kwargs or {}
-        if route is None or not self.frames or not self.frames[-1].module.choices:
+        if route is None:
             return func(*args, **given)
-        if not (_taken(args) and _taken(tuple(given.values()))):
-            return func(*args, **given)
+        out = self._emulated(route, args, given)
+        if out is not NotImplemented:
+            return out
+        if torch.compiler.is_compiling() and all(each in PLAIN for each in types):  # not by modules around it either
+            with torch._C.DisableTorchFunction():
+                return func(*args, **given)
+        return func(*args, **given)
+
+    def _emulated(self, route: Route, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """What a function returns, emulated; NotImplemented if it is not."""
+        if not self.frames or not self.frames[-1].module.emulation_sites.choices or in_float_for_tracers():
+            return NotImplemented
+        named = route.named(args, given)
+        if named is None or not _taken((*args, *given.values())):
+            return NotImplemented
         module, calls = self.frames[-1]
         calls[route.name] += 1
         count = calls[route.name]
-        out = route.run(_Products(module, route.name if count == 1 else f"{route.name}.{count}"), *args, **given)
-        return func(*args, **given) if out is NotImplemented else out
+        return route.run(_Products(module, route.name if count == 1 else f"{route.name}.{count}"), *args, **named)
 
 
 def _taken(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors among the arguments are such as can be emulated: plain, floating-point, with values."""
+    """Whether all tensors among the arguments can be emulated, and whether there are any that are multiplied."""
+    tensors = _tensors(args)
+    if tensors is None or not any(each.dtype in FLOATING for each in tensors):
+        return False
+    return all(map(_can_be_emulated, tensors))
+
+
+def _tensors(args: Iterable[Any]) -> list[Tensor] | None:
+    """All tensors among the arguments; None if something else is among them that torch functions may treat as such."""
+    found: list[Tensor] = []
     for arg in args:
-        if isinstance(arg, (list, tuple)):
-            if not _taken(tuple(arg)):
-                return False
-        elif isinstance(arg, Tensor):
-            floating = arg.dtype in FLOATING or arg.dtype in (torch.bool, torch.int64)  # masks, sizes of batches
-            if type(arg) not in PLAIN or not floating or arg.layout != torch.strided or arg.is_meta:
-                return False
-    return True
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            inner = _tensors(arg)
+            if inner is None:
+                return None
+            found += inner
+        elif hasattr(type(arg), "__torch_function__"):
+            return None
+    return found
+
+
+def _can_be_emulated(x: Tensor) -> bool:
+    """Whether a tensor is plain, strided, with values, and of floating-point numbers, a mask or sizes of batches."""
+    plain = type(x) in PLAIN or isinstance(x, STANDING_FOR_PLAIN)
+    known = x.dtype in FLOATING or x.dtype in (torch.bool, torch.int64)
+    return plain and known and x.layout == torch.strided and not x.is_nested and not x.is_meta
 
 
 class _Thread(threading.local):
@@ -323,7 +390,9 @@ def _inside(module: InterceptedModule) -> Iterator[None]:
 
 def _intercepting(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def wrapped(self: InterceptedModule, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, InterceptedModule):  # reverted, while somebody holds this method
+            return forward(self, *args, **kwargs)
         with _inside(self):
             return forward(self, *args, **kwargs)
 
@@ -337,7 +406,7 @@ def _intercepted_class(cls: type[nn.Module]) -> type[InterceptedModule]:
     """The class that modules of this class get."""
     known = _DERIVED.get(cls)
     if known is None:
-        own = {"original_class": cls, "forward": _intercepting(cls.forward)}
+        own = {"emulation_original": cls, "forward": _intercepting(cls.forward)}
         own |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
         known = _DERIVED[cls] = type(cls.__name__, (InterceptedModule, cls), own)
     return known
@@ -351,9 +420,11 @@ BYPASSING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module may multiply in its own forward: it is somebody's own, or one of torch's that does."""
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) or "forward" in vars(module):
         return False
-    return isinstance(module, (*OWN, *BYPASSING)) or not type(module).__module__.startswith(("torch.nn.", "torch.ao."))
+    return isinstance(module, (*OWN, *BYPASSING)) or not unparametrized(module).__module__.startswith(
+        ("torch.nn.", "torch.ao.")
+    )
 
 
 def emulations(model: nn.Module) -> dict[str, Site]:
@@ -364,7 +435,7 @@ def emulations(model: nn.Module) -> dict[str, Site]:
             weights = sum(parameter.numel() for parameter in module.parameters())
             found[name] = Site(module.emulation, module.torch_class.__name__, weights, _channels(module))
         elif isinstance(module, InterceptedModule):
-            found |= {f"{name}:{site}": each for site, each in module.sites.items()}
+            found |= {f"{name}:{site}": each for site, each in tuple(module.emulation_sites.known.items())}
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ from torch import distributed as dist
 
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.layer_state import LayerState
+from lnpu_torch.nn.modules import LISTENERS
 from lnpu_torch.nn.reads import READS
-from lnpu_torch.nn.sites import InterceptedModule, emulations, is_emulated
+from lnpu_torch.nn.sites import emulations, is_emulated
 from lnpu_torch.ops.quantize.reference import choose_by_histogram
-from lnpu_torch.quant.precision import Precision, Rule
+from lnpu_torch.quant.precision import Rule
 
 
 class ThresholdSync:
@@ -41,23 +43,20 @@ class ThresholdSync:
         self._model, self._group = model, group
         self._emulations: list[LayerState] = []
         self._places: dict[Rule, Tensor] = {}
-        hosts = [module for module in model.modules() if isinstance(module, InterceptedModule)]
-        known = [site.emulation.precision for site in emulations(model).values()]
-        later = [each.precision for host in hosts for each in host.choices if each.precision]
-        rules = [
-            rule for each in (*known, *later) for of in (each, each.of_activations()) for rule in _chosen_rules(of)
-        ]
-        self._bins = max(map(_bins, rules), default=0)
-        for host in hosts:
-            host.histogram_bins = self._bins
-        self._follow()
+        self._look()
+        weakref.finalize(self, LISTENERS.remove, _listen(weakref.WeakMethod(self._look)))
+
+    def _look(self) -> None:
+        """Let all products be part of it that the model has by now, before they see anything."""
+        self._emulations = [site.emulation for site in emulations(self._model).values()]
+        self._places = self._rules()
+        shape = (len(READS), max(map(_bins, self._places), default=0))
+        for each in self._emulations if self._places else ():
+            if each.histograms is None or each.histograms.shape != shape:
+                each.histograms = torch.zeros(shape, dtype=torch.int32, device=each.thresholds.device)
 
     def all_reduce(self) -> None:
-        """Put into use, on every rank, the thresholds that suit what all ranks have seen since the last call.
-
-        Every rank must have made the same products since then.
-        """
-        self._follow()
+        """Put into use, on every rank, the thresholds that suit what all ranks have seen since the last call."""
         if not self._places:
             return
         seen = [each.histograms for each in self._emulations if each.histograms is not None]
@@ -70,38 +69,28 @@ class ThresholdSync:
         torch._foreach_copy_([each.thresholds for each in self._emulations], list(states.unbind()))
         torch._foreach_zero_(seen)
 
-    def _follow(self) -> None:
-        """Take in sites that are new."""
-        found = [site.emulation for site in emulations(self._model).values()]
-        if len(found) != len(self._emulations):
-            self._emulations = found
-            self._places = self._rules()
-            for each in found if self._bins else ():
-                each.share_choices(self._bins)
-
     def _rules(self) -> dict[Rule, Tensor]:
         """Where each rule that looks at its tensors is used: [2, n], which layers, and which rows of them."""
         places: dict[Rule, set[tuple[int, int]]] = {}
         for index, each in enumerate(self._emulations):
-            for read, rule in zip(each.plan.reads.values(), _rules_of(each.precision), strict=True):
-                if _looks(rule):
+            for (step, operand), read in each.plan.reads.items():
+                rule = each.precision.rule(step, operand)
+                if rule is not None and rule.low is not None and rule.threshold is None:
                     places.setdefault(rule, set()).add((index, read.row))
         device = self._emulations[0].thresholds.device if self._emulations else None
         return {rule: torch.tensor(sorted(found), device=device).T for rule, found in places.items()}
 
 
-def _rules_of(chosen: Precision) -> list[Rule | None]:
-    """The rule of each of `READS`."""
-    return [chosen.rule(*read) for read in READS]
+def _listen(look: weakref.WeakMethod[Callable[[], None]]) -> Callable[[], None]:
+    """Begin to call a method, while its object lives, whenever products come or go. Returns what is called."""
 
+    def listener() -> None:
+        method = look()
+        if method is not None:
+            method()
 
-def _looks(rule: Rule | None) -> TypeGuard[Rule]:
-    """Whether a rule chooses its threshold by the tensors that it sees."""
-    return rule is not None and rule.low is not None and rule.threshold is None
-
-
-def _chosen_rules(chosen: Precision) -> list[Rule]:
-    return [rule for rule in _rules_of(chosen) if _looks(rule)]
+    LISTENERS.append(listener)
+    return listener
 
 
 def _bins(rule: Rule) -> int:

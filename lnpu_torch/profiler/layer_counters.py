@@ -126,7 +126,7 @@ class LayerLedger:
         if self._joining:
             self._changed()
         for module in child.modules() if child is not None else ():
-            for state in module.states() if isinstance(module, Emulating) else ():
+            for state in module.emulation_states() if isinstance(module, Emulating) else ():
                 if id(state) not in self._lives:
                     self._joining[id(state)] = (state, Counted.of(state))
 
@@ -140,7 +140,8 @@ def no_count(model: nn.Module) -> Iterator[None]:
     A step's forward and backward belong into the same block. Under torch.compile each way is compiled once.
     """
     counting: list[Any] = [site.emulation for site in emulations(model).values()]
-    counting += [module for module in model.modules() if isinstance(module, InterceptedModule)]  # for sites to come
+    hosts = [module for module in model.modules() if isinstance(module, InterceptedModule)]
+    counting += [module.emulation_sites for module in hosts]  # for sites to come
     before = [each.counting for each in counting]
     try:
         for each in counting:
@@ -150,10 +151,9 @@ def no_count(model: nn.Module) -> Iterator[None]:
     finally:
         for each, was in zip(counting, before, strict=True):
             each.counting = was
-        for module in model.modules():
-            if isinstance(module, InterceptedModule) and module.counting:
-                for state in module.states():
-                    state.counting = True
+        for module in hosts:
+            for state in module.emulation_states() if module.emulation_sites.counting else ():
+                state.counting = True
 
 
 def _counts(life: Life, model: nn.Module, reuse: ReuseTracker | None) -> Counts:
