@@ -170,7 +170,7 @@ def _table(layers: Mapping[str, Any], batch: int, training: bool) -> Counts:
     with counter.counting():
         for place, (name, layer) in enumerate(table.items()):
             with _named(name), torch.set_grad_enabled(training):
-                x = torch.zeros(layer.shape(batch), requires_grad=training and place > 0)
+                x = torch.zeros(layer.shape(batch), device="cpu", requires_grad=training and place > 0)
                 output = counter.network.get_submodule(str(place))(x)
                 if training:
                     output.backward(torch.ones_like(output))

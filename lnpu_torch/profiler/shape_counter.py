@@ -78,7 +78,7 @@ class ShapeCounter:
         """An input without values. Raises ConfigError if there is none of this shape."""
         try:
             with self._fake:
-                return torch.zeros(*shape)
+                return torch.zeros(*shape, device="cpu")
         except (RuntimeError, TypeError, OverflowError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"a batch of shape {tuple(shape)} cannot be made: {reason}") from None
@@ -137,6 +137,6 @@ def _add(state: Any, call: StepCall) -> None:
     numbers = [1, shape.macs, shape.macs - shape.inside, 0, *(0,) * 8, shape.inside]
     numbers += [0, 0, shape.elements(first), 0, 0, shape.elements(second)]
     row = row_of(state.call_sizes[step], shape.call_sizes(first, second))
-    state.counters[step, row] += torch.tensor(numbers)
+    state.counters[step, row] += torch.tensor(numbers, device="cpu")
     for operand, tensor in enumerate((first, second)):
         state.lanes[step, operand] += shape.elements(tensor)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_sel
 import lnpu_torch as lnpu
 from helpers.processes import on_ranks
 from lnpu_torch import ConfigError
-from lnpu_torch.nn.sites import emulations
+from lnpu_torch.nn.modules import EmulatedModule
 
 
 def network(precision: str = "fp16") -> nn.Sequential:
@@ -69,7 +69,7 @@ def test_ddp_counts_and_computes_as_one_process_does() -> None:
 
 def sharded(images: Tensor) -> tuple[list[Tensor], lnpu.Counts, str]:
     rank, model = dist.get_rank(), network()
-    for layer in emulations(model).values():
+    for layer in [module for module in model.modules() if isinstance(module, EmulatedModule)]:
         fully_shard(layer)
     fully_shard(model)
     with lnpu.CostCounter(model) as cost:
