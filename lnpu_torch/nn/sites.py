@@ -80,6 +80,8 @@ class Sites:
         """
         known = self.known.get(name)
         if known is None and name not in self.in_float:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=UNKNOWN_SITE)
             known = self._new_site(name, weight, channels, activations)
         if known is None:
             return None
@@ -95,7 +97,7 @@ class Sites:
         if chosen is None:
             self.in_float.add(name)
             return None
-        if torch.compiler.is_compiling():  # torch.export runs what is disabled
+        if torch.compiler.is_compiling():  # no graph of dynamo's could break
             raise RuntimeError(UNKNOWN_SITE)
         functional.check_untransformed(weight)
         with torch.inference_mode(False), unset_fake_temporarily():  # the state outlives the call
