@@ -102,7 +102,11 @@ def test_one_op_computes_and_counts_as_the_direct_way_does(make, shape, precisio
             else:
                 layer(x).sum().backward()
         found.append(
-            ([x.grad, *(p.grad for p in layer.parameters())], [*lnpu.thresholds(layer).values()][0], cost.counts.steps)
+            (
+                [x.grad, *(p.grad for p in layer.parameters())],
+                next(iter(lnpu.thresholds(layer).values())),
+                cost.counts.steps,
+            )
         )
     (direct, thresholds, steps), (grads, others, counted) = found
     assert all(torch.equal(a, b) for a, b in zip(direct, grads, strict=True))
