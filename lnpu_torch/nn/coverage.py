@@ -44,6 +44,7 @@ OWN: dict[str, Callable[[Sequence[Any]], int]] = {
     **dict.fromkeys(("_cudnn_rnn_backward", "miopen_rnn_backward"), lambda args: 2 * _recurrent(args[0], args[1])),
     "_trilinear": _trilinear,
     "_grouped_mm": _grouped,
+    "addbmm": lambda args: args[1].numel() * args[2].shape[-1],
     "mv": lambda args: args[0].numel(),
     "addmv": lambda args: args[1].numel(),
     **dict.fromkeys(("dot", "vdot"), lambda args: args[0].numel()),

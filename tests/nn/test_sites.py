@@ -200,6 +200,14 @@ def test_what_is_left_to_torch_is_listed() -> None:
     assert found is not None and [(each.op, each.macs) for each in found] == [("aten.mm", 27), ("aten.bmm", 27)]
 
 
+def test_grouped_products_are_listed() -> None:
+    """As mixtures of experts make them, of views of their weights; an expert each for two rows and for three."""
+    ends = torch.tensor([2, 5], dtype=torch.int32)
+    model = lnpu.convert(Call(lambda x, w: F.grouped_mm(x, w.mT, offs=ends), torch.randn(2, 16, 8)))
+    found = lnpu.coverage(model, normal(5, 8)).products
+    assert found is not None and [(each.op, each.macs) for each in found] == [("aten._grouped_mm", 5 * 8 * 16)]
+
+
 class Net(nn.Module):
     """A layer, a product with a weight, one of activations."""
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lnpu_torch as lnpu
+from helpers.float_twin import Call
 from helpers.tensors import scalar
 from lnpu_torch.nn.gemms import Convolution, Linear, product_of
 from lnpu_torch.ops import registry
@@ -21,6 +22,8 @@ LAYERS = {
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 5, 5)),
     "3d": (lambda: nn.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
     "1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    "activations": (lambda: Call(lambda x: x @ (2 * x.mT).contiguous()), (3, 4, 6)),
+    "activations, turned": (lambda: Call(lambda x: x @ (2 * x).mT), (3, 4, 6)),
 }
 PRECISIONS = {
     "fgmp": "fgmp",
@@ -98,7 +101,13 @@ def test_one_op_computes_and_counts_as_the_direct_way_does(make, shape, precisio
                 calls_of(layer, x)
             else:
                 layer(x).sum().backward()
-        found.append(([x.grad, *(p.grad for p in layer.parameters())], layer.emulation.thresholds, cost.counts.steps))
+        found.append(
+            (
+                [x.grad, *(p.grad for p in layer.parameters())],
+                next(iter(lnpu.thresholds(layer).values())),
+                cost.counts.steps,
+            )
+        )
     (direct, thresholds, steps), (grads, others, counted) = found
     assert all(torch.equal(a, b) for a, b in zip(direct, grads, strict=True))
     assert torch.equal(thresholds, others) and steps == counted
