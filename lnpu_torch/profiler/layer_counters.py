@@ -108,8 +108,8 @@ class LayerLedger:
         """What was done so far, or, once closed, in all; with what `reuse` has seen of the order of it."""
         if not self._closed:
             self._changed()
-        places = {id(site.emulation): place for place, site in enumerate(emulations(self._model).values())}
-        lives = sorted(self._lives.values(), key=lambda life: places.get(id(life.emulation), len(places)))
+        places = {name: place for place, name in enumerate(emulations(self._model))}
+        lives = sorted(self._lives.values(), key=lambda life: places.get(life.name, len(places)))
         return Counts.merge([_counts(life, self._model, reuse) for life in lives])
 
     def _changed(self) -> None:

@@ -70,7 +70,7 @@ def test_what_a_run_counts_beside_values_is_estimated_exactly(optimizer: Optimiz
     measured = cost.counts
     assert [shape(entry) for entry in estimated.steps] == [shape(entry) for entry in measured.steps]
     assert isinstance(estimated.vector_ops, VectorOpCounts) and estimated.vector_ops == measured.vector_ops
-    assert estimated.in_float == measured.in_float and estimated.in_float
+    assert estimated.in_float == measured.in_float == {} and any(":" in entry.layer for entry in estimated.steps)
     again = lnpu.estimate(model, 4, input_shape=(3, 8, 8), optimizer=optimizer)  # of a model that is converted
     assert again == estimated
 
