@@ -198,6 +198,6 @@ def test_a_lower_voltage_takes_longer_and_less_energy(
     least, most = point.low.voltage_v.value, point.highest_v
     volts = (min(least + share * (most - least), most) for share in sorted((one, other)))
     low, high = (price(run(entries), CHIPS[name].with_values({"operating_point.voltage_v": v})) for v in volts)
-    assert low.time_s >= high.time_s
+    assert low.time_s >= high.time_s * (1 - 1e-12)  # DRAM alone may take it: the same, by another clock
     assert all(low.total.energy_zj[part] <= high.total.energy_zj[part] for part in ("mac", "sram", "simd"))
     assert low.total.dram_bits == high.total.dram_bits

@@ -7,7 +7,7 @@ import io
 import pickle
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -622,7 +622,16 @@ def test_layers_of_other_makes(name: str) -> None:
     check_float_twin(make(), x, sites=sites)
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What one test's compilation gives up, torch would leave uncompiled in others, too."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_compiled_whole_it_computes_and_counts_as_eager(backend: str) -> None:
     """A site, and a layer, that are left in float stay so within a module that is not."""
@@ -641,6 +650,7 @@ def test_compiled_whole_it_computes_and_counts_as_eager(backend: str) -> None:
         assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_compiled_before_it_ran_says_what_to_do() -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported, match="run the model on a batch before it is compiled"):
@@ -648,6 +658,7 @@ def test_compiled_before_it_ran_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter, about itself
 def test_exported_it_rounds_as_before(strict: bool) -> None:
     model = lnpu.convert(Net()).eval()
