@@ -1,12 +1,15 @@
-"""einsum, tensordot and bilinear, of the products that they are made of."""
+"""einsum, tensordot, bilinear and others, of the products that they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lnpu_torch.nn.attention import Products, is_weight
 
@@ -110,6 +113,11 @@ def bilinear(products: Products, input1: Tensor, input2: Tensor, weight: Tensor,
     return out if bias is None else out + bias
 
 
+def inner(products: Products, input: Tensor, other: Tensor) -> Any:
+    """`torch.inner`; NotImplemented for a scalar, which multiplies elements."""
+    return tensordot(products, input, other, ([-1], [-1])) if input.dim() and other.dim() else NotImplemented
+
+
 def addmm(products: Products, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """`torch.addmm`, and `baddbmm`, `addmv`: beta input + alpha a b."""
     plain = (beta, alpha) == (1, 1) and input.dim() == 1 and is_weight(b) and b.dim() == 2
@@ -117,4 +125,52 @@ def addmm(products: Products, input: Tensor, a: Tensor, b: Tensor, *, beta: Any 
         return products.linear(a, b.mT, input)
     out = products.matmul(a, b)
     out = out if alpha == 1 else out * alpha
-    return out if beta == 0 else out + (input if beta == 1 else input * beta)
+    if beta == 0:  # NaN is not passed on, and a gradient of zeros is
+        return out + input.masked_fill(torch.ones_like(input, dtype=torch.bool), 0) if input.requires_grad else out
+    return out + (input if beta == 1 else input * beta)
+
+
+def addbmm(products: Products, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    """`torch.addbmm`: beta input + alpha times the sum of a b over the batch, which is one product of longer rows."""
+    return addmm(products, input, a.transpose(0, 1).flatten(1), b.flatten(0, 1), beta=beta, alpha=alpha)
+
+
+def in_place(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`addmm_` and others: what `run` returns, in the place of `input`."""
+
+    def wrapped(products: Products, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+        return input.copy_(run(products, input, a, b, beta=beta, alpha=alpha))
+
+    return wrapped
+
+
+def grouped_mm(
+    products: Products,
+    mat_a: Tensor,
+    mat_b: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """`torch.nn.functional.grouped_mm`: each group's product alone, as experts of a mixture make them.
+
+    mat_a is [G, M, K] or [M, K], mat_b [G, K, N] or [K, N]. `offs` [G] are the groups' ends, read on the host: in M or N
+    of the one that is a matrix, in K if both are. NotImplemented with a bias.
+    """
+    if bias is not None:
+        return NotImplemented
+    if offs is None:
+        out = products.matmul(mat_a, mat_b)
+    else:
+        spans = [slice(*span) for span in pairwise([0, *offs.tolist()])]
+        rows, columns = mat_a.dim() == 2, mat_b.dim() == 2
+        if rows and columns:
+            out = torch.stack([products.matmul(mat_a[:, span], mat_b[span]) for span in spans])
+        elif rows:
+            out = torch.cat([products.matmul(mat_a[span], each) for span, each in zip(spans, mat_b, strict=True)])
+            out = F.pad(out, (0, 0, 0, len(mat_a) - len(out)))
+        else:
+            out = torch.cat([products.matmul(each, mat_b[:, span]) for each, span in zip(mat_a, spans, strict=True)], 1)
+            out = F.pad(out, (0, mat_b.shape[1] - out.shape[1]))
+    return out if out_dtype is None else out.to(out_dtype)

@@ -84,8 +84,10 @@ HARMLESS = {
 """Ops that read weights and multiply nothing by them, beside views and pointwise ops."""
 
 
-def _reads_weights(func: Any, args: Any) -> bool:
-    """Whether an op reads a Parameter of two dimensions or more, and is none that only moves or scales it."""
+def _may_multiply(func: Any, args: Any) -> bool:
+    """Whether an op reads a Parameter of two dimensions or more, and does not only move or scale it, or calls others."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return True
     if not isinstance(func, torch._ops.OpOverload) or func.is_view or torch.Tag.pointwise in func.tags:
         return False
     return func._schema.name.removeprefix("aten::") not in HARMLESS and any(map(_is_weight, args))
@@ -98,7 +100,7 @@ def _is_weight(arg: Any) -> bool:
 
 
 class _Products(LayerObserver):
-    """Adds up multiply-accumulates by innermost module and op; None for an op with weights and without a formula.
+    """Adds up multiply-accumulates by innermost module and op; None for one that may multiply, and has no formula.
 
     Those of emulated products are out of sight.
     """
@@ -118,7 +120,7 @@ class _Products(LayerObserver):
         place = (self.inside[-1], str(getattr(func, "_overloadpacket", func)))
         if is_product(func):
             self.macs[place] = (self.macs.get(place) or 0) + macs(func, args, kwargs or {}, out)
-        elif _reads_weights(func, args):
+        elif _may_multiply(func, args):
             self.macs.setdefault(place, None)
         return out
 
@@ -128,7 +130,7 @@ def forward_macs(
 ) -> dict[tuple[str, str], int | None]:
     """Multiply-accumulates of `model(*inputs, **named)` in training, by module and op ("aten.bmm").
 
-    Not those of emulated products. Those of an op that reads weights and has no formula are None. Torch's random
+    Not those of emulated products. Those of an op that may multiply and has no formula (flex_attention) are None. Torch's random
     numbers stay as they are, but the model does not: hooks are added, and batch norm sees the batch.
 
     Args:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules.utils import _ntuple
 
 from lnpu_torch.nn import attention
 from lnpu_torch.nn.gemms import Convolution, Like, Linear, MatMul, Product
@@ -208,6 +207,12 @@ def scaled_dot_product_attention(
     )
 
 
+def _of_each(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """A size for each dimension, of one number, alone or in a tuple, or several."""
+    several = (size,) if isinstance(size, int) else size
+    return several * dims if len(several) == 1 else several
+
+
 def _hashable(size: str | int | Sequence[int]) -> Any:
     return size if isinstance(size, str | int) else tuple(size)
 
@@ -223,7 +228,7 @@ def _convolution(
     transposed: bool,
 ) -> Convolution:
     """A convolution from sizes as torch takes them."""
-    sizes = _ntuple(len(kernel))
+    sizes = partial(_of_each, dims=len(kernel))
     dilations, margin = sizes(dilation), (0,) * len(kernel)
     if isinstance(padding, str):
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]

@@ -153,7 +153,7 @@ class _Products:
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: str = "", **sizes: Any) -> Tensor:
         """See `functional.convolution`."""
-        inputs, outputs = weight.shape[1] * sizes["groups"], weight.shape[0]
+        inputs, outputs = weight.shape[1] * sizes.get("groups", 1), weight.shape[0]
         channels = (outputs, inputs) if sizes.get("transposed") else (inputs, outputs)
         state = self._state(part, weight, channels)
         if state is not None:
@@ -187,45 +187,20 @@ def _reversed_matmul(products: _Products, other: Tensor, input: Tensor) -> Any:
     return _matmul(products, input, other)
 
 
-def _sizes(given: Any, dims: int) -> tuple[int, ...]:
-    """A size for each dimension, of one number or several."""
-    several = (given,) if isinstance(given, int) else tuple(given)
-    return several * dims if len(several) == 1 else several
+CONVOLUTION = ("stride", "padding", "dilation", "groups")
+TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+"""The arguments of torch's convolutions after the bias, in their order."""
 
 
-def _convolution(dims: int) -> Callable[..., Any]:
+def _convolution(dims: int, *names: str, **fixed: Any) -> Callable[..., Any]:
+    """A convolution whose arguments after the bias have these names."""
+
     def run(
-        products: _Products,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        products: _Products, input: Tensor, weight: Tensor, bias: Tensor | None = None, *sizes: Any, **named: Any
     ) -> Any:
-        padding = padding if isinstance(padding, str) else _sizes(padding, dims)
-        given: dict[str, Any] = {"stride": _sizes(stride, dims), "padding": padding, "dilation": _sizes(dilation, dims)}
-        return products.convolution(input, weight, bias, groups=groups, **given)
-
-    return run
-
-
-def _transposed_convolution(dims: int) -> Callable[..., Any]:
-    def run(
-        products: _Products,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        given = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": output_padding}
-        of_dims: dict[str, Any] = {name: _sizes(size, dims) for name, size in given.items()}
-        return products.convolution(input, weight, bias, groups=groups, transposed=True, **of_dims)
+        if weight.dim() != dims + 2 or len(sizes) > len(names):
+            return NotImplemented
+        return products.convolution(input, weight, bias, **dict(zip(names, sizes, strict=False)), **named, **fixed)
 
     return run
 
@@ -263,20 +238,32 @@ def _routes() -> dict[Any, Route]:
     for owner in (torch, torch.Tensor):
         for name, second in (("matmul", "tensor2"), ("mm", "mat2"), ("bmm", "mat2"), ("mv", "vec")):
             routes[getattr(owner, name)] = Route(name, _matmul, **{second: "other"})
-        for name, a, b in (("addmm", "mat1", "mat2"), ("baddbmm", "batch1", "batch2"), ("addmv", "mat", "vec")):
-            routes[getattr(owner, name)] = Route(name, contractions.addmm, **{a: "a", b: "b"})
+        routes[owner.dot] = Route("dot", _matmul, tensor="other")
+        routes[owner.inner] = Route("inner", contractions.inner)
+        for name, a, b in (
+            *(("addmm", "mat1", "mat2"), ("addmv", "mat", "vec")),
+            *(("baddbmm", "batch1", "batch2"), ("addbmm", "batch1", "batch2")),
+        ):
+            run = contractions.addbmm if name == "addbmm" else contractions.addmm
+            routes[getattr(owner, name)] = Route(name, run, **{a: "a", b: "b"})
+            routes[getattr(torch.Tensor, f"{name}_")] = Route(
+                f"{name}_", contractions.in_place(run), **{a: "a", b: "b"}
+            )
     routes[torch.linalg.matmul] = routes[torch.Tensor.__matmul__] = routes[torch.matmul]
     routes[operator.matmul] = routes[torch.matmul]  # as torch.export sees it
     routes[torch.Tensor.__rmatmul__] = Route("matmul", _reversed_matmul)
     for dims in (1, 2, 3):
-        routes[getattr(torch, f"conv{dims}d")] = Route(f"conv{dims}d", _convolution(dims))
+        name = f"conv{dims}d"
+        routes[getattr(torch, name)] = Route(name, _convolution(dims, *CONVOLUTION))
         name = f"conv_transpose{dims}d"
-        routes[getattr(torch, name)] = Route(name, _transposed_convolution(dims))
+        routes[getattr(torch, name)] = Route(name, _convolution(dims, *TRANSPOSED, transposed=True))
     for name in recurrent.CELLS:
         routes[getattr(torch, name)] = Route(name, recurrent.layers(name))
         routes[getattr(torch, f"{name}_cell")] = Route(f"{name}_cell", recurrent.single(name))
     routes[torch.einsum] = Route("einsum", contractions.einsum)
     routes[torch.tensordot] = Route("tensordot", contractions.tensordot)
+    for function in (F.grouped_mm, torch._grouped_mm):
+        routes[function] = Route("grouped_mm", contractions.grouped_mm)
     routes[F.bilinear] = Route("bilinear", contractions.bilinear)
     routes[F.scaled_dot_product_attention] = Route("scaled_dot_product_attention", _attention)
     forward = attention.multi_head_attention_forward
@@ -355,9 +342,9 @@ def _tensors(args: Iterable[Any]) -> list[Tensor] | None:
 
 
 def _can_be_emulated(x: Tensor) -> bool:
-    """Whether a tensor is plain, strided, with values, and of floating-point numbers, a mask or sizes of batches."""
+    """Whether a tensor is plain, strided, with values, and of floating-point numbers, a mask or sizes of groups."""
     plain = type(x) in PLAIN or isinstance(x, STANDING_FOR_PLAIN)
-    known = x.dtype in FLOATING or x.dtype in (torch.bool, torch.int64)
+    known = x.dtype in FLOATING or x.dtype in (torch.bool, torch.int32, torch.int64)
     return plain and known and x.layout == torch.strided and not x.is_nested and not x.is_meta
 
 

@@ -350,18 +350,11 @@ class _Op(NamedTuple):
 class _OpMode(LayerObserver):
     """The one mode of a thread, which passes what it sees to the tracers that were started there."""
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracers: list[OpTracer] = []
         self._ops: dict[Any, _Op] = {}
         self._ranges = _Ranges()
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Code is compiled, and compiled code runs, as if nobody watched."""
-        return True
 
     def add(self, tracer: OpTracer) -> None:
         """Tell a tracer of what runs from now on."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +35,7 @@ def normal(*shape: int) -> Tensor:
 
 
 W = normal
+ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 WITH_WEIGHTS: dict[str, tuple[Callable[..., Any], list[Tensor], list[Tensor]]] = {
     "linear": (F.linear, [normal(2, 5, 4)], [W(3, 4), W(3)]),
     "linear of a vector of weights": (F.linear, [normal(5, 4)], [W(4)]),
@@ -67,6 +69,9 @@ WITH_WEIGHTS: dict[str, tuple[Callable[..., Any], list[Tensor], list[Tensor]]] =
     "bilinear": (F.bilinear, [normal(6, 3), normal(6, 4)], [W(5, 3, 4), W(5)]),
     "einsum": (lambda x, w: torch.einsum("bhld,hdo->blo", x, w), [normal(2, 3, 5, 4)], [W(3, 4, 6)]),
     "tensordot": (lambda x, w: torch.tensordot(x, w, 2), [normal(2, 3, 4)], [W(3, 4, 5)]),
+    "inner": (torch.inner, [normal(2, 3, 4)], [W(5, 4)]),
+    "addbmm": (lambda x, w: torch.addbmm(x[0, :, :1], x, w, beta=0.5), [normal(2, 5, 4)], [W(2, 4, 3)]),
+    "groups of rows": (lambda x, w: F.grouped_mm(x, w.mT, offs=ENDS), [normal(5, 8)], [W(3, 16, 8)]),
 }
 
 
@@ -106,6 +111,17 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "addmm": (lambda a, b: torch.addmm(a.sum(), mat1=a, mat2=b, beta=0.5, alpha=2), MATRICES),
     "baddbmm": (lambda a, b: torch.baddbmm(a.sum(), batch1=a, batch2=b), ENTRIES),
     "addmv": (lambda a, b: torch.addmv(a[:, 0], a, b[:, 0]), MATRICES),
+    "addmm of beta 0": (lambda a, b: torch.addmm(a.sum() + torch.nan, a, b, beta=0), MATRICES),
+    "addmm_": (lambda a, b: (a[:, :1] * 2).expand(3, 5).clone().addmm_(a, b, beta=0.5), MATRICES),
+    "baddbmm_": (lambda a, b: torch.ones(2, 3, 5).baddbmm_(batch1=a, batch2=b, alpha=2), ENTRIES),
+    "addbmm": (lambda a, b: torch.ones(3, 5).addbmm(a, b), ENTRIES),
+    "addbmm_": (lambda a, b: torch.ones(3, 5).addbmm_(a, b), ENTRIES),
+    "addmv_": (lambda a, b: torch.ones(3).addmv_(a, b[:, 0]), MATRICES),
+    "dot": (lambda a, b: torch.dot(a[0], tensor=b[:, 0]), MATRICES),
+    "inner": (lambda a, b: a.inner(b.mT), MATRICES),
+    "groups of entries": (lambda a, b: F.grouped_mm(a, b), (normal(2, 3, 8), normal(2, 8, 4).mT.contiguous().mT)),
+    "groups of columns": (lambda a, b: F.grouped_mm(a, b, offs=ENDS * 8 // 5), (normal(3, 4, 8), normal(8, 8))),
+    "groups of sums": (lambda a, b: F.grouped_mm(a.mT, b, offs=ENDS), (normal(5, 4), normal(5, 8))),
     "einsum of sublists": (lambda a, b: torch.einsum(a, [0, 1], b, [1, 2], [0, 2]), MATRICES),
     "changed in place": (lambda a, b: (a @ b).add_(1) + torch.einsum("bij,bjk->bik", a, b).mul_(2), ENTRIES),
     "linear of activations": (lambda a, b: F.linear(a, b.T), MATRICES),
@@ -182,7 +198,7 @@ LEFT_ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "foreign": lambda x: x @ Foreign(),  # type: ignore[operator, no-any-return]
     "out": lambda x: x + torch.mm(x.detach(), torch.eye(4), out=torch.empty(3, 4)),
     "addmm out": lambda x: x + torch.addmm(x.detach(), x.detach(), torch.eye(4), out=torch.empty(3, 4)),
-    "in place": lambda x: x.clone().addmm_(x, torch.eye(4)),
+    "inner of a scalar": lambda x: torch.inner(x, torch.tensor(2.0)),
     "diagonal": lambda x: torch.einsum("ii,ij->j", torch.eye(3), x),
     "spread": lambda x: torch.tensordot(x[:, :1], torch.eye(4), ([1], [0])),
 }
@@ -200,12 +216,23 @@ def test_what_is_left_to_torch_is_listed() -> None:
     assert found is not None and [(each.op, each.macs) for each in found] == [("aten.mm", 27), ("aten.bmm", 27)]
 
 
-def test_grouped_products_are_listed() -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_calls_other_ops_out_of_sight_is_listed() -> None:
+    model = lnpu.convert(Call(flex_attention))
+    found = lnpu.coverage(model, *[torch.randn(1, 2, 8, 16)] * 3)
+    assert found.products is not None and [(each.op, each.macs) for each in found.products] == [
+        ("flex_attention", None)
+    ]
+    assert "at least 0 of 0 MACs" in str(found) and "an unknown number" in str(found)
+
+
+def test_grouped_products_in_float_are_listed() -> None:
     """As mixtures of experts make them, of views of their weights; an expert each for two rows and for three."""
-    ends = torch.tensor([2, 5], dtype=torch.int32)
-    model = lnpu.convert(Call(lambda x, w: F.grouped_mm(x, w.mT, offs=ends), torch.randn(2, 16, 8)))
-    found = lnpu.coverage(model, normal(5, 8)).products
-    assert found is not None and [(each.op, each.macs) for each in found] == [("aten._grouped_mm", 5 * 8 * 16)]
+    experts = Call(lambda x, w: F.grouped_mm(x, w.mT, offs=ENDS), torch.randn(3, 16, 8))
+    for op in ("aten._grouped_mm", "aten.mm"):
+        found = lnpu.coverage(experts, normal(5, 8)).products
+        assert found is not None and [(each.op, each.macs) for each in found] == [(op, 5 * 8 * 16)]
+        lnpu.convert(experts, overrides={"*:grouped_mm": None})
 
 
 class Net(nn.Module):
@@ -292,7 +319,8 @@ def test_a_weight_gets_the_weights_rule_wherever_it_stands(name: str) -> None:
     model(*inputs)
     if name != "linear of a vector of weights":
         first = next(iter(emulations(model).values()))
-        assert first.emulation.precision == RULES and first.weights == weights[0].numel()
+        held = weights[0][0] if name == "groups of rows" else weights[0]  # one group's
+        assert first.emulation.precision == RULES and first.weights == held.numel()
 
 
 def test_products_of_activations_get_the_inputs_rule_or_their_own() -> None:
