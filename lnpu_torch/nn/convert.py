@@ -197,7 +197,8 @@ def _may_come(name: str, hosts: Mapping[str, Sites]) -> bool:
 
 
 UNSEEN = "Functional calls in a module's own forward (matmul, F.linear, attention) are not emulated, nor counted."
-NOT_CALLED = "its forward has called no product so far"
+NO_PRODUCT = "its own forward makes no product"
+NO_PRODUCT_YET = "its own forward made no product yet; coverage(model, batch) runs it"
 SEEN = "Functional calls in a module's own forward are emulated where they are called; a batch shows what is left."
 BYPASSED = (
     "nn.TransformerEncoderLayer bypasses its layers in eval mode without gradients, emulated ones too: "
@@ -351,7 +352,9 @@ def _reason(module: nn.Module, name: str, model: nn.Module, ran: nn.Module) -> s
         if not module.emulation_sites.choices:
             return "left in float by choice"
         multiplies = isinstance(module, OWN) or cast(InterceptedModule, ran.get_submodule(name)).emulation_sites.known
-        return "" if multiplies else NOT_CALLED
+        if multiplies:
+            return ""
+        return NO_PRODUCT_YET if ran is model else NO_PRODUCT
     if isinstance(module, torch.fx.GraphModule):
         return "its forward is a graph: convert the model before it is traced"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):

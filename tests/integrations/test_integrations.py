@@ -152,6 +152,57 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["epoch"] for row in cost.costs.metrics] == [1, 2, 3] and len(read_run("lnpu_run").epochs) == 3
 
 
+def texts() -> list[dict[str, Any]]:
+    """Each repeats a few tokens."""
+    draw = torch.Generator().manual_seed(1)
+    periods = torch.randint(2, 6, (1600,), generator=draw).tolist()
+    tokens = [torch.randint(0, 50, (period,), generator=draw).repeat(16)[:32] for period in periods]
+    return [{"input_ids": each, "labels": each} for each in tokens]
+
+
+def pictures() -> list[dict[str, Any]]:
+    """Noise, brighter in one quarter, which is the label."""
+    images = torch.randn(1600, 3, 32, 32, generator=torch.Generator().manual_seed(2)) / 2
+    for i, image in enumerate(images):
+        image.unflatten(1, (2, 16)).unflatten(3, (2, 16))[:, i % 4 // 2, :, i % 2] += 1
+    return [{"pixel_values": image, "labels": i % 4} for i, image in enumerate(images)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_transformers_learn_as_in_float(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean loss of the last 50 of 200 steps is within 0.05 of float32's; attention's products are in the run."""
+    needs("transformers")
+    import transformers
+
+    from lnpu_torch.integrations.transformers import LnpuCallback
+
+    monkeypatch.chdir(tmp_path)
+    small: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if name == "gpt2":
+        config = transformers.GPT2Config(vocab_size=50, n_positions=32, bos_token_id=0, eos_token_id=0, **small)
+    else:
+        config = transformers.ViTConfig(intermediate_size=128, image_size=32, patch_size=8, num_labels=4, **small)
+    make = transformers.GPT2LMHeadModel if name == "gpt2" else transformers.ViTForImageClassification
+    quiet: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    args = transformers.TrainingArguments(
+        "checkpoints", num_train_epochs=1, learning_rate=1e-3, logging_steps=50, per_device_train_batch_size=8, **quiet
+    )
+    data, last = texts() if name == "gpt2" else pictures(), []
+    for callbacks in ([], [cost := LnpuCallback("fgmp", folder="run")]):
+        torch.manual_seed(0)
+        trainer = transformers.Trainer(make(config), args, train_dataset=data, callbacks=callbacks)
+        trainer.train()
+        assert trainer.state.global_step == 200
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert losses[-1] < losses[0] - 0.1
+        last.append(losses[-1])
+    assert abs(last[0] - last[1]) < 0.05
+    products = {row.layer.rpartition(":")[2] for row in cost.reports[0].rows if ":" in row.layer and row.energy_pj}
+    assert {f"scaled_dot_product_attention.{part}" for part in ("scores", "values")} <= products
+    assert cost.reports[0].float_share == 0
+
+
 def test_a_missing_project_is_named() -> None:
     code = """
 import importlib, sys

@@ -146,10 +146,10 @@ def test_coverage_says_what_stayed_in_float_and_why():
     reasons = {row.layer: row.reason for row in coverage.in_float}
     expected = {
         "lazy": "lazy",
-        "own": "called no product so far",
+        "own": "made no product yet",
         "norm": "element operations",
         "left": "by choice",
-        "bare": "called no product so far",
+        "bare": "made no product yet",
     }
     assert reasons.keys() == expected.keys()
     assert all(text in reasons[name] for name, text in expected.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,24 @@ def network(precision: str = "fp16") -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 8), nn.ReLU(), nn.Linear(8, 5)]
     return lnpu.convert(nn.Sequential(*layers), precision)
+
+
+class Block(nn.Module):
+    """Multiplies in its own forward, by a weight and by another activation, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight, self.last = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 8) / 4), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x.mean(1)) @ self.weight
+        out: Tensor = self.last(rows @ rows.mT)
+        return out
+
+
+def block(precision: str = "fp16") -> nn.Module:
+    torch.manual_seed(0)
+    return lnpu.convert(Block(), precision)
 
 
 def batch() -> Tensor:
@@ -67,8 +86,8 @@ def test_ddp_counts_and_computes_as_one_process_does() -> None:
         assert macs(counts) == half
 
 
-def sharded(images: Tensor) -> tuple[list[Tensor], lnpu.Counts, str]:
-    rank, model = dist.get_rank(), network()
+def sharded(make: Callable[[], nn.Module], images: Tensor) -> tuple[list[Tensor], lnpu.Counts, str]:
+    rank, model = dist.get_rank(), make()
     for layer in [module for module in model.modules() if isinstance(module, EmulatedModule)]:
         fully_shard(layer)
     fully_shard(model)
@@ -83,9 +102,14 @@ def sharded(images: Tensor) -> tuple[list[Tensor], lnpu.Counts, str]:
     return found, cost.counts, said
 
 
-def test_fsdp2_counts_and_computes_as_one_process_does_and_refuses_to_be_reverted() -> None:
-    expected, whole = trained(network(), batch())
-    for ours, counts, said in on_ranks(sharded, batch()):
+@pytest.mark.parametrize("make", [network, block])
+def test_fsdp2_counts_and_computes_as_one_process_does_and_refuses_to_be_reverted(
+    make: Callable[[], nn.Module],
+) -> None:
+    """Of layers, and of a module that multiplies in its own forward."""
+    expected, whole = trained(make(), batch())
+    assert make is network or {":matmul", ":matmul.2"} <= {layer for layer, _ in macs(whole)}
+    for ours, counts, said in on_ranks(partial(sharded, make), batch()):
         torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-4)
         half = {key: value / 2 for key, value in macs(whole).items()}
         assert macs(counts) == half
