@@ -155,8 +155,8 @@ def grouped_mm(
 ) -> Any:
     """`torch.nn.functional.grouped_mm`: each group's product alone, as experts of a mixture make them.
 
-    mat_a is [G, M, K] or [M, K], mat_b [G, K, N] or [K, N]. `offs` [G] are the groups' ends, read on the host: in M or N
-    of the one that is a matrix, in K if both are. NotImplemented with a bias.
+    mat_a is [G, M, K] or [M, K], mat_b [G, K, N] or [K, N]. `offs` [G], read on the host, are the groups' ends: in M or
+    N of the one that is a matrix, in K if both are. NotImplemented with a bias.
     """
     if bias is not None:
         return NotImplemented

@@ -85,7 +85,7 @@ HARMLESS = {
 
 
 def _may_multiply(func: Any, args: Any) -> bool:
-    """Whether an op reads a Parameter of two dimensions or more, and does not only move or scale it, or calls others."""
+    """Whether an op calls others, or reads a Parameter of two dimensions or more and does not only move or scale it."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         return True
     if not isinstance(func, torch._ops.OpOverload) or func.is_view or torch.Tag.pointwise in func.tags:
@@ -130,8 +130,8 @@ def forward_macs(
 ) -> dict[tuple[str, str], int | None]:
     """Multiply-accumulates of `model(*inputs, **named)` in training, by module and op ("aten.bmm").
 
-    Not those of emulated products. Those of an op that may multiply and has no formula (flex_attention) are None. Torch's random
-    numbers stay as they are, but the model does not: hooks are added, and batch norm sees the batch.
+    Not those of emulated products. Those of an op that may multiply and has no formula (flex_attention) are None.
+    Torch's random numbers stay as they are, but the model does not: hooks are added, and batch norm sees the batch.
 
     Args:
         model: a copy.
