@@ -11,6 +11,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import lnpu_torch
 import lnpu_torch.nn.functional
 import lnpu_torch.nn.modules
@@ -71,8 +73,9 @@ def test_integrations_use_the_public_interface_only() -> None:
 def public() -> Iterator[tuple[str, object]]:
     """All that a user is meant to call, and its methods, with names."""
     for module in (lnpu_torch, lnpu_torch.nn.modules, lnpu_torch.nn.functional):
-        for name, found in vars(module).items():
+        for name in dir(module):
             exported = name in lnpu_torch.__all__ if module is lnpu_torch else not name.startswith("_")
+            found = getattr(module, name)
             if exported and getattr(found, "__module__", "").startswith(
                 "lnpu_torch." if module is lnpu_torch else module.__name__
             ):
@@ -103,6 +106,22 @@ def test_import_needs_neither_triton_nor_the_recipes_extra() -> None:
     run(BLOCK + "import lnpu_torch, lnpu_torch.cli.app, lnpu_torch.recipes.train")
 
 
+def test_who_only_prices_needs_no_torch() -> None:
+    """Nor Numba, NumPy and matplotlib: they would take most of the time that a command takes to answer."""
+    heavy = "assert not {'torch', 'numba', 'numpy', 'matplotlib'} & sys.modules.keys()"
+    run(f"import sys, lnpu_torch.cli.app as cli; from lnpu_torch import chip, price, sweep, compare; {heavy}")
+    for command in ("--version", "chips lnpu", "price --help", "report --help"):
+        run(f"import sys, lnpu_torch.cli.app as cli; cli.app({command.split()}, standalone_mode=False); {heavy}")
+
+
+def test_all_public_names_are_found_and_none_that_is_unknown() -> None:
+    assert set(lnpu_torch.__all__) <= set(dir(lnpu_torch))
+    assert all(getattr(lnpu_torch, name) is not None for name in lnpu_torch.__all__)
+    assert run("import lnpu_torch.versions, lnpu_torch as lnpu; print(callable(lnpu.versions))").strip() == "True"
+    with pytest.raises(AttributeError, match="has no attribute 'prise'"):
+        lnpu_torch.prise  # type: ignore[attr-defined]  # noqa: B018
+
+
 def test_import_changes_nothing_but_its_own_namespace(tmp_path: Path) -> None:
     state = (
         "(torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().tolist(), "
@@ -111,7 +130,8 @@ def test_import_changes_nothing_but_its_own_namespace(tmp_path: Path) -> None:
         "signal.getsignal(signal.SIGINT), threading.active_count(), os.listdir())"
     )
     modules = "import os, signal, threading, warnings, torch, numpy, pydantic, yaml, rich.console, rich.table"
-    code = f"{modules}\nbefore = {state}\nimport lnpu_torch\nassert {state} == before"
+    ours = "import lnpu_torch; [getattr(lnpu_torch, name) for name in lnpu_torch.__all__]"
+    code = f"{modules}\nbefore = {state}\n{ours}\nassert {state} == before"
     assert run(code, cwd=tmp_path) == ""
 
 

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 from lnpu_torch.cli.importing import import_model
 from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
 from lnpu_torch.cost.pricing import price
-from lnpu_torch.counts.densities import Densities
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.files import ConfigError, Frozen, read_yaml, user_path, validate
+from lnpu_torch.files import ConfigError, read_yaml, user_path, validate
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.profiler import estimate as estimates
-from lnpu_torch.profiler.training_step import Loss, OptimizerName
 
-
-class EstimateFile(Frozen):
-    """What to estimate: a recipe's `model` with the `input` of one sample, or `layers`; and densities."""
-
-    model: dict[str, Any] | None = None
-    input: tuple[estimates.Size, ...] | None = None
-    layers: dict[str, estimates.LayerShape] | None = None
-    batch: estimates.Size = 1
-    training: bool = True
-    optimizer: OptimizerName = "sgd"
-    loss: Loss | None = None
-    densities: Densities = Densities()
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def estimate(
@@ -60,7 +46,9 @@ def estimate(
 
 
 def _estimated(path: Path, model: str | None, batch: int | None, inference: bool) -> Counts:
-    file = read_yaml(EstimateFile, path)
+    from lnpu_torch.profiler import estimate as estimates
+
+    file = read_yaml(estimates.EstimateFile, path)
     if sum(each is not None for each in (model or file.model, file.layers)) != 1:
         raise ConfigError(f"{path}: either a model (a key, or --model) or layers are to be estimated")
     what: nn.Module | dict[str, Any]

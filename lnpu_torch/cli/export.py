@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import nn
 
 from lnpu_torch.cli.importing import import_model, parse_shape
 from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, user_path, write_text
-from lnpu_torch.profiler.loop_nests import loop_nests
 from lnpu_torch.reporting.loop_nest_formats import Tool, files
 from lnpu_torch.reporting.run_comparison import read_runs
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def export(
@@ -31,6 +32,8 @@ def export(
 
     Densities are those of the whole run. Shapes are the model's, for one batch.
     """
+    from lnpu_torch.profiler.loop_nests import loop_nests
+
     (found,) = read_runs([run])
     counts = Counts.merge(epoch.counts for epoch in found.epochs)
     if (model is None) != (input_shape is None):

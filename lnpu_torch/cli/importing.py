@@ -6,11 +6,12 @@ import functools
 import importlib
 import os
 import sys
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lnpu_torch.files import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def import_model(target: str) -> nn.Module:
@@ -19,6 +20,8 @@ def import_model(target: str) -> nn.Module:
     Raises:
         ConfigError: the module or attribute does not exist, importing or calling it fails, or it is no nn.Module.
     """
+    from torch import nn
+
     module, colon, attribute = target.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"{target!r}: a model is written MODULE:ATTR, such as torchvision.models:resnet18")

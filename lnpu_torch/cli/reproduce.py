@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
@@ -20,6 +19,8 @@ from lnpu_torch.reporting import figure_style
 from lnpu_torch.versions import versions
 
 if TYPE_CHECKING:
+    import torch
+
     from lnpu_torch.recipes.measurements import Evidence
 
 _path = partial(typer.Option, parser=user_path, metavar="PATH")
@@ -98,6 +99,8 @@ def save_plots(evidence: Evidence, folder: Path) -> dict[str, str]:
 
 def device(chosen: torch.device) -> str:
     """What the networks ran on, in words."""
+    import torch
+
     if chosen.type == "cuda":
         return torch.cuda.get_device_name(chosen)
     threads = torch.get_num_threads()

@@ -18,7 +18,8 @@ from lnpu_torch.counts.vector_ops import NotCounted
 from lnpu_torch.files import ConfigError, Frozen, validate
 from lnpu_torch.nn.modules import EMULATED_CLASSES
 from lnpu_torch.profiler.shape_counter import ShapeCounter
-from lnpu_torch.profiler.training_step import Loss, OptimizerName, TrainingStep, infer
+from lnpu_torch.profiler.step_choices import Loss, OptimizerName
+from lnpu_torch.profiler.training_step import TrainingStep, infer
 
 CLASSES = {cls.__name__: cls for cls in EMULATED_CLASSES}
 FROM_SHAPES = "from shapes alone, nothing was run, and no lane waits for another"
@@ -68,6 +69,19 @@ class LayerShape(Frozen):
         """Of the input."""
         linear = self.kind == "Linear"
         return (batch, *self.input, self.in_channels) if linear else (batch, self.in_channels, *self.input)
+
+
+class EstimateFile(Frozen):
+    """What to estimate: a recipe's `model` with the `input` of one sample, or `layers`; and densities."""
+
+    model: dict[str, Any] | None = None
+    input: tuple[Size, ...] | None = None
+    layers: dict[str, LayerShape] | None = None
+    batch: Size = 1
+    training: bool = True
+    optimizer: OptimizerName = "sgd"
+    loss: Loss | None = None
+    densities: Densities = Densities()
 
 
 _HEAD = ("kind", "in_channels", "out_channels", "input")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.nn.observers import pause_op_tracing
 from lnpu_torch.profiler.layer_counters import no_count
-
-Loss = Literal["cross-entropy", "mse", "mean"]
-OptimizerName = Literal["sgd", "adam", "adamw", "none"]
+from lnpu_torch.profiler.step_choices import Loss, OptimizerName
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),

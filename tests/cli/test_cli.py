@@ -20,6 +20,7 @@ import lnpu_torch as lnpu
 from helpers.command import lnpu_command, refused
 from helpers.handmade import network
 from lnpu_torch.cli import app as cli
+from lnpu_torch.cli.importing import import_model
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.report import csv_text, json_text
 from lnpu_torch.counts.schema import Counts
@@ -198,7 +199,7 @@ def test_models_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "my_model_in_this_folder.py").write_text("import torch\nmodel = torch.nn.Linear(3, 2)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    assert isinstance(cli.import_model("my_model_in_this_folder:model"), nn.Linear)
+    assert isinstance(import_model("my_model_in_this_folder:model"), nn.Linear)
 
 
 def test_outputs_that_do_not_depend_on_parameters_are_refused() -> None:

@@ -1,0 +1,82 @@
+"""The command that runs a step of anyone's model and prices it: lnpu profile. It reads arguments and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import lnpu_torch as lnpu
+from lnpu_torch.cli.importing import import_model, parse_shape
+from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
+from lnpu_torch.files import ConfigError
+from lnpu_torch.profiler.step_choices import Loss, OptimizerName
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="MODULE:ATTR, an nn.Module or a function that returns one.")],
+    input_shape: Annotated[str, typer.Option(help="Shape of a batch, such as 8,3,224,224.")],
+    chip: Chips = ["lnpu"],  # noqa: B006 - typer reads it, and hands out copies
+    voltage: Voltage = None,
+    precision: Annotated[
+        str, typer.Option(parser=os.path.expanduser, metavar="NAME", help="fgmp, fp8, fp16 or a YAML file.")
+    ] = "fgmp",
+    loss: Annotated[
+        Loss | None, typer.Option(help="Else cross-entropy with random labels where there are classes, or the mean.")
+    ] = None,
+    optimizer: Annotated[OptimizerName, typer.Option(help="SGD has momentum.")] = "sgd",
+    inference: Annotated[bool, typer.Option("--inference", help="A forward pass in evaluation mode alone.")] = False,
+    by: By = None,
+    format: Format = "table",
+) -> None:
+    """Run one training step of any importable model on random input, and price it.
+
+    The loss is scaled, as in mixed precision: a step before, which is not counted, finds a scale at which nothing
+    overflows. Weights are the model's own, so a model that is not trained shows the zeros and the FP8 share of one
+    that is not trained.
+    """
+    from lnpu_torch.profiler.training_step import TrainingStep, infer, silent_layers
+
+    if inference and (loss or optimizer != "sgd"):
+        raise ConfigError("--inference: a forward pass has neither --loss nor --optimizer")
+    chips = [lnpu.chip(name, voltage) for name in chip]
+    batch = make_batch(parse_shape(input_shape))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that nothing was converted is an error here
+        network = lnpu.convert(import_model(model), precision)
+    if not lnpu.coverage(network).emulated:
+        raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(network)}")
+    step = None if inference else TrainingStep(network, batch, loss, optimizer)
+    if step:
+        step.warm_up()
+    with lnpu.CostCounter(network) as cost:
+        step.run() if step else infer(network, batch)
+    if format == "table":
+        print(lnpu.coverage(network))
+        print("one forward pass" if step is None else f"one training step, its loss times {step.scale:g}")
+    if silent := silent_layers(cost.counts):
+        told = f"all errors of {len(silent)} layers are zero, and their products skipped; the first is {silent[0]}"
+        print(told, file=sys.stderr)
+    print_reports([cost.report(chip=each) for each in chips], by, format)
+
+
+def _left(network: nn.Module) -> str:
+    """The kinds of the layers that stayed in float, ": only BatchNorm2d, LayerNorm"."""
+    kinds = sorted({row.kind for row in lnpu.coverage(network).in_float})
+    return f": only {', '.join(kinds)}" if kinds else ""
+
+
+def make_batch(shape: tuple[int, ...]) -> Tensor:
+    """Random input of a shape. Raises ConfigError if there is no memory for it."""
+    import torch
+
+    try:
+        return torch.randn(shape)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--input-shape: a batch of shape {shape} cannot be made: {reason}") from None
