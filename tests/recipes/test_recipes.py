@@ -192,7 +192,7 @@ def test_compiled_training_is_training(tmp_path: Path, monkeypatch: pytest.Monke
 
     def quick(model: torch.nn.Module) -> Any:
         asked.append(model)
-        return compile_(model, backend="eager")
+        return compile_(model, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", quick)
     changes: dict[str, Any] = {"model": {"name": "alexnet_cifar", "width": 2}, "epochs": 1, "channels_last": True}
