@@ -4,7 +4,9 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 READY := .venv/ready
-DOCS_READY := .venv/docs-ready
+# Each of the two processes begins with one half of the tests, so that what the tests of a file share is made once.
+PYTEST := .venv/bin/python -m pytest -n 2 --dist worksteal
+INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) $$(grep -rl --include='test_*.py' triton_interpreter tests)
 # Else half the time goes to pages that are given back and asked for again.
 KEEP := MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
@@ -19,26 +21,24 @@ help:
 	@echo 'make wheel      build dist/*.tar.gz, and from that dist/*.whl'
 	@echo 'make clean      remove .venv and everything built'
 
-$(READY): pyproject.toml constraints.txt
+.venv/bin/python:
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found (make PYTHON=/path/to/python3)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,plot,dev]'
-	touch $@
 
-$(DOCS_READY): $(READY)
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+$(READY): pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,plot,dev,docs]'
 	touch $@
 
 train: $(READY)
 	.venv/bin/lnpu train digits_resnet18
 
 test: $(READY)
-	.venv/bin/python -m pytest -m 'not slow and not triton_interpreter' -n 2
-	TRITON_INTERPRET=1 .venv/bin/python -m pytest -m 'not slow and triton_interpreter' -n 2
+	$(PYTEST) -m 'not slow and not triton_interpreter'
+	$(INTERPRETED) -m 'not slow and triton_interpreter'
 
 test-slow: $(READY)
-	.venv/bin/python -m pytest -m 'not triton_interpreter' -n 2
-	TRITON_INTERPRET=1 .venv/bin/python -m pytest -m triton_interpreter -n 2
+	$(PYTEST) -m 'not triton_interpreter'
+	$(INTERPRETED) -m triton_interpreter
 
 exhaustive: $(READY)
 	$(KEEP) nice -n 19 .venv/bin/python tests/exhaustive.py numba
@@ -59,7 +59,7 @@ wheel: $(READY)
 	rm -rf build dist
 	.venv/bin/python -m build
 
-docs: $(DOCS_READY)
+docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
 	@echo 'site/index.html is the first page'
 

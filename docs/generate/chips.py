@@ -84,7 +84,8 @@ def efficiency_by_zeros() -> Any:
     drawn = Figure(figsize=(8.4, 6.2), layout="constrained")
     axes = drawn.subplots()
     ends: dict[str, float] = {}
-    for chip in published():
+    shown = {chip.name: chip for chip in published()}
+    for chip in shown.values():
         values = [figure(chip, "efficiency", cheapest(chip), (share, share)) for share in SHARES]
         wide = 2.4 if chip.name == "lnpu" else 1.1
         axes.plot(SHARES, values, color=KINDS[kind(chip)], linewidth=wide, zorder=2)
@@ -108,7 +109,7 @@ def efficiency_by_zeros() -> Any:
     axes.grid(color=RULE)
     axes.spines[["top", "right"]].set_visible(False)
     for name, value, place in spread(ends):
-        colour = KINDS[kind(next(chip for chip in published() if chip.name == name))]
+        colour = KINDS[kind(shown[name])]
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5}
         axes.annotate(
             name, (0.9, value), (0.935, place), color=colour, va="center", arrowprops=arrow, annotation_clip=False

@@ -5,6 +5,7 @@ Only what Triton and CUDA themselves do is left out; no figure that comes out me
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -142,10 +143,12 @@ def test_a_process_that_fails_or_hangs_leaves_its_rows_and_its_error(gpu, monkey
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
-    command = [sys.executable, str(BENCHMARKS / "step.py"), "--device", "cuda", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "no CUDA GPU" in done.stderr and not done.stdout
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cuda", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / "step.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "no CUDA GPU" in said.err and not said.out
 
 
 def test_one_section_as_the_command_runs_it():

@@ -102,10 +102,11 @@ def test_scratch_memory_is_left_as_it_was_found(kernels):
             assert used == states[1, 0] == reference.choose_threshold(x, rule, states[0, 0])
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_histograms(kernels, name):
+@pytest.mark.parametrize(("number", "name"), list(enumerate(RULES)))
+def test_histograms(kernels, number, name):
+    """Of every third tensor, from another one on for each rule."""
     rule = RULES[name]
-    for x in tensors():
+    for x in list(tensors())[number % 3 :: 3]:
         counts = torch.full((300,), 2, dtype=torch.int32)
         states = torch.zeros(2, 2, dtype=torch.int32)
         kernels.choose(x, choice(kernels, rule), states, 1, False, counts)

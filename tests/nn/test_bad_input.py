@@ -30,19 +30,18 @@ print(bool(sys.modules.get("numba")))
 """
 
 
-def train(path, preamble=""):
-    """What two steps of training compute and count in a process of its own, and whether that imported Numba."""
-    command = [sys.executable, "-W", "error", "-c", preamble + TRAIN, str(path)]
+def test_without_numba_and_triton_it_is_the_same_but_slower(tmp_path, monkeypatch, capsys):
+    """What two steps of training compute and count here, and in a process that has neither."""
+    here, without = tmp_path / "here", tmp_path / "without"
+    monkeypatch.setattr(sys, "argv", ["-c", str(here)])
+    assert backends.backend_of(torch.ones(1)) is not backends.REFERENCE
+    exec(TRAIN, {})
+    missing = "import sys; sys.modules |= dict.fromkeys(('numba', 'llvmlite', 'triton'))"
+    command = [sys.executable, "-W", "error", "-c", missing + TRAIN, str(without)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(path), done.stdout.strip() == "True"
-
-
-def test_without_numba_and_triton_it_is_the_same_but_slower(tmp_path):
-    (values, counts), with_numba = train(tmp_path / "with")
-    missing = "import sys; sys.modules |= dict.fromkeys(('numba', 'llvmlite', 'triton'))"
-    (ours, our_counts), without = train(tmp_path / "without", missing)
-    assert with_numba and not without
+    (values, counts), (ours, our_counts) = torch.load(here), torch.load(without)
+    assert (capsys.readouterr().out.strip(), done.stdout.strip()) == ("True", "False")
     assert our_counts == counts and len(counts) == 9
     assert all(torch.equal(a, b) for a, b in zip(ours, values, strict=True))
 

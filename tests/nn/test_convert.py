@@ -35,7 +35,7 @@ def macs(cost):
     return sum(entry.macs - entry.not_run for entry in cost.counts.steps)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg16", "alexnet", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "alexnet", "mobilenet_v2"])
 def test_zoo_models_convert_train_and_revert_bit_identical(name):
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=10)

@@ -11,6 +11,7 @@ from torch import multiprocessing as mp
 from torch import nn
 
 import lnpu_torch as lnpu
+from helpers.processes import CONTEXT
 
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 
@@ -157,7 +158,7 @@ def _work(model: nn.Module, times: int) -> None:
     step(model, times)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # is multi-threaded
 def test_processes_that_share_a_model_count_together(method: str) -> None:
     if method not in mp.get_all_start_methods():
@@ -168,7 +169,9 @@ def test_processes_that_share_a_model_count_together(method: str) -> None:
         step(alone, 60)
     model.share_memory()
     with lnpu.CostCounter(model) as cost:
-        processes = [mp.get_context(method).Process(target=_work, args=(model, 20)) for _ in range(2)]
+        # a forkserver's process gets the model as a spawned one does
+        context = CONTEXT if method == "forkserver" else mp.get_context(method)
+        processes = [context.Process(target=_work, args=(model, 20)) for _ in range(2)]
         for process in processes:
             process.start()
         step(model, 20)
