@@ -6,8 +6,8 @@ from os.path import expanduser
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from lnpu_torch.cli.errors import Console
 from lnpu_torch.cost.normalization import normalized
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.chip import chips as all_chips

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lnpu_torch.cli.errors import Console
 from lnpu_torch.versions import versions
 
 EXTRAS = {

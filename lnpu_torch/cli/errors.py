@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
 import typer
-from rich.console import Console
+from rich import console
 from rich.text import Text
 
 from lnpu_torch.files import ConfigError
@@ -23,6 +23,14 @@ BROKEN_PIPE = 141
 P = ParamSpec("P")
 
 
+class Console(console.Console):
+    """Rich's, which leaves it to the command what happens when its reader goes away."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError."""
+        raise BrokenPipeError
+
+
 def errors_as_messages(command: Callable[P, None]) -> Callable[P, None]:
     """A user's mistake ends a command with one message on stderr, and no traceback."""
 
@@ -30,7 +38,8 @@ def errors_as_messages(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where it was closed
+                sys.stdout.flush()
         except BrokenPipeError:  # as in `lnpu price COUNTS | head`: who reads our output has enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left of the output has to go somewhere
             raise typer.Exit(BROKEN_PIPE) from None

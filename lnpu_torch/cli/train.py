@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 
-from lnpu_torch.cli.errors import fail
+from lnpu_torch.cli.errors import Console, fail
 from lnpu_torch.files import ConfigError, find, inside, parse_yaml, read_text, validate
 from lnpu_torch.text_tables import plain
 

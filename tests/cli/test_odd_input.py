@@ -245,12 +245,19 @@ def test_a_name_that_is_no_text_is_an_escape_too(tmp_path: Path) -> None:
     assert b"udcff" in done.stdout.lower()
 
 
+@pytest.mark.parametrize("command", ["price", "chips"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_reads_is_no_error(unbuffered: str, counted: str) -> None:
+def test_output_that_nobody_reads_is_no_error(command: str, unbuffered: str, counted: str) -> None:
+    """Printed by us, or by rich."""
+    arguments = ["price", counted, "--format", "json"] if command == "price" else ["chips", "lnpu"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` does after its lines
-    command = [*COMMAND, "price", counted, "--format", "json"]
-    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE)
+    done = subprocess.run([*COMMAND, *arguments], env=environment, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_output_may_be_closed() -> None:
+    done = subprocess.run(["sh", "-c", '"$@" chips lnpu >&-', "sh", *COMMAND], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
