@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -141,6 +143,8 @@ def forward_macs(
         module.training = True
         module.register_forward_pre_hook(lambda *_, name=name: products.inside.append(name), prepend=True)
         module.register_forward_hook(lambda *_: (products.inside.pop(), None)[1], always_call=True)
-    with torch.random.fork_rng(), torch.no_grad(), products:
+    # what is compiled runs as it is written: compiled, its ops would not be seen
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.random.fork_rng(), torch.no_grad(), eager, products:
         model(*inputs, **named)
     return products.macs

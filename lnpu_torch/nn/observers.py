@@ -47,11 +47,6 @@ class LayerObserver(TorchDispatchMode):
     paused = False
     supports_higher_order_operators = True
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Code is compiled, and compiled code runs, as if nobody watched."""
-        return True
-
     @property
     def blind(self) -> bool:
         """Whether this thread is inside a layer, or the watcher is paused (for backward's threads, too)."""
