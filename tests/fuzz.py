@@ -27,9 +27,7 @@ from lnpu_torch.cli.train import read_recipe
 from lnpu_torch.files import CONFIGS
 from lnpu_torch.quant.precision import precision
 from lnpu_torch.recipes.run_folder import RunFolder
-from lnpu_torch.reporting.chip_tables import chip_table
 from lnpu_torch.reporting.run_reader import read_run
-from lnpu_torch.text_tables import plain
 
 
 class Loader(NamedTuple):
@@ -50,7 +48,7 @@ def short(value: Any) -> Any:
 
 def use_chip(path: Path) -> None:
     chip = lnpu.chip(path)
-    plain(chip_table(chip))
+    str(chip)
     lnpu.price(network(), chip).to_dict()
 
 

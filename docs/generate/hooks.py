@@ -9,8 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from lnpu_torch.hardware.chip import Chip, chip, chips
-from lnpu_torch.hardware.sourced_value import SourcedValue
-from lnpu_torch.reporting.chip_tables import value_text
+from lnpu_torch.hardware.sourced_value import SourcedValue, value_text
 
 ROOT = Path(__file__).parent.parent.parent
 CONSTANTS = re.compile(r"<!-- constants of ([\w-]+)(?: beside ([\w-]+))? -->")

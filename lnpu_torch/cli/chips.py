@@ -11,7 +11,7 @@ from lnpu_torch.cli.errors import Console
 from lnpu_torch.cost.normalization import normalized
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.chip import chips as all_chips
-from lnpu_torch.reporting.chip_tables import checks_tables, chip_table, chips_table, normalized_blocks
+from lnpu_torch.reporting.chip_tables import checks_tables, chips_table, normalized_blocks
 from lnpu_torch.text_tables import plain
 
 
@@ -23,7 +23,7 @@ def chips(
         print(plain(chips_table(all_chips())))
     else:
         shown = read_chip(name)
-        Console().print(chip_table(shown), *checks_tables(shown))
+        Console().print(shown, *checks_tables(shown))
 
 
 def normalize(

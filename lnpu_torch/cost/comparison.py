@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,11 +21,11 @@ from lnpu_torch.cost.report import (
     modelled,
     names,
 )
-from lnpu_torch.text_tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 from lnpu_torch.units import pj
 
 
-class Comparison:
+class Comparison(Tables):
     """Reports of one run on several chips, side by side; `str()` is a table, and a rich console prints it too.
 
     Raises ValueError if the reports do not have the same rows.
@@ -40,12 +40,6 @@ class Comparison:
     @property
     def _sums(self) -> list[CostRow]:
         return [report.total for report in self.reports]
-
-    def __rich__(self) -> RenderableType:
-        return Group(*self._blocks())
-
-    def __str__(self) -> str:
-        return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
         tables = [self._energies(), self._totals(), *([self._access()] if modelled(TRAFFIC, self._sums) else [])]

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lnpu_torch.cost.cost_row import COLUMNS, Column, CostRow, columns, share
 from lnpu_torch.counts.schema import FloatProduct
 from lnpu_torch.files import write_text
-from lnpu_torch.text_tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 from lnpu_torch.units import pj
 
 ALL = "all"
@@ -26,7 +26,7 @@ SHORT = {"forward": "forward (FF)", "grad_input": "grad_input (EP)", "grad_weigh
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tables):
     """A priced run on one chip. `str()` is a table; a rich console prints it too.
 
     `parts` are priced rows, one or more for each row that is shown. `grouped` says whether such a row is a layer's step
@@ -162,12 +162,6 @@ class Report:
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, without the total; a mapping is JSON, None an empty cell. Raises ConfigError."""
         write_text(path, csv_text(self))
-
-    def __rich__(self) -> RenderableType:
-        return Group(*self._blocks())
-
-    def __str__(self) -> str:
-        return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
         if not self.parts:

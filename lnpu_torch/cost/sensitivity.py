@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +16,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.sourced_value import SourcedRange
-from lnpu_torch.text_tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 
 NAMES = {"energy_pj": "pJ", "all_energy_pj": "pJ", "time_s": "s"}
 """What is looked at, and its unit."""
@@ -41,17 +41,14 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Tables):
     """A run on some chips, and what each constant does to it. `str()` is a table; a rich console prints it too."""
 
     reports: tuple[Report, ...]
     effects: tuple[Effect, ...]
 
-    def __rich__(self) -> RenderableType:
-        return Group(self._table(), *self._notes())
-
-    def __str__(self) -> str:
-        return plain(self._table(), *self._notes())
+    def _blocks(self) -> list[RenderableType]:
+        return [self._table(), *self._notes()]
 
     def _notes(self) -> list[Text]:
         return [Text(NOTE), *map(Text, caveats(self.reports[0]))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +21,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, parse_yaml, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.text_tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 from lnpu_torch.units import pj
 
 SHOWN = 40
@@ -51,7 +51,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Tables):
     """All points, in the order of the settings. `str()` is a table; a rich console prints it too.
 
     `energy` says what points are compared by; `caveats` say what no point has in it, or that all
@@ -84,11 +84,8 @@ class Sweep:
             writer.writerow([point.chip, *point.values.values(), *measures, *numbers, int(point.pareto)])
         return text.getvalue()
 
-    def __rich__(self) -> RenderableType:
-        return Group(self._table(), *map(Text, self.caveats))
-
-    def __str__(self) -> str:
-        return plain(self._table(), *map(Text, self.caveats))
+    def _blocks(self) -> list[RenderableType]:
+        return [self._table(), *map(Text, self.caveats)]
 
     def _table(self) -> Table:
         few = len(self.points) <= SHOWN

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
+from rich.console import RenderableType
+from rich.text import Text
 
 from lnpu_torch.counts.densities import Densities
 from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts
 from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 
 VERSION: Literal[5] = 5
 """Version of the file format.
@@ -169,8 +172,8 @@ class FloatProduct(Frozen):
         return FloatProduct(calls=self.calls + other.calls, macs=self.macs + other.macs)
 
 
-class Counts(Frozen):
-    """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON.
+class Counts(Tables, Frozen):
+    """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON; `str()` is a table.
 
     Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
     `vector_ops` is what ran besides multiply-accumulates, or why that was not counted.
@@ -191,6 +194,17 @@ class Counts(Frozen):
         if len({(entry.layer, entry.step) for entry in self.steps}) != len(self.steps):
             raise ValueError("a layer's step stands twice")
         return self
+
+    def _blocks(self) -> list[RenderableType]:
+        heads = [f"{share}, {operand}" for operand in ("first", "second") for share in ("zeros", "FP8")]
+        table = plain_table("Counts", ["layer", "kind", "step"], ["calls", "MACs", *heads])
+        for each in self.steps:
+            operands = [each.first.elements, each.second.elements]
+            shares = [f"{part / (sum(some) or 1):.1%}" for some in operands for part in some[:2]]
+            add_row(table, each.layer or "(model)", each.kind, each.step, f"{each.calls:,}", si(each.macs), *shares)
+        others = self.vector_ops
+        told = f"vector operations: {others.reason if isinstance(others, NotCounted) else 'counted'}"
+        return [table, *map(Text, [f"estimate: {self.estimate}"] if self.estimate else []), Text(told)]
 
     def __add__(self, other: Counts) -> Counts:
         return Counts.merge([self, other])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from rich.console import RenderableType
 
 from lnpu_torch.counts.lane_configs import LANES
 from lnpu_torch.files import (
@@ -37,8 +38,10 @@ from lnpu_torch.hardware.sourced_value import (
     SourcedRange,
     SourcedValue,
     sourced_values,
+    value_text,
 )
 from lnpu_torch.named_files import NamedFile, file_to_read
+from lnpu_torch.text_tables import Tables, add_row, plain_table
 
 
 class MacsPerCycle(Frozen):
@@ -157,8 +160,8 @@ class SimdCore(Frozen):
     element_bits: SourcedValue[Natural]
 
 
-class Chip(Frozen):
-    """One accelerator at one operating point.
+class Chip(Tables, Frozen):
+    """One accelerator at one operating point. `str()` is a table of its values; notebooks and rich show it too.
 
     `energy_model` says what MACs and SRAM cost: "calibrated", by `energy`; "bottom_up", by the tables in `bottom_up`.
     `fp8_pairs` says which multiplications run at FP8's rate and energy: those whose streamed operand is FP8
@@ -299,6 +302,15 @@ class Chip(Frozen):
             _set(data, self, key, value)
             data["inherited"].pop(key, None)
         return validate(Chip, data, self.name)
+
+    def _blocks(self) -> list[RenderableType]:
+        """Every value with its tag and source, and the file that it is from if that is not the chip's own."""
+        heads = ["key", "value", "tag", *(["from"] if self.inherited else []), "source"]
+        table = plain_table(f"{self.name}: {self.description}", heads, [])
+        for key, entry in self.values().items():
+            origin = [self.inherited.get(key, "")] if self.inherited else []
+            add_row(table, key, value_text(entry), entry.tag, *origin, entry.source)
+        return [table]
 
 
 def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:

@@ -53,3 +53,12 @@ def sourced_values(model: Frozen, prefix: str = "") -> dict[str, SourcedValue[An
         elif isinstance(value, Frozen):
             found |= sourced_values(value, f"{prefix}{key}.")
     return found
+
+
+def value_text(entry: SourcedValue[Any]) -> str:
+    """A value as it is shown, with its range if it has one."""
+    if isinstance(entry, SourcedRange) and entry.range:
+        return f"{entry.value:.10g} ({entry.range[0]:g} ... {entry.range[1]:g})"
+    if isinstance(entry.value, tuple):
+        return "\n".join(map(str, entry.value))
+    return f"{entry.value:.10g}" if isinstance(entry.value, float) else f"{entry.value}"

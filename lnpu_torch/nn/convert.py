@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -33,6 +35,7 @@ from lnpu_torch.nn.modules import (
 )
 from lnpu_torch.nn.sites import OWN, ROUTES, Choice, InterceptedModule, Sites, emulations, has_own_forward, is_emulated
 from lnpu_torch.quant.precision import Precision, Rule, precision
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 
 PrecisionLike = str | Path | Rule | Precision
 Model = TypeVar("Model", bound=nn.Module)
@@ -230,7 +233,7 @@ class FloatProduct:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Tables):
     """Which layers of a model are emulated, and notes on what passes them by. `str()` gives a table of the rest.
 
     If a batch was given, `products` are the multiplications of its forward pass that are not emulated, and `macs`
@@ -259,6 +262,20 @@ class Coverage:
         width = max((len(row.layer) for row in self.in_float), default=0)
         lines += [f"  {row.layer:<{width}}  {row.kind:<16}  {row.reason}" for row in self.in_float] or ["  none"]
         return "\n".join([*lines, *self._product_lines(), *self.notes])
+
+    def _blocks(self) -> list[RenderableType]:
+        """What `str()` says, for rich and notebooks."""
+        head, *_ = str(self).splitlines()
+        layers = plain_table(head, ["layer", "kind", "reason"], ["parameters"])
+        for row in self.in_float:
+            add_row(layers, row.layer, row.kind, row.reason, f"{row.parameters:,}")
+        blocks: list[RenderableType] = [layers]
+        if lines := self._product_lines():
+            products = plain_table(lines[0], ["module", "op"], ["MACs"])
+            for each in self.products or ():
+                add_row(products, each.layer or "(model)", each.op, "unknown" if each.macs is None else si(each.macs))
+            blocks.append(products)
+        return [*blocks, *map(Text, self.notes)]
 
     def _product_lines(self) -> list[str]:
         if not self.products and not self.macs:
@@ -289,7 +306,8 @@ def coverage(model: nn.Module, *inputs: Any, **named: Any) -> Coverage:
     model = unwrapped(model)
     seen = any(isinstance(module, InterceptedModule) and module.emulation_sites.choices for module in model.modules())
     bypassed = not seen and any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
-    notes = (SEEN if seen else UNSEEN, *((BYPASSED,) if bypassed else ()))
+    hosts = any(has_own_forward(module) for module in model.modules() if not isinstance(module, EmulatedModule))
+    notes = (*((SEEN if seen else UNSEEN,) if seen or hosts else ()), *((BYPASSED,) if bypassed else ()))
     if not inputs and not named:
         return Coverage(tuple(_rows(model, model)), notes)
     copied = _copied(model)

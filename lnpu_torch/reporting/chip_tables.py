@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -14,7 +13,6 @@ from lnpu_torch.cost.normalization import Normalized, between
 from lnpu_torch.hardware.checks import Check, Format, Over, Quantity
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.hardware.sourced_value import SourcedRange, SourcedValue
 from lnpu_torch.text_tables import add_row, plain_table
 
 NUMBERS = ["nm", "year", "V", "MHz", "TFLOPS FP8", "FP16", "TFLOPS/W FP8", "FP16", "published"]
@@ -53,16 +51,6 @@ def _format(chip: Chip, name: Format) -> str:
 
 def _peak(chip: Chip, of: Quantity, name: Format) -> str:
     return f"{figure(chip, of, name, (0, 0)):.3g}" if getattr(chip.macs_per_cycle, name) else "-"
-
-
-def chip_table(chip: Chip) -> Table:
-    """Every value of one chip, with its tag and source, and the file that it is from if that is not the chip's own."""
-    heads = ["key", "value", "tag", *(["from"] if chip.inherited else []), "source"]
-    table = plain_table(f"{chip.name}: {chip.description}", heads, [])
-    for key, entry in chip.values().items():
-        origin = [chip.inherited.get(key, "")] if chip.inherited else []
-        add_row(table, key, value_text(entry), entry.tag, *origin, entry.source)
-    return table
 
 
 def checks_tables(chip: Chip) -> list[Table]:
@@ -129,12 +117,3 @@ def normalized_blocks(
     if none:
         notes.append(f"without a published efficiency at a condition that is told: {', '.join(none)}")
     return [table, *map(Text, notes)]
-
-
-def value_text(entry: SourcedValue[Any]) -> str:
-    """A value as it is shown, with its range if it has one."""
-    if isinstance(entry, SourcedRange) and entry.range:
-        return f"{entry.value:.10g} ({entry.range[0]:g} ... {entry.range[1]:g})"
-    if isinstance(entry.value, tuple):
-        return "\n".join(map(str, entry.value))
-    return f"{entry.value:.10g}" if isinstance(entry.value, float) else f"{entry.value}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from lnpu_torch.cost.pricing import EXTRAPOLATED, price
@@ -21,7 +21,7 @@ from lnpu_torch.files import MOST, ConfigError, is_file, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.reporting.run_reader import Epoch, Run, read_run
-from lnpu_torch.text_tables import add_row, plain, plain_table, si
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 
 ACCURACY, IMAGES = "test_accuracy", "images"
 """The metrics of an epoch that are read."""
@@ -197,7 +197,7 @@ OF_EPOCH = ("epochs", "accuracy", "chip_j", "dram_j", "all_j", "time_s")
 
 
 @dataclass(frozen=True)
-class RunComparison:
+class RunComparison(Tables):
     """Runs on chips, in the order of the runs. `str()` is a table; a rich console prints it too.
 
     `notes` say what is to be known of single runs.
@@ -269,12 +269,6 @@ class RunComparison:
         """The fields that say something in any row."""
         rows = self.to_rows()
         return [field for field in FIELDS if any(row[field.name] not in (None, False) for row in rows)]
-
-    def __rich__(self) -> RenderableType:
-        return Group(*self._blocks())
-
-    def __str__(self) -> str:
-        return plain(*self._blocks())
 
     def _blocks(self) -> list[RenderableType]:
         (run, chip, *others), rows = self.shown(), self.to_rows()

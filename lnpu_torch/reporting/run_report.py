@@ -18,8 +18,8 @@ from lnpu_torch.cost.report import Report
 from lnpu_torch.counts.schema import Counts, StepCounts, Triple
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
+from lnpu_torch.hardware.sourced_value import value_text
 from lnpu_torch.named_files import names
-from lnpu_torch.reporting.chip_tables import value_text
 from lnpu_torch.reporting.run_reader import Run
 from lnpu_torch.versions import versions
 
