@@ -275,7 +275,7 @@ def test_energies_are_bits_times_constants() -> None:
     [
         (2 * 18, (0, 999, 0), 96),  # the weight stays for the plan, the input from before: 18 words
         (2 * 18 - 2, (0, 999, 0), 2 * 71 + 96),  # a word too few: it went out, and comes back
-        (2 * 999, (0, 981, 0), 0),  # the weight is still there from the step before, too: 8 + 981, beside the input
+        (2 * 989, (0, 981, 0), 0),  # the weight is still there from the step before, too: 8 + 981, beside the input
         (2 * 989 - 2, (0, 981, 0), 96),
         (2 * 5000, None, 2 * 71 + 96),  # nobody saw in which order things ran
     ],
