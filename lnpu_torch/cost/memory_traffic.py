@@ -1,10 +1,14 @@
 """Bits that a step moves through SRAM and DRAM.
 
-Of a step's three tensors - two operands and a result - one stays in SRAM while the others pass by:
+Each group of a step is a product of its own: two operands and a result, of which one stays in SRAM while the others
+pass by. If either operand fits, or the result's partial sums do, both operands are fetched once. Else the plan is that
+of these which fetches least:
 
-- If the smaller operand fits, or the result does, it stays, and both operands are fetched once.
-- Else it stays in parts. Either the smaller operand stays, and the larger is fetched again for every part; or the
-  result stays, and the smaller operand is fetched again. The one that fetches less is taken.
+- An operand stays in parts, and the other one is fetched again for every part.
+- The result stays in tiles, n by m of them. A tile takes one of n parts of the second operand and one of m parts of the
+  first, so that the first operand is fetched n times and the second m times.
+
+Only elements that are used are fetched: those that a strided kernel steps over are not.
 
 A tensor is not fetched at all if SRAM still holds it: if it, and all that has passed since it was there, fit beside the
 tensor that stays. Otherwise it was written to DRAM, and comes from there.
@@ -16,6 +20,8 @@ in what was counted, and a sum of runs moves the sum of their bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from math import isqrt
 from typing import NamedTuple
 
 from lnpu_torch.counts.schema import Calls, StepCounts, Triple
@@ -89,51 +95,85 @@ def capacity(chip: Chip) -> int:
     return 8 * chip.sram_bytes.value // FP16_BITS
 
 
-def fetches(sizes: Triple, chip: Chip) -> tuple[int, int]:
-    """How often the first and the second operand are fetched in a call of these sizes."""
-    first, second, result = sizes
-    room = 8 * chip.sram_bytes.value
-    smaller, larger = FP16_BITS * min(first, second), FP16_BITS * max(first, second)
-    partial_sums = chip.storage.partial_sum_bits.value * result
-    if min(smaller, partial_sums) <= room:
-        return 1, 1
-    if partial_sums < larger:
-        again, first_again = -(-partial_sums // room), first <= second
-    else:
-        again, first_again = -(-smaller // room), first > second
-    return (again, 1) if first_again else (1, again)
+class Tensors(NamedTuple):
+    """Elements of a call's operands and of its result: all of them, and those of one group that are used."""
+
+    whole: Triple
+    group: Triple
+
+    @classmethod
+    def of(cls, calls: Calls) -> Tensors:
+        """The tensors of one of these calls."""
+        first, second, result = (-(-used // calls.groups) for used in calls.used or calls.sizes)
+        return cls(calls.sizes, (first, second, result))
+
+    def ordered(self, a: int, b: int, c: int) -> Tensors:
+        """The tensors in another order, as another step of the layer has them."""
+        return Tensors(*((each[a], each[b], each[c]) for each in self))
 
 
-def stays(words: int, passed: int, sizes: Triple, chip: Chip) -> bool:
-    """Whether SRAM holds an operand from before, in a step of these sizes, though so much has passed since."""
-    others = [FP16_BITS * size for size in sizes[:2]]
-    partial_sums = chip.storage.partial_sum_bits.value * sizes[2]
-    plan = min(*others, partial_sums)
-    if plan == FP16_BITS * words and plan != partial_sums:  # it is what stays anyway
+def fetches(group: Triple, chip: Chip) -> tuple[int, int]:
+    """How often the first and the second operand are fetched for a product of these elements."""
+    return _fetches(group, 8 * chip.sram_bytes.value, chip.storage.partial_sum_bits.value)
+
+
+@lru_cache(maxsize=4096)
+def _fetches(group: Triple, room: int, partial_sum_bits: int) -> tuple[int, int]:
+    first, second, result = group
+
+    def parts(bits: int) -> int:
+        return max(1, -(-bits // room))
+
+    def words(often: tuple[int, int]) -> tuple[int, int, int]:
+        return often[0] * first + often[1] * second, often[1], often[0]  # of two alike, the first operand comes again
+
+    plans = {(parts(FP16_BITS * second), 1), (1, parts(FP16_BITS * first))}
+    tiles = parts(partial_sum_bits * result)
+    for few in range(1, isqrt(tiles) + 2):  # the best grid has at most so many rows, or columns
+        many = -(-tiles // few)
+        plans |= {(few, many), (many, few)}
+    return min(plans, key=words)
+
+
+def stays(place: int, passed: int, tensors: Tensors, chip: Chip) -> bool:
+    """Whether SRAM holds a tensor of a call from before, or until later, though so much passes meanwhile.
+
+    Args:
+        place: of the tensor: first operand, second operand, result.
+        passed: words of 16 bits.
+    """
+    partial_sums = chip.storage.partial_sum_bits.value * tensors.group[2]
+    kept = (FP16_BITS * tensors.group[0], FP16_BITS * tensors.group[1], partial_sums)
+    plan = min(kept)
+    if place < 2 and kept[place] == plan:  # an operand that stays during the step anyway
         plan = 0
-    return FP16_BITS * (words + passed) + plan <= 8 * chip.sram_bytes.value
+    return FP16_BITS * (tensors.whole[place] + passed) + plan <= 8 * chip.sram_bytes.value
 
 
 def _moved(step: str, calls: Calls, chip: Chip, bits: tuple[int, int], context: Context) -> tuple[int, int]:
     """Bits from and to DRAM, for operands of so many bits."""
-    often, (first, second, result) = fetches(calls.sizes, chip), calls.sizes
-    fetched = (often[0] * bits[0], often[1] * bits[1])
+    tensors = Tensors.of(calls)
+    shares = zip(calls.used or calls.sizes, calls.sizes, strict=True)
+    fetched = [
+        -(-often * each * used // size) if size else 0  # rounded up to a bit
+        for often, each, (used, size) in zip(fetches(tensors.group, chip), bits, shares, strict=False)
+    ]
 
-    def here(words: int, passed: int, sizes: Triple = calls.sizes) -> bool:
-        return calls.passed is not None and stays(words, passed, sizes, chip)
+    def here(place: int, passed: int, tensors: Tensors = tensors) -> bool:
+        return calls.passed is not None and stays(place, passed, tensors, chip)
 
-    since_first, since_second, until_used = calls.passed or (0, 0, 0)
+    (first, _, result), (since_first, since_second, until_used) = calls.sizes, calls.passed or (0, 0, 0)
     if step != "grad_weight":
-        read = 0 if here(second, since_second) else fetched[1]
-        if here(first, since_first) and not (step == "forward" and context.outside):
+        read = 0 if here(1, since_second) else fetched[1]
+        if here(0, since_first) and not (step == "forward" and context.outside):
             return read, 0
         return read + fetched[0], bits[0]
-    read, write = 0, 0 if here(result, until_used) else FP16_BITS * result * calls.count
-    if not here(first, since_first):
-        held = here(first, 0, (first, result, second)) and not context.outside  # in forward, so it is not in DRAM yet
+    read, write = 0, 0 if here(2, until_used) else FP16_BITS * result * calls.count
+    if not here(0, since_first):
+        held = here(0, 0, tensors.ordered(0, 2, 1)) and not context.outside  # in forward, so it is not in DRAM yet
         read, write = read + fetched[0], write + (bits[0] if held else 0)
-    if not here(second, since_second if context.error_is_new else since_second + first + result):
-        held = context.error_is_new or here(second, 0, (second, result, first))  # in grad_input
+    if not here(1, since_second if context.error_is_new else since_second + first + result):
+        held = context.error_is_new or here(0, 0, tensors.ordered(1, 2, 0))  # in grad_input
         read, write = read + fetched[1], write + (bits[1] if held else 0)
     return read, write
 

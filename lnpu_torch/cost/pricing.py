@@ -131,10 +131,8 @@ def _low_reuse(entry: StepCounts, chip: Chip, policy: str, energies: EnergyTable
         executed = _executed(entry, calls.pairs, policy)
         if policy == OPERANDS[entry.step][1]:  # it is the streamed one, so that it stands first
             executed = {(b, a): macs for (a, b), macs in executed.items()}
-        for operand in (0, 1):
-            extra = Fraction(calls.sizes[operand] * calls.count, calls.macs) - Fraction(
-                1, chip.energy.reuse_in_mac.value
-            )
+        for operand, used in enumerate((calls.used or calls.sizes)[:2]):
+            extra = Fraction(used * calls.count, calls.macs) - Fraction(1, chip.energy.reuse_in_mac.value)
             if extra > 0:
                 bits = sum(macs * width.get(pair[operand], storage.fp16_bits.value) for pair, macs in executed.items())
                 total += energies.of_reads(bits, extra)

@@ -20,11 +20,11 @@ from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
 from lnpu_torch.text_tables import Tables, add_row, plain_table, si
 
-VERSION: Literal[5] = 5
+VERSION: Literal[6] = 6
 """Version of the file format.
 
 Older files are read: 1 has no lane profiles, 2 no `in_float`, 3 has other names, 4 does not know the order in which
-things ran, nor multiplications by size.
+things ran, nor multiplications by size, 5 takes all elements of a call as used, in one group.
 """
 
 Step = Literal["forward", "grad_input", "grad_weight"]
@@ -70,6 +70,8 @@ class Calls(Frozen):
     operands' elements fell into groups, summed over these calls; `macs` and `pairs` are their part of the step's.
     `passed` is what passes through the chip, in words of 16 bits, since the first and the second operand were there
     last, and until the result is used, besides these tensors themselves; None where nobody looked.
+    `used` are the elements of both operands and of the result that take part in any multiplication inside the grids;
+    None where all do. Each of `groups`, a convolution's or a batched product's, multiplies tensors of its own.
     """
 
     count: Annotated[int, Field(ge=1, le=MOST)]
@@ -79,6 +81,19 @@ class Calls(Frozen):
     macs: Count | None = None
     pairs: Table | None = None
     passed: Triple | None = None
+    used: Triple | None = None
+    groups: Annotated[int, Field(ge=1, le=MOST)] = 1
+
+    @model_validator(mode="after")
+    def _used_are_there(self) -> Self:
+        if self.used and any(used > size for used, size in zip(self.used, self.sizes, strict=True)):
+            raise ValueError(f"{self.used} elements are used of {self.sizes}")
+        return self
+
+    @property
+    def size(self) -> tuple[Any, ...]:
+        """What calls that are summed have in common; it also sorts them."""
+        return self.sizes, self.passed or (), self.pairs is None, self.used or (), self.groups
 
 
 class Origin:
@@ -182,7 +197,7 @@ class Counts(Tables, Frozen):
     `estimate` says, if it is none of a run's own counts, what they were made from; None for those.
     """
 
-    version: Literal[5] = VERSION
+    version: Literal[6] = VERSION
     extrapolated: bool = False
     estimate: Annotated[str, Field(min_length=1)] | None = None
     steps: tuple[StepCounts, ...]
@@ -334,10 +349,9 @@ def _merge_sizes(a: StepCounts, b: StepCounts) -> tuple[Calls, ...]:
     """The calls of both by size; none, if those of either were not recorded."""
     if any(sum(entry.first.elements) and not entry.by_size for entry in (a, b)):
         return ()
-    merged: dict[tuple[Triple, Triple | tuple[()], bool], Calls] = {}
+    merged: dict[tuple[Any, ...], Calls] = {}
     for each in (*a.by_size, *b.by_size):
-        key = (each.sizes, each.passed or (), each.pairs is None)
-        merged[key] = _add_calls(merged[key], each) if key in merged else each
+        merged[each.size] = _add_calls(merged[each.size], each) if each.size in merged else each
     return tuple(merged[key] for key in sorted(merged))
 
 

@@ -189,12 +189,11 @@ def _rebatched(entry: StepCounts, batches: Batches, words: Words) -> StepCounts:
     by_size = []
     for place, (count, size) in enumerate(sizes):
         now, cells = Batches(batches.was, size), pair_parts[place]
-        one = [each * size // batches.was for each in largest.sizes]
-        one[WEIGHT[entry.step]] = largest.sizes[WEIGHT[entry.step]]
         known = None if None in macs else sum(each or 0 for each in macs) * count * size // samples
         changes = {
             "count": count,
-            "sizes": _triple(one),
+            "sizes": _resized(largest.sizes, now, entry.step),
+            "used": largest.used and _resized(largest.used, now, entry.step),
             "first": _triple(first_parts[place]),
             "second": _triple(second_parts[place]),
             "macs": known,
@@ -203,8 +202,15 @@ def _rebatched(entry: StepCounts, batches: Batches, words: Words) -> StepCounts:
         }
         by_size.append(largest.model_copy(update=changes))
     return entry.model_copy(
-        update={"calls": calls, "second": second, "by_size": tuple(sorted(by_size, key=lambda each: each.sizes))}
+        update={"calls": calls, "second": second, "by_size": tuple(sorted(by_size, key=lambda each: each.size))}
     )
+
+
+def _resized(sizes: Triple, batches: Batches, step: Step) -> Triple:
+    """A call's sizes in another batch: of all tensors but the weight."""
+    numbers = [each * batches.now // batches.was for each in sizes]
+    numbers[WEIGHT[step]] = sizes[WEIGHT[step]]
+    return _triple(numbers)
 
 
 def _cut(cells: Sequence[int], share: Fraction) -> tuple[list[int], list[int]]:

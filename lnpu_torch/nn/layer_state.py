@@ -49,8 +49,8 @@ def new_lanes(device: torch.device | str = "cpu") -> Tensor:
 
 
 def new_call_sizes() -> Tensor:
-    """The sizes of call that the rows of new counters stand for, none yet: int64 [len(STEPS), SIZES + 1, 3]."""
-    return torch.zeros(len(STEPS), counting.SIZES + 1, 3, dtype=torch.int64, device="cpu")
+    """The sizes of call that the rows of new counters stand for, none yet: int64 [len(STEPS), SIZES + 1, CALL]."""
+    return torch.zeros(len(STEPS), counting.SIZES + 1, counting.CALL, dtype=torch.int64, device="cpu")
 
 
 _LOCK = [threading.Lock()]

@@ -171,7 +171,7 @@ def parsed(rule: str) -> Rule:
 
 
 @lru_cache(maxsize=1024)
-def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, int, int]:
+def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, ...]:
     return ConvShape.unpack(geometry).call_sizes(first, second)
 
 

@@ -232,11 +232,13 @@ def _by_size(
         count, mixed = values[0], row == len(sizes) - 1
         if count:
             size = [-(-total // count) for total in size] if mixed else size
+            whole, used = tuple(size[:3]), tuple(size[3:6])
             groups = {"first": tuple(values[13:16]), "second": tuple(values[16:19]), "pairs": _table(values[4:13])}
             passed = _passed(life, step, size, reuse) if reuse else None
-            rest = {"count": count, "sizes": tuple(size), "macs": values[1], "passed": passed}
+            plan = {"sizes": whole, "used": None if used == whole else used, "groups": size[6]}
+            rest = {"count": count, "macs": values[1], "passed": passed, **plan}
             calls.append(Calls.model_validate({**rest, **groups}))
-    return tuple(sorted(calls, key=lambda each: each.sizes))
+    return tuple(sorted(calls, key=lambda each: each.size))
 
 
 def _wide(emulation: LayerState) -> dict[tuple[str, str], str]:

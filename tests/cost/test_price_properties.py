@@ -46,7 +46,7 @@ def calls(draw: st.DrawFn) -> StepCounts:
     """One call of one step of one of two layers."""
     first, second, result = draw(sizes)
     pairs = tuple(tuple(draw(count) for _ in range(3)) for _ in range(3))
-    return step(
+    entry = step(
         draw(st.sampled_from(STEPS)),
         layer=draw(st.sampled_from(["conv1", "conv2"])),
         pairs=pairs,
@@ -56,6 +56,13 @@ def calls(draw: st.DrawFn) -> StepCounts:
         result=result,
         passed=draw(st.none() | st.tuples(*[st.sampled_from([0, 1, 100, 5000])] * 3)),
     )
+    return grouped(entry, draw(st.sampled_from([1, 4])))
+
+
+def grouped(entry: StepCounts, groups: int, used: tuple[int, int, int] | None = None) -> StepCounts:
+    """The same call in so many groups, of so many elements."""
+    (one,) = entry.by_size
+    return entry.model_copy(update={"by_size": (one.model_copy(update={"groups": groups, "used": used}),)})
 
 
 def beside(entry: StepCounts) -> VectorOpCounts:
@@ -116,6 +123,17 @@ def test_a_sum_of_runs_costs_the_sum_of_their_costs(entries: list[StepCounts], c
     assert price(whole, CHIPS[name]).time_s <= sum(times) * (1 + 1e-12)
 
 
+@quick
+@given(st.lists(groups(900), min_size=2, max_size=5), st.integers(1, 900), names)
+def test_a_sum_of_runs_that_use_some_elements_costs_the_sum_to_a_bit(
+    firsts: list[tuple[int, int, int]], used: int, name: str
+) -> None:
+    entries = [grouped(step(first=first, second=(0, 30, 10), result=50), 1, (used, 40, 50)) for first in firsts]
+    whole, parts = price(run(entries), CHIPS[name]), [price(run([entry]), CHIPS[name]) for entry in entries]
+    more = sum(part.total.dram_bits or 0 for part in parts) - (whole.total.dram_bits or 0)
+    assert 0 <= more < len(entries)
+
+
 @settings(quick, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(st.lists(calls(), min_size=2, max_size=6), names)
 def test_split_saved_loaded_and_merged_is_priced_alike(tmp_path: Path, entries: list[StepCounts], name: str) -> None:
@@ -139,8 +157,9 @@ def moved(entry: StepCounts, operand: str, source: int, target: int, share: floa
     pairs = [list(row) for row in zip(*lines, strict=True)] if operand == "first" else lines
     elements = {name: getattr(entry, name).elements for name in ("first", "second")}
     elements[operand] = tuple(move(list(elements[operand])))
-    result, passed = entry.by_size[0].sizes[2], entry.by_size[0].passed
-    return step(entry.step, entry.layer, pairs, entry.padding, entry.not_run, **elements, result=result, passed=passed)
+    one = entry.by_size[0]
+    rest = {"result": one.sizes[2], "passed": one.passed}
+    return grouped(step(entry.step, entry.layer, pairs, entry.padding, entry.not_run, **elements, **rest), one.groups)
 
 
 def assert_no_dearer(less: CostRow, more: CostRow, parts: tuple[str, ...] = COMPONENTS) -> None:
@@ -169,11 +188,13 @@ def test_more_zeros_and_fewer_fp16_elements_never_cost_more(
 @quick
 @given(st.lists(calls(), min_size=1, max_size=5), names, st.integers(1, 5000), st.integers(0, 20000))
 def test_more_sram_never_moves_more(entries: list[StepCounts], name: str, few: int, more: int) -> None:
-    """A bit of a larger SRAM takes more energy, MACs that read it bottom-up too; it is DRAM that it saves."""
+    """In dense FP16, in which the plan is made. A bit of a larger SRAM takes more energy; it is DRAM that it saves."""
     less, most = (
         price(run(entries), CHIPS[name].with_values({"sram_bytes": size})).total for size in (few + more, few)
     )
-    assert_no_dearer(less, most, ("simd", "dram"))
+    assert less.dense_dram_bits <= most.dense_dram_bits  # type: ignore[operator]
+    if name == "dense-fp16":
+        assert_no_dearer(less, most, ("simd", "dram"))
 
 
 @quick

@@ -249,7 +249,7 @@ def test_counts_of_older_versions_are_priced_as_far_as_they_know(version: int, t
     assert {name: price(counts, name).total.energy_zj for name in OLD_PRICES} == OLD_PRICES
     assert price(counts, "lnpu").float_macs == (1000 if version == 3 else None)
     counts.save(tmp_path / "again.json")
-    assert json.loads((tmp_path / "again.json").read_text())["version"] == 5
+    assert json.loads((tmp_path / "again.json").read_text())["version"] == 6
     assert Counts.load(tmp_path / "again.json") == counts
 
 
@@ -287,7 +287,7 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], str], str]] = [
     (lambda data: "", "not valid JSON"),
     (lambda data: "[]", "not a counts file"),
     (lambda data: json.dumps({"steps": data["steps"]}), "not a counts file"),
-    (lambda data: json.dumps({**data, "version": 6}), "version 6; this lnpu_torch reads up to 5"),
+    (lambda data: json.dumps({**data, "version": 7}), "version 7; this lnpu_torch reads up to 6"),
     (lambda data: json.dumps({**data, "more": 1}), "unknown key 'more'"),
     (lambda data: json.dumps({**data, "steps": data["steps"] * 2}), "stands twice"),
     (_step_key("padding", 11), "macs 55 are not pairs"),
@@ -295,6 +295,8 @@ DAMAGED: list[tuple[Callable[[dict[str, Any]], str], str]] = [
     (_step_key("calls", 1.5), "calls"),
     (_step_key("by_size", [{**BY_SIZE, "first": [5, 3, 1]}]), "first elements are not the sum"),
     (_step_key("by_size", [{**BY_SIZE, "count": 0}]), "count"),
+    (_step_key("by_size", [{**BY_SIZE, "groups": 0}]), "groups"),
+    (_step_key("by_size", [{**BY_SIZE, "used": [10, 9, 6]}]), r"\(10, 9, 6\) elements are used of \(10, 8, 6\)"),
     (_step_key("step", "sideways"), "'sideways'"),
     (_step_key("pairs", [[1, 2, 3]]), "pairs"),
 ]

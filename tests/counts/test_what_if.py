@@ -108,11 +108,15 @@ def test_the_same_samples_in_other_batches() -> None:
         kind="activation", phase="forward", op="relu", calls=2, read=12, written=12, operations=12, special=0,
         layer="conv1", uses=((160, 12, 12),),
     )  # fmt: skip
+    (call,) = forward.by_size
+    strided = call.model_copy(update={"used": (5, 4, 5), "groups": 2})
+    forward = forward.model_copy(update={"by_size": (strided,)})
     was = Counts(steps=(forward,), vector_ops=VectorOpCounts(entries=(relu, update)))
     now = checked(was.with_batch(3, was=5))
     entry = now.steps[0]
     assert (entry.calls, entry.macs, entry.pairs) == (4, forward.macs, forward.pairs)
     assert batches(entry) == [(1, (2, 8, 1)), (3, (6, 8, 3))]  # ten samples: three, three, three and one
+    assert [(calls.used, calls.groups) for calls in entry.by_size] == [((1, 4, 1), 2), ((3, 4, 3), 2)]
     assert entry.first == forward.first and entry.second.elements == (0, 24, 8)
     assert [sum(calls.first) for calls in entry.by_size] == [2, 18]
     assert [calls.passed for calls in entry.by_size] == [(0, 256, 0), (0, 640, 0)]  # 58 whatever the batch

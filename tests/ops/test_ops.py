@@ -138,7 +138,7 @@ def test_counted_steps(geometry):
     counters = []
     for name in ("auto", "reference"):
         counter = torch.zeros(3, counting.ROWS, counting.WIDTH, dtype=torch.int64)
-        sizes = torch.zeros(3, counting.SIZES + 1, 3, dtype=torch.int64)
+        sizes = torch.zeros(3, counting.SIZES + 1, counting.CALL, dtype=torch.int64)
         with dispatch.backend(name):
             weights = (over_out_channels(weight, geometry.groups), over_in_channels(weight))
             held = torch.zeros(3, 2, len(LANE_CONFIGS), dtype=torch.int64)

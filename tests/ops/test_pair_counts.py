@@ -1,5 +1,7 @@
 """Counts against brute force: every slot of every step, walked one by one, for all kinds of geometry."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,6 +24,19 @@ from lnpu_torch.ops.pair_counts import reference as counting
 @pytest.fixture(params=GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def geometry(request):
     return request.param
+
+
+def test_used_elements(geometry):
+    """Against a walk over all slots of a channel and a sample."""
+    g, used = geometry, {"conv_input": set(), "conv_output": set(), "weight": set()}
+    for p, r in itertools.product(*(itertools.product(*map(range, sizes)) for sizes in (g.conv_output, g.kernel))):
+        h = tuple(p[d] * g.stride[d] - g.padding[d] + r[d] * g.dilation[d] for d in range(len(p)))
+        if all(0 <= h[d] < g.conv_input[d] for d in range(len(p))):
+            used["conv_input"].add(h)
+            used["conv_output"].add(p)
+            used["weight"].add(r)
+    channels = {tensor: g.shape(tensor)[0] * g.shape(tensor)[1] for tensor in used}
+    assert {tensor: g.used(tensor) for tensor in used} == {each: channels[each] * len(used[each]) for each in used}
 
 
 def test_pair_tables(geometry):
@@ -72,7 +87,8 @@ class Compiled:
 
 def _counted(counter, count, *arguments):
     counters = torch.zeros(1, counting.ROWS, counting.WIDTH, dtype=torch.int64)
-    sizes, lanes = torch.zeros(1, counting.SIZES + 1, 3, dtype=torch.int64), torch.zeros(1, 2, len(LANE_CONFIGS)).long()
+    sizes = torch.zeros(1, counting.SIZES + 1, counting.CALL, dtype=torch.int64)
+    lanes = torch.zeros(1, 2, len(LANE_CONFIGS), dtype=torch.int64)
     count(counting.StepCounters(counters, sizes, lanes, 0), *arguments)
     assert sizes[0, 0].all() and not lanes.any()
     counter += counters[0, 0]

@@ -46,6 +46,40 @@ def operations(counts: lnpu.Counts) -> int:
     return sum(row.operations or 0 for row in lnpu.price(counts, "lnpu").rows)
 
 
+def test_a_call_says_what_of_it_is_used_and_in_how_many_groups() -> None:
+    strided, grouped, few = (
+        nn.Conv2d(4, 8, 1, stride=2, bias=False),
+        nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False),
+        nn.Conv2d(8, 4, 3, stride=3, padding=1, bias=False),  # of a 2x2 image, where five of nine weights meet border
+    )
+    model = lnpu.convert(nn.Sequential(strided, grouped, few), "fp16")
+    with lnpu.CostCounter(model) as cost:
+        model(torch.randn(2, 4, 4, 4)).sum().backward()
+    found = {(entry.layer, entry.step): entry.by_size[0] for entry in cost.counts.steps if entry.by_size}
+    assert {key: (calls.sizes, calls.used, calls.groups) for key, calls in found.items()} == {
+        ("0", "forward"): ((128, 32, 64), (32, 32, 64), 1),
+        ("0", "grad_weight"): ((128, 64, 32), (32, 64, 32), 1),
+        ("1", "forward"): ((64, 288, 64), None, 2),
+        ("1", "grad_input"): ((64, 288, 64), None, 2),
+        ("1", "grad_weight"): ((64, 64, 288), None, 2),
+        ("2", "forward"): ((64, 288, 8), (64, 128, 8), 1),
+        ("2", "grad_input"): ((8, 288, 64), (8, 128, 64), 1),
+        ("2", "grad_weight"): ((64, 8, 288), (64, 8, 128), 1),
+    }
+
+
+def test_a_batched_product_has_a_group_for_each_entry() -> None:
+    class Heads(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a @ b
+
+    model = lnpu.convert(Heads(), "fp16")
+    with lnpu.CostCounter(model) as cost, torch.no_grad():
+        model(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 7))
+    ((calls,),) = (entry.by_size for entry in cost.counts.steps)
+    assert (calls.sizes, calls.used, calls.groups) == ((6 * 20, 6 * 35, 6 * 28), None, 6)
+
+
 @pytest.mark.parametrize("before", [0, 2, 9])
 def test_what_was_done_before_a_conversion_is_kept_and_added(before: int) -> None:
     model = network()

@@ -77,10 +77,18 @@ class ConvShape:
         """Elements of the "conv_input" grid, the "conv_output" grid or the "weight"."""
         return prod(self.shape(tensor))
 
-    def call_sizes(self, first: str, second: str) -> tuple[int, int, int]:
-        """Elements of a step's two operands and of its result, which is the tensor that is left."""
+    def used(self, tensor: str) -> int:
+        """Elements of a tensor that the kernel joins with any of the other two tensors.
+
+        Fewer than all where a stride exceeds the kernel, or where a kernel offset falls outside of the grid everywhere.
+        """
+        return prod(self.shape(tensor)[:2]) * prod(self._used(tensor, dim) for dim in range(len(self.kernel)))
+
+    def call_sizes(self, first: str, second: str) -> tuple[int, ...]:
+        """Sizes of a step with these operands [CALL]; its result is the tensor that is left."""
         (result,) = {"conv_input", "conv_output", "weight"} - {first, second}
-        return self.elements(first), self.elements(second), self.elements(result)
+        tensors = (first, second, result)
+        return *(self.elements(each) for each in tensors), *(self.used(each) for each in tensors), self.groups
 
     def pack(self) -> list[int]:
         """The sizes as one list, for the signature of an op; `unpack` is its inverse."""
@@ -102,6 +110,16 @@ class ConvShape:
         dims = range(len(self.kernel))
         per_dimension = [[conv_output.stop - conv_output.start for conv_output, _ in self.overlap(dim)] for dim in dims]
         return [prod(combination) for combination in itertools.product(*per_dimension)]
+
+    def _used(self, tensor: str, dim: int) -> int:
+        """Positions of a tensor along one dimension that are joined with any other."""
+        if tensor == "weight":
+            return sum(conv_output.stop > conv_output.start for conv_output, _ in self.overlap(dim))
+        joined = bytearray(self.shape(tensor)[2 + dim])
+        for conv_output, conv_input in self.overlap(dim):
+            positions = conv_input if tensor == "conv_input" else conv_output
+            joined[positions] = b"\1" * len(joined[positions])
+        return sum(joined)
 
     def _overlap(self, dim: int, offset: int) -> tuple[slice, slice]:
         stride = self.stride[dim]

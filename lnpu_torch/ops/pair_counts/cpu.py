@@ -13,7 +13,7 @@ from torch import Tensor
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.pair_counts import cpu_loops
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
-from lnpu_torch.ops.pair_counts.reference import ROWS, SIZES, WIDTH, StepCounters
+from lnpu_torch.ops.pair_counts.reference import CALL, ROWS, SIZES, WIDTH, StepCounters
 from lnpu_torch.ops.parallel import team
 
 Array = np.ndarray[Any, Any]
@@ -61,7 +61,7 @@ def _addresses(to: StepCounters) -> tuple[int, int, int]:
     counters, sizes, lanes, step = to
     return (
         counters.data_ptr() + 8 * step * ROWS * WIDTH,
-        sizes.data_ptr() + 8 * step * (SIZES + 1) * 3,
+        sizes.data_ptr() + 8 * step * (SIZES + 1) * CALL,
         lanes.data_ptr() + 8 * step * 2 * len(LANE_CONFIGS),
     )
 

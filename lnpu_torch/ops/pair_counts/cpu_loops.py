@@ -12,7 +12,7 @@ from numba import int32, int64, uint8, uint64
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS
 from lnpu_torch.ops.arrays import array_at
 from lnpu_torch.ops.numba_jit import compiled, inlined
-from lnpu_torch.ops.pair_counts.reference import MIXED, ROWS, SIZES, WIDTH
+from lnpu_torch.ops.pair_counts.reference import CALL, MIXED, ROWS, SIZES, WIDTH
 from lnpu_torch.ops.parallel import bounds, in_parallel, shares_of, sum_shares
 
 ENTRIES = len(LANE_CONFIGS)
@@ -259,17 +259,17 @@ def add_grid_step(team, counting, conv_input, conv_output, meets, sizes, output_
 @compiled
 def _row(counters, known, call):
     """A step's counters for a call of these sizes: `pair_counts.reference.row_of`, int64 [WIDTH]."""
-    rows, sizes = array_at(counters, (ROWS, WIDTH), int64), array_at(known, (SIZES + 1, 3), int64)
+    rows, sizes = array_at(counters, (ROWS, WIDTH), int64), array_at(known, (SIZES + 1, CALL), int64)
     for row in range(SIZES):
         free, same = True, True
-        for i in range(3):
+        for i in range(CALL):
             free &= sizes[row, i] == 0
             same &= sizes[row, i] == call[i]
         if free or same:
-            for i in range(3):
+            for i in range(CALL):
                 sizes[row, i] = call[i]
             return rows[row]
-    for i in range(3):
+    for i in range(CALL):
         sizes[SIZES, i] += call[i]
     return rows[MIXED]
 

@@ -19,6 +19,10 @@ from lnpu_torch.ops.quantize.reference import FP8, FP16
 WIDTH = 19
 """Integers that describe one step: calls, macs, padding, not_run, pairs [3, 3], elements of both operands [2, 3]."""
 
+CALL = 7
+"""Integers that describe a size of call: elements of both operands and of the result, how many of each are used
+(`ConvShape.used`), and groups."""
+
 SIZES = 8
 """Sizes of calls (batches, as a rule) that each step counts apart; calls of further sizes are counted together."""
 
@@ -30,7 +34,7 @@ class StepCounters(NamedTuple):
     """Where a step is counted: in a layer's tensors, at the step's place.
 
     `counters`: int64 [steps, ROWS, WIDTH], to the row of which that `row_of` tells. `sizes`: int64
-    [steps, SIZES + 1, 3], on the host. `lanes`: int64 [steps, operands, LANE_CONFIGS].
+    [steps, SIZES + 1, CALL], on the host. `lanes`: int64 [steps, operands, LANE_CONFIGS].
     """
 
     counters: Tensor
@@ -43,9 +47,9 @@ def row_of(sizes: Tensor, call: Sequence[int]) -> int:
     """The row of a step's counters that a call belongs to, by its size; a size that is new is noted.
 
     Args:
-        sizes: int64 [SIZES + 1, 3], on the host: what each row stands for, zeros where it is free; in the last row
+        sizes: int64 [SIZES + 1, CALL], on the host: what each row stands for, zeros where it is free; in the last row
             the sum over all calls of further sizes.
-        call: elements of both operands and of the result.
+        call: what `ConvShape.call_sizes` gives.
     """
     for row, known in enumerate(sizes.tolist()[:SIZES]):
         if not any(known):
