@@ -117,11 +117,11 @@ CHANGES: dict[str, Callable[[Evidence], Evidence]] = {
     ),
 }
 BY_LAYERS = {"zeros_vgg16", "zeros_alexnet", "zeros_resnet18", "fgmp_over_sparse_fp16", "memory_access"}
-BY_LAYERS |= {"resnet18_efficiency", "fp8_share", "over_v100"}
+BY_LAYERS |= {"resnet18_efficiency", "fp8_share"}
 MOVED = {
     "its layers": BY_LAYERS,
     "its accuracy": {"accuracy"},
-    "its curves": {"peak_efficiency", "dense_efficiency", "dense_power", "fp8_energy"},
+    "its curves": {"peak_efficiency", "dense_efficiency", "dense_power", "fp8_energy", "over_v100"},
 }
 
 
