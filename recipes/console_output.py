@@ -84,12 +84,25 @@ def epoch(row: Mapping[str, Any], epochs: int, reports: Sequence[lnpu.Report]) -
     if row.get("counted_steps") is not None:
         error = "unknown" if row["energy_error"] is None else f"{row['energy_error']:.2%}"
         lines[0] += f"; energy extrapolated from {row['counted_steps']} counted step(s), standard error {error}"
-    for report in reports:
-        total, steps = report.total, report.by("step").rows
-        by_step = ", ".join(f"{step.step} {si(step.energy_pj, 'pJ')}" for step in steps)
-        shares = f"FP8 {_share(total.fp8_share)}, zeros {_share(total.zero_share)}"
-        lines.append(f"  {report.chip}: {si(total.energy_pj, 'pJ')} = {by_step}; {shares}; {si(report.time_s, 's')}")
+    if reports:
+        total = reports[0].total
+        lines[0] += f"; FP8 {_share(total.fp8_share)}, zeros {_share(total.zero_share)}"
+    lines += [f"  {report.chip}: {cost(report, reports[0])}" for report in reports]
     return Text("\n".join(lines))
+
+
+def cost(report: lnpu.Report, first: lnpu.Report) -> str:
+    """Energy on the chip, with DRAM, and time, in words; each over that of the first chip."""
+    total, of_first = report.total, first.total
+    words = f"{si(total.energy_pj, 'pJ')} on the chip{_times(total.energy_pj, of_first.energy_pj)}"
+    if total.dram_energy_pj is not None:
+        words += f", {si(total.all_energy_pj, 'pJ')} with DRAM{_times(total.all_energy_pj, of_first.all_energy_pj)}"
+    return f"{words}; {si(report.time_s, 's')}{_times(report.time_s, first.time_s)}"
+
+
+def _times(value: float | None, first: float | None) -> str:
+    """ " (1.31x)", or nothing for the first itself."""
+    return f" ({value / first:.2f}x)" if value and first and value != first else ""
 
 
 def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> RenderableType:

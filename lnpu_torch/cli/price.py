@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.comparison import Comparison, Summary
 from lnpu_torch.cost.pricing import price as price_on
 from lnpu_torch.cost.report import Report, csv_text, json_text
 from lnpu_torch.cost.sensitivity import sensitivity
@@ -20,15 +20,16 @@ from lnpu_torch.files import ConfigError, user_path
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.reporting.sweep_plot import require_matplotlib, save_plot
 
-File = Annotated[
-    Path, typer.Argument(metavar="COUNTS", parser=user_path, help="A counts file, as in a run's folder counts/.")
-]
+_COUNTS = typer.Argument(metavar="COUNTS", parser=user_path, help="A counts file, as in a run's folder counts/.")
+File = Annotated[Path, _COUNTS]
+Files = Annotated[list[Path], _COUNTS]
 Chips = Annotated[
     list[str],
     typer.Option("--chip", parser=expanduser, metavar="NAME", help="A built-in chip or a YAML file; may be repeated."),
 ]
 Voltage = Annotated[float | None, typer.Option(help="Run the chips at this voltage, such as 0.9, not at their own.")]
 By = Annotated[Literal["layer", "step"] | None, typer.Option(help="Sum up by layer or by step.")]
+Full = Annotated[bool, typer.Option("--full", help="Print every row and all notes, not the sums alone.")]
 Format = Annotated[Literal["table", "json", "csv"], typer.Option(help="How to print it.")]
 Settings = Annotated[
     list[str],
@@ -37,23 +38,32 @@ Settings = Annotated[
 
 
 def price(
-    counts: File,
+    counts: Files,
     chip: Chips = ["lnpu"],  # noqa: B006 - typer reads it, and hands out copies
     voltage: Voltage = None,
     by: By = None,
     format: Format = "table",
+    full: Full = False,
     ranges: Annotated[
         bool, typer.Option("--ranges", help="Show what the range of each constant does, in place of layers.")
     ] = False,
 ) -> None:
-    """Price what a run counted on one chip or several."""
-    counted = load(counts)
-    if ranges:
-        if by or format != "table":
-            raise ConfigError("--ranges prints a table of its own: without --by and --format")
-        print(sensitivity(counted, [read_chip(name, voltage) for name in chip]))
-        return
-    print_reports([price_on(counted, read_chip(name, voltage)) for name in chip], by, format)
+    """Price what a run counted on one chip or several: its sums, or every layer (--full), or --by layer or step."""
+    if ranges and (by or full or format != "table"):
+        raise ConfigError("--ranges prints a table of its own: without --by, --full and --format")
+    if len(counts) > 1 and format != "table":
+        raise ConfigError(f"--format {format}: of one file of counts, and these are {len(counts)}")
+    chips = [read_chip(name, voltage) for name in chip]
+    for path in counts:
+        counted = load(path)
+        if len(counts) > 1:
+            print(f"{path}\n")
+        if ranges:
+            print(sensitivity(counted, chips))
+        else:
+            print_reports([price_on(counted, each) for each in chips], by, format, full)
+        if path != counts[-1]:
+            print()
 
 
 def sweep(
@@ -92,10 +102,12 @@ def load(path: Path) -> Counts:
     return counted
 
 
-def print_reports(reports: list[Report], by: Literal["layer", "step"] | None, format: str) -> None:
-    """One report, or several side by side."""
+def print_reports(reports: list[Report], by: Literal["layer", "step"] | None, format: str, full: bool) -> None:
+    """One report, or several side by side; as a table its sums alone, unless rows are asked for."""
     reports = [report.by(by) for report in reports] if by else reports
-    if format == "table":
+    if format == "table" and not (by or full):
+        print(f"{Summary(reports)}\n--full: every layer, what the figures rest on, and all notes")
+    elif format == "table":
         print(reports[0] if len(reports) == 1 else Comparison(reports))
     else:
         text = {"json": json_text, "csv": csv_text}[format]

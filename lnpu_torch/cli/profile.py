@@ -11,7 +11,7 @@ import typer
 
 import lnpu_torch as lnpu
 from lnpu_torch.cli.importing import import_model, parse_shape
-from lnpu_torch.cli.price import By, Chips, Format, Voltage, print_reports
+from lnpu_torch.cli.price import By, Chips, Format, Full, Voltage, print_reports
 from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.step_choices import Loss, OptimizerName
 
@@ -34,6 +34,7 @@ def profile(
     inference: Annotated[bool, typer.Option("--inference", help="A forward pass in evaluation mode alone.")] = False,
     by: By = None,
     format: Format = "table",
+    full: Full = False,
 ) -> None:
     """Run one training step of any importable model on random input, and price it.
 
@@ -57,12 +58,13 @@ def profile(
     with lnpu.CostCounter(network) as cost:
         step.run() if step else infer(network, batch)
     if format == "table":
-        print(lnpu.coverage(network))
+        covered = str(lnpu.coverage(network))
+        print(covered if full else covered.partition(" In float:")[0])
         print("one forward pass" if step is None else f"one training step, its loss times {step.scale:g}")
     if silent := silent_layers(cost.counts):
         told = f"all errors of {len(silent)} layers are zero, and their products skipped; the first is {silent[0]}"
         print(told, file=sys.stderr)
-    print_reports([cost.report(chip=each) for each in chips], by, format)
+    print_reports([cost.report(chip=each) for each in chips], by, format, full)
 
 
 def _left(network: nn.Module) -> str:

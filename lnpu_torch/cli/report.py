@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lnpu_torch.cost.report import csv_text
-from lnpu_torch.files import user_path, write_text
+from lnpu_torch.files import ConfigError, user_path, write_text
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.reporting import figure_style
 from lnpu_torch.reporting.figures import figures
@@ -18,8 +18,8 @@ from lnpu_torch.reporting.html_page import page
 from lnpu_torch.reporting.run_reader import read_run
 from lnpu_torch.reporting.run_report import RunReport
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="RUN", parser=user_path, help="A run's folder, as `lnpu train` makes it.")
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="RUN", parser=user_path, help="A run's folder, as `lnpu train` makes it.")
 ]
 Chips = Annotated[
     list[str] | None,
@@ -39,7 +39,7 @@ Csv = Annotated[Path | None, _path("--csv", help="Write the whole run's layers a
 
 
 def report(
-    run: Folder,
+    run: Folders,
     chip: Chips = None,
     voltage: Voltage = None,
     out: Out = None,
@@ -47,7 +47,28 @@ def report(
     json: Json = None,
     csv: Csv = None,
 ) -> None:
-    """Write the page of a run: energy, zeros, FP8, chips side by side, layers; one HTML file that opens offline."""
+    """Write the page of a run: energy, zeros, FP8, chips side by side, layers; one HTML file that opens offline.
+
+    Of several runs, each gets its own page; `lnpu compare` sets them side by side.
+    """
+    given = {"--out": out, "--plots": plots, "--json": json, "--csv": csv}
+    if len(run) > 1 and any(given.values()):
+        raise ConfigError(f"{', '.join(name for name, each in given.items() if each)}: of one run, not of {len(run)}")
+    for folder in run:
+        written = _write(folder, chip, voltage, out, plots, json, csv)
+        print("saved: " + ", ".join(map(str, written)))
+
+
+def _write(
+    run: Path,
+    chip: list[str] | None,
+    voltage: float | None,
+    out: Path | None,
+    plots: Path | None,
+    json: Path | None,
+    csv: Path | None,
+) -> list[Path]:
+    """Write a run's page, and what else is asked for; returns what was written."""
     found = read_run(run)
     chips = [read_chip(name, voltage) for name in chip or found.chips]
     priced, written = RunReport.of(found, chips), list[Path]()
@@ -66,4 +87,4 @@ def report(
     if csv:
         written.append(csv)
         write_text(csv, csv_text([each.report for each in priced.chips]))
-    print("saved: " + ", ".join(map(str, written)))
+    return written

@@ -1,4 +1,4 @@
-"""Comparison: reports of one run on several chips, side by side."""
+"""Reports of one run on several chips, side by side: every row, or the sums alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from lnpu_torch.cost.report import (
     TRAFFIC,
     Report,
     access,
+    bounds,
     caveats,
     energy_range,
     lacking,
     modelled,
+    most,
     names,
 )
 from lnpu_torch.text_tables import Tables, add_row, plain_table, si
@@ -99,6 +101,47 @@ class Comparison(Tables):
             ratio = _ratio(total.dram_bits, first.total.dram_bits)
             add_row(table, report.chip, *numbers, access(total), ratio, access(report.of_layers().total))
         return table
+
+
+class Summary(Tables):
+    """The sums of one run on one chip or several, and what takes most of them, in a few lines."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self.reports = tuple(reports)
+
+    def _blocks(self) -> list[RenderableType]:
+        first = self.reports[0].total
+        table = plain_table("Energy and time", ["chip"], ["on the chip", "with DRAM", "time", "clock", "TFLOPS/W"])
+        table.add_column("bound by")
+        for report in self.reports:
+            total, efficiency = report.total, report.tflops_per_watt
+            add_row(
+                table,
+                report.chip,
+                _over(si(total.energy_pj, "pJ"), total.energy_pj, first.energy_pj),
+                _over(si(total.all_energy_pj, "pJ"), total.all_energy_pj, first.all_energy_pj),
+                _over(si(report.time_s, "s"), report.time_s, self.reports[0].time_s),
+                si(report.clock_hz, "Hz"),
+                "-" if efficiency is None else f"{efficiency:.2f}",
+                bounds(report).partition(",")[0] or "-",
+            )
+        return [table, *map(Text, self._lines())]
+
+    def _lines(self) -> Iterator[str]:
+        """Shares of what was counted, what takes most, and what is in no total."""
+        report = self.reports[0]
+        total = report.total
+        if total.zero_share is not None and total.fp8_share is not None:
+            yield f"streamed operands: zeros {total.zero_share:.1%}, FP8 {total.fp8_share:.1%} of the others"
+        if total.all_energy_pj:
+            yield f"chip and DRAM of {report.chip} by step: {most(report.by('step'))}"
+            yield f"by layer: {most(report.by('layer'))}"
+        yield from dict.fromkeys(line for each in self.reports for line in (*caveats(each), *lacking(each)))
+
+
+def _over(text: str, value: float | None, first: float | None) -> str:
+    """A figure with how many times the first chip's it is, unless it is that one's."""
+    return f"{text} ({value / first:.2f}x)" if value and first and value != first else text
 
 
 def _with_border(total: CostRow) -> float | None:

@@ -309,22 +309,29 @@ LARGEST = 5
 """How many shares a report names."""
 
 
-def _shares(report: Report) -> list[str]:
-    """What takes most of the energy of chip and DRAM; and after which layers vector operations do."""
-    whole = report.total.all_energy_pj
-    if not whole:
-        return []
+def most(report: Report) -> str:
+    """What takes most of the energy of chip and DRAM, row by row; nothing if there is none."""
     labels = (" ".join(word for word in (names(row)[0], row.step) if word != ALL) for row in report.rows)
     rows = {label: row.all_energy_pj or 0.0 for label, row in zip(labels, report.rows, strict=True)}
+    return _largest(rows, report.total.all_energy_pj)
+
+
+def _shares(report: Report) -> list[str]:
+    """What takes most of the energy of chip and DRAM; and after which layers vector operations do."""
     after: dict[str, float] = {}
     for part in report.parts:
         if part.after:
             after[part.after] = after.get(part.after, 0.0) + (part.all_energy_pj or 0.0)
-    lines = [f"most of chip and DRAM: {_largest(rows, whole)}"]
-    return lines + ([f"vector operations, by the layer before them: {_largest(after, whole)}"] if after else [])
+    lines = {
+        "most of chip and DRAM": most(report),
+        "vector operations, by the layer before them": _largest(after, report.total.all_energy_pj),
+    }
+    return [f"{words}: {shares}" for words, shares in lines.items() if shares]
 
 
-def _largest(energies: Mapping[str, float], whole: float) -> str:
+def _largest(energies: Mapping[str, float], whole: float | None) -> str:
+    if not whole:
+        return ""
     found = sorted(energies.items(), key=lambda each: -each[1])[:LARGEST]
     return ", ".join(f"{name} {energy / whole:.1%}" for name, energy in found)
 
@@ -348,15 +355,13 @@ def _time(report: Report) -> str:
     """What the run's time is made of: what each worker takes alone, and what each adds where it takes longest."""
     alone = {"multipliers": report.mac_time_s, "DRAM": report.dram_time_s, "SIMD": report.simd_time_s}
     words = ", ".join(f"{name} {si(time, 's')}" for name, time in alone.items())
-    added = ", ".join(
-        f"{name} {cycles / report.clock_hz / (report.time_s or 1):.0%}" for name, cycles in _bounds(report)
-    )
-    return f"time: each alone {words}; layer after layer the longest: {added or 'none'}"
+    return f"time: each alone {words}; layer after layer the longest: {bounds(report) or 'none'}"
 
 
-def _bounds(report: Report) -> list[tuple[str, float]]:
-    """Cycles of the run's time by what took longest, most first."""
-    return sorted(report.total.time_by.items(), key=lambda each: -each[1])
+def bounds(report: Report) -> str:
+    """The shares of the run's time by what took longest, most first."""
+    found = sorted(report.total.time_by.items(), key=lambda each: -each[1])
+    return ", ".join(f"{name} {cycles / report.clock_hz / (report.time_s or 1):.0%}" for name, cycles in found)
 
 
 def _layers_access(report: Report) -> list[str]:

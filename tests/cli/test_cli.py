@@ -21,11 +21,12 @@ from helpers.command import lnpu_command, refused
 from helpers.handmade import network
 from lnpu_torch.cli import app as cli
 from lnpu_torch.cli.importing import import_model
-from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.comparison import Comparison, Summary
 from lnpu_torch.cost.report import csv_text, json_text
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.training_step import TrainingStep
+from lnpu_torch.text_tables import si
 
 
 @pytest.fixture
@@ -42,11 +43,33 @@ def test_help_and_version() -> None:
 
 def test_price_prints_a_table_for_one_chip_and_a_comparison_for_several(counts: str) -> None:
     loaded = lnpu.Counts.load(counts)
-    assert lnpu_command("price", counts).stdout == f"{lnpu.price(loaded, 'lnpu')}\n"
+    assert lnpu_command("price", counts, "--full").stdout == f"{lnpu.price(loaded, 'lnpu')}\n"
     assert lnpu_command("price", counts, "--by", "layer").stdout == f"{lnpu.price(loaded, 'lnpu').by('layer')}\n"
-    several = lnpu_command("price", counts, "--chip", "lnpu", "--chip", "dense-fp16").stdout
+    several = lnpu_command("price", counts, "--chip", "lnpu", "--chip", "dense-fp16", "--full").stdout
     assert "lnpu" in several
     assert "dense-fp16" in several
+
+
+def test_price_sums_up_in_a_dozen_lines(counts: str) -> None:
+    """Energy without and with DRAM, time, and how many times the first chip's they are."""
+    reports = [lnpu.price(lnpu.Counts.load(counts), name) for name in ("lnpu", "dense-fp16")]
+    said = lnpu_command("price", counts, "--chip", "lnpu", "--chip", "dense-fp16").stdout
+    assert said == f"{Summary(reports)}\n--full: every layer, what the figures rest on, and all notes\n"
+    lines = said.splitlines()
+    assert len(lines) <= 13 and max(map(len, lines)) <= 110
+    first, dense = (report.total for report in reports)
+    row = next(line for line in lines if line.startswith("  dense-fp16"))
+    assert f"{si(dense.energy_pj, 'pJ')} ({dense.energy_pj / first.energy_pj:.2f}x)" in row
+    assert f"{si(dense.all_energy_pj, 'pJ')} ({dense.all_energy_pj / first.all_energy_pj:.2f}x)" in row
+    assert "zeros 50.0%" in said and "by step: " in said
+
+
+def test_price_takes_several_files(counts: str, tmp_path: Path) -> None:
+    (network() * 2).save(tmp_path / "twice.json")
+    twice = str(tmp_path / "twice.json")
+    blocks = [f"{path}\n\n{lnpu_command('price', path).stdout}" for path in (counts, twice)]
+    assert lnpu_command("price", counts, twice).stdout == "\n".join(blocks)
+    assert "--format csv: of one file of counts, and these are 2" in refused("price", counts, twice, "--format", "csv")
 
 
 def test_price_prints_json_and_csv(counts: str) -> None:
@@ -62,7 +85,7 @@ def test_price_prints_json_and_csv(counts: str) -> None:
 @pytest.mark.parametrize("by", [None, "layer", "step"])
 @pytest.mark.parametrize("chips", [["lnpu"], ["sparse-inference", "lnpu"]], ids=len)
 def test_price_prints_what_the_library_gives(chips: list[str], by: Any, counts: str) -> None:
-    arguments = ["price", counts, "--voltage", "0.9", *(["--by", by] if by else [])]
+    arguments = ["price", counts, "--voltage", "0.9", *(["--by", by] if by else ["--full"])]
     reports = [lnpu.price(lnpu.Counts.load(counts), lnpu.chip(name, 0.9)) for name in chips]
     reports = [report.by(by) for report in reports] if by else reports
     table = str(reports[0] if len(reports) == 1 else Comparison(reports))

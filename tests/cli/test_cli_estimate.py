@@ -30,7 +30,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 def test_a_table_is_priced_and_its_counts_are_written(tmp_path: Path) -> None:
     out = tmp_path / "counts.json"
-    result = lnpu_command("estimate", written(tmp_path, TABLE), "--chip", "dense-fp16", "--out", str(out))
+    result = lnpu_command("estimate", written(tmp_path, TABLE), "--chip", "dense-fp16", "--full", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "ESTIMATE: from shapes alone" in result.output
     found = lnpu.Counts.load(out)

@@ -107,7 +107,7 @@ def test_a_sweep_of_nothing_is_refused() -> None:
 def test_price_and_sweep_at_another_voltage(counts: str) -> None:
     expected = price(network(10**6), lnpu.chip("dense-fp16", voltage=0.9))
     arguments = (counts, "--chip", "dense-fp16", "--voltage", "0.9")
-    assert CliRunner().invoke(app, ("price", *arguments)).stdout == f"{expected}\n"
+    assert CliRunner().invoke(app, ("price", *arguments, "--full")).stdout == f"{expected}\n"
     assert "at 0.9 V, 89.04 MHz" in str(expected)
     lanes = ("--set", f"{LANES}=768", "--no-plot", "--out", counts)
     assert command(*arguments, *lanes).stdout.startswith(

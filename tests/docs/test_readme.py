@@ -5,7 +5,7 @@ import itertools
 import re
 import shlex
 
-from helpers.command import lnpu_command
+from helpers.command import lnpu_command, refused
 from helpers.paths import ROOT
 from helpers.run_by_hand import write_run
 
@@ -39,8 +39,18 @@ def test_commands_are_the_programs(tmp_path, monkeypatch):
     assert [command[0] for command in commands] == ["price", "report"]
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "one", epochs=12)
+    write_run(tmp_path / "runs" / "two", epochs=12)
     for command in commands:
         found = [glob.glob(word) if "*" in word else [word] for word in command]
         done = lnpu_command(*itertools.chain.from_iterable(found))
         assert done.exit_code == 0, done.output
-    assert (tmp_path / "runs" / "one" / "report.html").is_file()
+    assert all((tmp_path / "runs" / run / "report.html").is_file() for run in ("one", "two"))
+    several = [str(tmp_path / "runs" / run) for run in ("one", "two")]
+    assert "--out, --json: of one run, not of 2" in refused("report", *several, "--out", "a", "--json", "b")
+
+
+def test_lines_are_short_enough_for_a_page():
+    """Code and printed text within 100 columns; no printed text longer than eight lines."""
+    for block in re.findall(r"```(?:text|diff)\n(.*?)```", README, re.DOTALL):
+        assert len(block.splitlines()) <= 9 and max(map(len, block.splitlines())) <= 100, block
+    assert all(len(line) <= 110 for line in README.splitlines() if line.startswith("    "))
