@@ -17,6 +17,7 @@ from rich.text import Text
 from lnpu_torch.cost.pricing import EXTRAPOLATED, price
 from lnpu_torch.cost.report import Report, caveats
 from lnpu_torch.counts.schema import Counts
+from lnpu_torch.counts.vector_ops import NotCounted
 from lnpu_torch.files import MOST, ConfigError, is_file, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
@@ -68,7 +69,9 @@ class Energies(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run on one chip: what all its epochs took. None is what is not known, or was not asked.
+    """A run on one chip, or on none if nothing was counted, as in float32: what all its epochs took.
+
+    None is what is not known, or was not asked.
 
     Energies of the chip, of DRAM and of both are in J, times in s; `to_accuracy` has the epoch after which the accuracy
     was reached, the energy of both and the time until then.
@@ -80,7 +83,7 @@ class ComparedRun:
     accuracy: float | None
     chip_energy: Energies | None
     dram_energy: Energies | None
-    time_s: float
+    time_s: float | None
     images: float | None
     to_accuracy: tuple[int, float, float] | None
     estimate: bool
@@ -88,6 +91,9 @@ class ComparedRun:
     @classmethod
     def of(cls, run: Run, chip: Chip, asked: Questions) -> Self:
         """Price a run."""
+        if not _counted(run):
+            accuracy = run.epochs[-1].metrics.get(ACCURACY)
+            return cls(run.name, "-", len(run.epochs), accuracy, None, None, None, None, None, False)
         report = _priced(run.epochs, chip)
         images = [epoch.metrics.get(IMAGES, asked.images) for epoch in run.epochs]
         return cls(
@@ -109,6 +115,10 @@ class ComparedRun:
         if self.chip_energy is None or self.dram_energy is None:
             return None
         return Energies(*(a + b for a, b in zip(self.chip_energy, self.dram_energy, strict=True)))
+
+
+def _counted(run: Run) -> bool:
+    return any(epoch.counts.steps or not isinstance(epoch.counts.vector_ops, NotCounted) for epoch in run.epochs)
 
 
 def _priced(epochs: Sequence[Epoch], chip: Chip) -> Report:
@@ -213,17 +223,21 @@ class RunComparison(Tables):
         asked.check()
         notes: dict[str, None] = {}
         for run in runs:
+            if not _counted(run):
+                notes[f"{run.name}: nothing was counted, so that it has no price"] = None
+                continue
             report = _priced(run.epochs, chips[0])
             extrapolated = [EXTRAPOLATED] if any(epoch.counts.extrapolated for epoch in run.epochs) else []
             notes |= dict.fromkeys(f"{run.name}: {note}" for note in [*caveats(report), *extrapolated])
-        return cls(tuple(ComparedRun.of(run, chip, asked) for run in runs for chip in chips), asked, tuple(notes))
+        rows = [ComparedRun.of(run, chip, asked) for run in runs for chip in (chips if _counted(run) else chips[:1])]
+        return cls(tuple(rows), asked, tuple(notes))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """A flat mapping of plain values for each run and chip, as `pandas.DataFrame` takes them; J and s."""
         return [self._row(row) for row in self.rows]
 
     def _row(self, row: ComparedRun) -> dict[str, Any]:
-        whole, epochs = row.all_energy, row.epochs
+        whole, epochs, time = row.all_energy, row.epochs, row.time_s
         energies = {"chip": row.chip_energy, "dram": row.dram_energy, "all": whole}
         epoch_j: dict[str, float | None] = {}
         for name, energy in energies.items():
@@ -240,15 +254,15 @@ class RunComparison(Tables):
             "epochs": epochs,
             "accuracy": row.accuracy,
             **epoch_j,
-            "time_s": row.time_s / epochs,
+            "time_s": time / epochs if time is not None else None,
             "image_j": run_j / row.images if run_j is not None and row.images else None,
-            "image_s": row.time_s / row.images if row.images else None,
+            "image_s": time / row.images if time is not None and row.images else None,
             **dict(zip(("accuracy_epoch", "accuracy_j", "accuracy_s"), reached, strict=True)),
             "run_j": run_j,
-            "run_s": row.time_s,
+            "run_s": time,
             "run_kwh": kwh,
             "co2_g": kwh * co2 if kwh is not None and co2 is not None else None,
-            "battery_s": charge * row.time_s if charge is not None else None,
+            "battery_s": charge * time if charge is not None and time is not None else None,
             "battery_epochs": charge * epochs if charge is not None else None,
             "estimate": row.estimate,
         }
@@ -320,7 +334,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     again = [path for path, times in Counter(os.path.realpath(path) for path in paths).items() if times > 1]
     if again:
         raise ConfigError(f"{again[0]}: is given twice")
-    runs = [_file(path) if is_file(path) else read_run(path) for path in paths]
+    runs = [_file(path) if is_file(path) else read_run(path, uncounted=True) for path in paths]
     often = Counter(run.name for run in runs)
     return [
         Run(str(path), run.settings, run.versions, run.epochs) if often[run.name] > 1 else run

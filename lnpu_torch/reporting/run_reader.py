@@ -48,8 +48,11 @@ class Run:
         return [_chip(chip) for chip in (chips if isinstance(chips, list) else [chips])] if chips else ["lnpu"]
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path, uncounted: bool = False) -> Run:
     """Read the folder of a run.
+
+    Args:
+        uncounted: take a run of which nothing was counted, as one in float32, too. Its epochs have empty counts.
 
     Raises:
         ConfigError: there is no such folder, a file is missing or damaged or a link out of it, or nothing was counted.
@@ -60,9 +63,12 @@ def read_run(folder: str | Path) -> Run:
         raise ConfigError(f"{folder / 'config.yaml'}: not the settings of a run: a mapping of keys is expected")
     files = [(EPOCH.fullmatch(file.name), file.name) for file in (folder / "counts").glob("epoch*.json")]
     counts = {int(found[1]): Counts.load(inside(folder, f"counts/{name}")) for found, name in files if found}
-    if not counts:
+    if not counts and not uncounted:
         raise ConfigError(f"{folder}: no epoch of this run was counted (counts/epochN.json)")
     metrics = _metrics(inside(folder, "metrics.csv"))
+    counts = counts or {number: Counts(steps=()) for number in metrics}
+    if not counts:
+        raise ConfigError(f"{folder}: this run has no epoch yet")
     epochs = [Epoch(number, counts[number], metrics.get(number, {})) for number in sorted(counts)]
     return Run(folder.resolve().name, settings, _versions(inside(folder, "versions.json")), tuple(epochs))
 

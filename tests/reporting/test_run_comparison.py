@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_what_is_not_known_or_not_asked_is_empty(runs: list[Path]) -> None:
         assert (row["accuracy_epoch"] is None) == (row["run"] != "three")
     (runs[0] / "counts" / "epoch1.json").unlink()
     assert {row["accuracy_j"] for row in rows(runs[:1])} == {None}  # what the first epoch took is not known
+
+
+def test_a_run_in_float32_stands_beside_them_without_a_price(runs: list[Path], tmp_path: Path) -> None:
+    """So its accuracy can be compared."""
+    exact = write_run(tmp_path / "float32", 4)
+    shutil.rmtree(exact / "counts")
+    *_, last = rows([*runs, exact])
+    assert (last["run"], last["chip"], last["epochs"], last["accuracy"]) == ("float32", "-", 4, 1 - 0.5**4)
+    assert not any(value for name, value in last.items() if name not in ("run", "chip", "epochs", "accuracy"))
+    said = lnpu_command("compare", *map(str, runs[:1]), str(exact)).stdout
+    assert "93.75%" in said and "float32: nothing was counted" in said
+    (exact / "metrics.csv").write_text("epoch,loss\n")
+    with pytest.raises(ConfigError, match="has no epoch yet"):
+        read_runs([exact])
 
 
 def test_images_are_those_that_a_run_says(runs: list[Path]) -> None:
