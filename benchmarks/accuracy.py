@@ -1,10 +1,12 @@
 """Accuracy and energy of the recipes in every precision, over seeds: makes the runs that are missing, then the tables.
 
-python benchmarks/accuracy.py RUNS data.kind=npz data.path=cifar.npz threads=1     # narrow networks, few steps: a CPU
+python benchmarks/accuracy.py RUNS data.kind=npz data.path=cifar.npz threads=1     # narrow networks, 20 epochs: a CPU
 python benchmarks/accuracy.py RUNS --full data.download=true                       # the recipes as they are: a GPU
+python benchmarks/accuracy.py docs/results --tables --plot docs/images/accuracy.svg
 
-Each run is a folder RUNS/NETWORK-PRECISION-SEED; what follows is `lnpu train`'s `key=value`, for all of them. A folder
-whose metrics reach the last epoch is not made again.
+Each run is a folder RUNS/NETWORK-PRECISION-SEED; what follows is `lnpu train`'s `key=value`, for all of them. A run
+that was interrupted goes on; one that has reached its last epoch is not made again, and leaves a table of its epochs,
+RUNS/NETWORK-PRECISION-SEED.csv: accuracy, shares, energies. What is printed is made of these files alone.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+import lnpu_torch as lnpu
+from lnpu_torch.reporting import figure_style
 from lnpu_torch.text_tables import si
 
 NETWORKS = {
@@ -27,16 +34,16 @@ NETWORKS = {
     "vgg16plain": ("VGG16 without batch norm", "vgg16_cifar10", ("model.batch_norm=false", "lr=0.02")),
     "alexnet": ("AlexNet", "alexnet_cifar10", ()),
 }
-SMALL = {
-    "resnet18": ("model.width=8", "batch_size=64", "limit=120", "epochs=2", "lr=0.1"),
-    "vgg16": ("model.width=8", "batch_size=64", "limit=120", "epochs=2", "lr=0.05"),
-    "vgg16plain": ("model.width=16", "batch_size=64", "limit=120", "epochs=2", "lr=0.03"),
-    "alexnet": ("model.width=16", "batch_size=32", "limit=240", "epochs=4", "lr=0.02"),
-}
-"""A minute or two a run on one core; the rate rises and falls once (one-cycle)."""
+SMALL = ("model.width=16", "batch_size=64", "epochs=20", "schedule=onecycle")
+RATES = {"resnet18": 0.1, "vgg16": 0.05, "vgg16plain": 0.03, "alexnet": 0.03}
+"""Without --full: an hour or two a run on one core. The rate rises and falls once."""
 EMULATED = ("fgmp", "fp8", "fp16")
 CHIPS = ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")
 EVERY = 10
+GOALS = (0.7, 0.75, 0.8)
+"""Test accuracies up to which energy is added up."""
+
+Rows = list[dict[str, float]]
 
 
 def main() -> None:
@@ -47,103 +54,189 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS))
     parser.add_argument("--precisions", nargs="+", choices=EMULATED, default=EMULATED, help="beside float32")
+    parser.add_argument("--tables", action="store_true", help="of the runs that are there; none is made")
+    parser.add_argument("--plot", type=Path, help="an SVG file: accuracy over epochs")
     options = parser.parse_intermixed_args()
-    for seed in range(options.seeds):
-        for network in options.networks:
-            for precision in ("float32", *options.precisions):
-                _make(options, network, precision, seed)
-    asked = (options.precisions, options.seeds)
-    lines = [line for network in options.networks for line in table(options.runs, network, *asked)]
-    print("\n".join(lines + together(options.runs, options.networks, *asked)))
-
-
-def folder_of(runs: Path, network: str, precision: str, seed: int) -> Path:
-    return runs / f"{network}-{precision}-{seed}"
+    precisions = ("float32", *options.precisions)
+    if not options.tables:
+        for seed in range(options.seeds):
+            for network in options.networks:
+                for precision in precisions:
+                    _make(options, network, precision, seed)
+    found = {network: _found(options.runs, network, precisions) for network in options.networks}
+    found = {network: each for network, each in found.items() if each}
+    for network, runs in found.items():
+        print(
+            "\n".join(
+                [f"## {NETWORKS[network][0]}", "", *learned(runs), "", *last_epoch(runs), "", *to_goals(runs), ""]
+            )
+        )
+    print("\n".join(together(found)))
+    if options.plot:
+        plot(found, options.plot)
 
 
 def _make(options: argparse.Namespace, network: str, precision: str, seed: int) -> None:
-    folder = folder_of(options.runs, network, precision, seed)
-    if (folder / "metrics.csv").exists() and _finished(folder):
+    folder = options.runs / f"{network}-{precision}-{seed}"
+    table = folder.with_suffix(".csv")
+    if table.exists():
         return
     _, recipe, own = NETWORKS[network]
-    own = own if options.full else (*own, *SMALL[network], "schedule=onecycle")
+    own = own if options.full else (*own, *SMALL, f"lr={RATES[network]}")
     fixed = (f"precision={precision}", f"seed={seed}", f"count.every={EVERY}", f"chip=[{','.join(CHIPS)}]")
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from lnpu_torch.cli import app; sys.exit(app.main())",
-        "train",
-        recipe,
-    ]
-    subprocess.run([*command, *own, *fixed, *options.settings, "--resume", str(folder)], check=True, stdout=sys.stderr)
+    settings = [*own, *fixed, *options.settings]
+    if not _finished(folder):
+        command = [sys.executable, "-m", "lnpu_torch", "train", recipe, *settings, "--resume", str(folder)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    rows = epochs_of(folder)
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
 
 
 def _finished(folder: Path) -> bool:
+    if not (folder / "metrics.csv").exists():
+        return False
     epochs: int = yaml.safe_load((folder / "config.yaml").read_text())["epochs"]
-    return len(rows(folder)) == epochs
+    return len((folder / "metrics.csv").read_text().splitlines()) == 1 + epochs
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
+def epochs_of(folder: Path) -> Rows:
+    """Of each epoch of a run: loss, accuracies; zeros and FP8; energy on each chip, and with DRAM, in J."""
+    rows = []
     with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        metrics = list(csv.DictReader(file))
+    for each in metrics:
+        row = {name: float(each[name]) for name in ("epoch", "loss", "train_accuracy", "test_accuracy")}
+        counts = folder / "counts" / f"epoch{each['epoch']}.json"
+        if counts.exists():
+            counted = lnpu.Counts.load(counts)
+            totals = {chip: lnpu.price(counted, chip).total for chip in CHIPS}
+            row |= {"zero_share": totals["lnpu"].zero_share or 0, "fp8_share": totals["lnpu"].fp8_share or 0}
+            for chip, total in totals.items():
+                row |= {f"{chip}_j": 1e-12 * (total.energy_pj or 0)}
+                row |= {f"{chip}_dram_j": 1e-12 * (total.all_energy_pj or 0)}
+        rows.append(row)
+    return rows
 
 
-def last_epochs(runs: Path, network: str, precision: str, seeds: int) -> list[dict[str, str]]:
-    """The metrics of each seed's last epoch."""
-    return [rows(folder_of(runs, network, precision, seed))[-1] for seed in range(seeds)]
-
-
-def tested(each: Sequence[dict[str, str]]) -> list[float]:
-    """Test accuracies in percent."""
-    return [100 * float(row["test_accuracy"]) for row in each]
-
-
-def over(each: Sequence[dict[str, str]], exact: Sequence[dict[str, str]]) -> list[float]:
-    """By how many points each tested better than its twin in float32."""
-    return [a - b for a, b in zip(tested(each), tested(exact), strict=True)]
-
-
-def table(runs: Path, network: str, precisions: Sequence[str], seeds: int) -> list[str]:
-    """A network's two tables in Markdown: what it learned, and what the last epoch would cost."""
-    last = {precision: last_epochs(runs, network, precision, seeds) for precision in ("float32", *precisions)}
-    lines = [f"## {NETWORKS[network][0]}", ""]
-    lines += ["| | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 6 + "|"]
-    for precision, each in last.items():
-        points = "-" if precision == "float32" else _spread(over(each, last["float32"]), of_mean=True)
-        loss = _spread([float(row["loss"]) for row in each], digits=3)
-        shares = [_share(each, f"lnpu_{name}_share") for name in ("fp8", "zero")]
-        lines.append(f"| {precision} | {_spread(tested(each))} | {points} | {loss} | {' | '.join(shares)} |")
-    lines += ["", f"| energy of the last epoch | {' | '.join(CHIPS)} |", "| --- " * (len(CHIPS) + 1) + "|"]
+def _found(runs: Path, network: str, precisions: Sequence[str]) -> dict[str, dict[int, Rows]]:
+    """The runs of a network by precision and seed."""
+    found: dict[str, dict[int, Rows]] = {}
     for precision in precisions:
-        costs = [statistics.mean(float(row[f"{chip}_energy_pj"]) for row in last[precision]) for chip in CHIPS]
-        lines.append(f"| {precision} | {' | '.join(si(cost, 'pJ') for cost in costs)} |")
-    return [*lines, ""]
+        for path in sorted(runs.glob(f"{network}-{precision}-*.csv")):
+            with open(path, newline="") as file:
+                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            found.setdefault(precision, {})[int(path.stem.rpartition("-")[2])] = rows
+    return found
 
 
-def together(runs: Path, networks: Sequence[str], precisions: Sequence[str], seeds: int) -> list[str]:
-    """Every run beside the one in float32 of its network and seed."""
-    lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
-    for precision in precisions:
-        points = [
-            point
-            for network in networks
-            for point in over(*(last_epochs(runs, network, name, seeds) for name in (precision, "float32")))
+def over_float32(runs: dict[str, dict[int, Rows]], precision: str) -> list[float]:
+    """By how many points each run tested better than that of the same seed in float32."""
+    exact = runs.get("float32", {})
+    return [
+        100 * (rows[-1]["test_accuracy"] - exact[seed][-1]["test_accuracy"])
+        for seed, rows in runs.get(precision, {}).items()
+        if seed in exact
+    ]
+
+
+def learned(runs: dict[str, dict[int, Rows]]) -> list[str]:
+    """What a network learned, in Markdown: accuracies are of the last epoch."""
+    lines = ["| | seeds | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 7 + "|"]
+    for precision, seeds in runs.items():
+        last = [rows[-1] for rows in seeds.values()]
+        points = "-" if precision == "float32" else _spread(over_float32(runs, precision), of_mean=True)
+        shares = [
+            f"{statistics.mean(row[name] for row in last):.1%}" if name in last[0] else "-"
+            for name in ("fp8_share", "zero_share")
         ]
-        lines.append(f"| {precision} | {_spread(points, of_mean=True)} | {len(points)} |")
+        accuracy, loss = (
+            _spread([scale * row[name] for row in last]) for scale, name in ((100, "test_accuracy"), (1, "loss"))
+        )
+        lines.append(f"| {precision} | {len(last)} | {accuracy} | {points} | {loss} | {' | '.join(shares)} |")
     return lines
 
 
-def _spread(values: Sequence[float], digits: int = 2, of_mean: bool = False) -> str:
+def last_epoch(runs: dict[str, dict[int, Rows]]) -> list[str]:
+    """What the last epoch would cost: on the chip, and with DRAM."""
+    return _by_chip("energy of the last epoch: chip; with DRAM", runs, lambda rows, name: rows[-1][name])
+
+
+def to_goals(runs: dict[str, dict[int, Rows]]) -> list[str]:
+    """What training would cost until a test accuracy is reached, for the accuracies that all runs reach."""
+    lines: list[str] = []
+    for goal in GOALS:
+        if all(_reached(rows, goal) for seeds in runs.values() for rows in seeds.values()):
+            lines += _by_chip(f"energy to {goal:.0%}: chip; with DRAM", runs, partial(_until, goal))
+            lines.append("")
+    return lines[:-1]
+
+
+def _reached(rows: Rows, goal: float) -> int:
+    """The first epoch that tests so well, counted from 1; 0 if none does."""
+    return next((i for i, row in enumerate(rows, start=1) if row["test_accuracy"] >= goal), 0)
+
+
+def _until(goal: float, rows: Rows, name: str) -> float:
+    return list(accumulate(row[name] for row in rows))[_reached(rows, goal) - 1]
+
+
+def _by_chip(head: str, runs: dict[str, dict[int, Rows]], energy: Callable[[Rows, str], float]) -> list[str]:
+    lines = [f"| {head} | {' | '.join(CHIPS)} |", "| --- " * (len(CHIPS) + 1) + "|"]
+    for precision, seeds in runs.items():
+        if precision != "float32":
+            means = [
+                "; ".join(
+                    si(statistics.mean(energy(rows, f"{chip}{of}_j") for rows in seeds.values()), "J")
+                    for of in ("", "_dram")
+                )
+                for chip in CHIPS
+            ]
+            lines.append(f"| {precision} | {' | '.join(means)} |")
+    return lines
+
+
+def together(found: dict[str, dict[str, dict[int, Rows]]]) -> list[str]:
+    """Every run beside the one in float32 of its network and seed."""
+    lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
+    for precision in EMULATED:
+        points = [point for runs in found.values() for point in over_float32(runs, precision)]
+        if points:
+            lines.append(f"| {precision} | {_spread(points, of_mean=True)} | {len(points)} |")
+    return lines
+
+
+def _spread(values: Sequence[float], of_mean: bool = False) -> str:
     """Mean +- standard deviation, or +- that of the mean."""
+    if not values:
+        return "-"
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     deviation /= len(values) ** 0.5 if of_mean else 1
     sign = "+" if of_mean else ""
-    return f"{statistics.mean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
+    return f"{statistics.mean(values):{sign}.2f} ± {deviation:.2f}"
 
 
-def _share(each: Sequence[dict[str, str]], name: str) -> str:
-    found = [float(row[name]) for row in each if row.get(name)]
-    return f"{statistics.mean(found):.1%}" if found else "-"
+def plot(found: dict[str, dict[str, dict[int, Rows]]], path: Path) -> None:
+    """Test accuracy over epochs, a panel for each network: means, and bands from the least to the best seed."""
+    from matplotlib.figure import Figure
+
+    with figure_style.look():
+        figure = Figure(figsize=(3.6 * max(len(found), 1), 2.8), layout="constrained")
+        axes: Any = figure.subplots(1, max(len(found), 1), squeeze=False)[0]
+        for axis, (network, runs) in zip(axes, found.items(), strict=True):
+            for precision, seeds in runs.items():
+                curves = [[100 * row["test_accuracy"] for row in rows] for rows in seeds.values()]
+                epochs = range(1, min(map(len, curves)) + 1)
+                at = list(zip(*curves, strict=False))
+                (line,) = axis.plot(epochs, [statistics.mean(each) for each in at], label=precision)
+                axis.fill_between(
+                    epochs, [min(each) for each in at], [max(each) for each in at], color=line.get_color(), alpha=0.2
+                )
+            axis.set(title=NETWORKS[network][0], xlabel="epoch", ylabel="test accuracy, %")
+            axis.legend()
+        path.write_text(figure_style.svg(figure, "accuracy", "path"))
 
 
 if __name__ == "__main__":
