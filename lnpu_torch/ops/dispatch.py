@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -62,5 +63,10 @@ def found(name: str) -> Backend:
     except ModuleNotFoundError as missing:
         if missing.name not in ("numba", "llvmlite", "triton"):
             raise
+        logging.getLogger("lnpu_torch").warning(
+            "%s is not installed: plain torch computes on the %s, many times slower",
+            missing.name,
+            name.upper(),
+        )
         return REFERENCE
     return backend
