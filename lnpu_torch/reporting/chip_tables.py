@@ -20,20 +20,25 @@ NUMBERS = ["nm", "year", "V", "MHz", "TFLOPS FP8", "FP16", "TFLOPS/W FP8", "FP16
 
 
 def chips_table(chips: Sequence[Chip]) -> Table:
-    """One line per chip: what it is, what it skips, its peaks, and how many of its constants are published."""
-    table = plain_table("Chips", ["chip", "what it is", "formats", "skips FF", "EP", "WG"], NUMBERS)
+    """One line per chip: its formats, what it skips, its peaks, and how many of its constants are published."""
+    table = plain_table("Chips", ["chip", "formats", "zeros skipped in FF, EP, WG"], NUMBERS)
     for each in chips:
         peaks = [_peak(each, of, name) for of in ("throughput", "efficiency") for name in FORMATS]
-        tags, skip = each.tags(), each.skip
+        tags = each.tags()
         add_row(
             table,
-            *(each.name, each.description, "; ".join(formats(each))),
-            *(skip.forward.value, skip.grad_input.value, skip.grad_weight.value),
+            *(each.name, "; ".join(formats(each)), skipped(each)),
             *("-" if entry is None else f"{entry.value:g}" for entry in (each.node_nm, each.year)),
             *(f"{each.operating_point.voltage_v.value:g}", f"{each.clock_hz / 1e6:.4g}", *peaks),
             f"{tags['published'] / sum(tags.values()):.0%}",
         )
     return table
+
+
+def skipped(chip: Chip) -> str:
+    """Of which operand zeros are skipped in each of the three steps; one word if it is the same in all."""
+    steps = [skip.value for skip in (chip.skip.forward, chip.skip.grad_input, chip.skip.grad_weight)]
+    return steps[0] if len(set(steps)) == 1 else ", ".join(steps)
 
 
 FORMATS: tuple[Format, ...] = ("fp8", "fp16")

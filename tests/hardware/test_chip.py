@@ -242,10 +242,10 @@ def test_bad_like_files(text: str, said: str, tmp_path: Path) -> None:
 
 def test_tables_show_every_chip_and_every_value() -> None:
     listing = plain(chips_table(chips()))
-    assert all(each.name in listing and each.description in listing for each in chips())
+    assert all(f"  {each.name} " in listing for each in chips()) and max(map(len, listing.splitlines())) <= 160
     lnpu_line = next(line for line in listing.splitlines() if line.startswith("  lnpu "))
     numbers = "65 2019 0.78 50 0.154 0.0768 3.48 1.74 3%"  # 2 * 1536 * 50 MHz; 2 / 0.575 pJ; 1 constant of 39
-    assert lnpu_line.split("FP8; FP16")[1].split() == ["input", "grad_output", "input", *numbers.split()]
+    assert lnpu_line.split("FP8; FP16")[1].split() == ["input,", "grad_output,", "input", *numbers.split()]
     dense_line = next(line for line in listing.splitlines() if line.startswith("  dense-fp16 "))
     assert dense_line.split()[-9:] == ["65", "-", "0.78", "50", "-", "0.0768", "-", "1.74", "11%"]
     assert "INT8 " in next(line for line in listing.splitlines() if line.startswith("  kim-2020 "))
