@@ -75,7 +75,7 @@ class DataConfig(Frozen):
 
 
 class CountConfig(Frozen):
-    """`every`: count each so-manieth step only, and take those between to be like it (1: count all, exactly)."""
+    """`every`: count every n-th step only, and take those between to be like it (1: count all, exactly)."""
 
     every: Positive = 1
 
@@ -98,6 +98,10 @@ class TrainConfig(Frozen):
     `precision`: "fgmp", "fp8", "fp16", "float32" (torch's own layers, nothing counted) or a precision YAML.
     `overrides`: another precision, or null for float, by layer name pattern. `chip`: names or files of the chips to
     price each epoch on.
+
+    `epochs`: passes over the training images. `lr`: the highest learning rate. `schedule`: "onecycle" raises the rate
+    and lowers it again, "cosine" lowers it. `momentum`: SGD's. `weight_decay`: SGD's. `label_smoothing`: the share of a
+    label that goes to all classes.
 
     `batch_size`: images per step of the optimizer, over all ranks. `accumulate`: pieces that each rank's share of a
     batch is computed in, one after the other. `limit`: training and test batches per epoch at most. `ema`: decay of the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Fill in the tables, and lead links to the examples to where they lie on the site."""
     markdown = CONSTANTS.sub(lambda match: constants(chip(match[1]), match[2] and chip(match[2])), markdown)
     markdown = TAGS.sub(lambda _: tags(), markdown)
+    if page.file.src_uri == "reference.md":  # the other pages need neither commands nor recipes
+        made = runpy.run_path(str(Path(__file__).with_name("reference.py")))
+        markdown = markdown.replace("<!-- settings of a run -->", made["settings"]())
+        markdown = markdown.replace("<!-- commands -->", made["commands"]())
     return markdown.replace("](../examples/", "](examples/")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 
 import lnpu_torch as lnpu
 from helpers.paths import ROOT
+from lnpu_torch.cli.app import app
 from lnpu_torch.cost.chip_checks import run_checks
 from lnpu_torch.hardware.chip import chips
+from lnpu_torch.recipes.settings import TrainConfig
 
 DOCS = ROOT / "docs"
 
@@ -77,3 +80,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr  # strict: a warning is an error
     assert "operating_point" in (tmp_path / "constants.html").read_text()
     assert 'id="lnpu_torch.nn.convert.convert"' in (tmp_path / "api.html").read_text()
+
+
+def test_the_reference_has_every_command_and_every_setting() -> None:
+    reference = runpy.run_path(str(DOCS / "generate" / "reference.py"))
+    commands, settings = reference["commands"](), reference["settings"]()
+    assert all(f"### lnpu {name}\n" in commands for name in ("train", "price", "doctor", "chips", "reproduce"))
+    assert "--resume" in commands and commands.count("```text") == len(app.registered_commands)
+    keys = re.findall(r"^\| `([\w.]+)` \|", settings, re.MULTILINE)
+    assert {"epochs", "data.crop", "model.width", "count.every", "checkpoint.keep"} <= set(keys)
+    assert {key for key in keys if "." not in key} | {"model", "data", "count", "checkpoint"} == set(
+        TrainConfig.model_fields
+    )
+    assert "| `data.crop` | integer from 0 | `0` | random shift" in settings
