@@ -19,6 +19,7 @@ in what was counted, and a sum of runs moves the sum of their bits.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from functools import lru_cache
 from math import isqrt
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 from lnpu_torch.counts.schema import Calls, StepCounts, Triple
 from lnpu_torch.counts.vector_ops import VectorOp
+from lnpu_torch.files import MOST
 from lnpu_torch.hardware.chip import Chip, Storage
 
 FP16_BITS = 16
@@ -95,6 +97,21 @@ def capacity(chip: Chip) -> int:
     return 8 * chip.sram_bytes.value // FP16_BITS
 
 
+EXACT = 4096
+"""Rows and columns of tiles up to which every number is tried; then each is a hundredth larger than the last."""
+
+
+def _sides() -> tuple[int, ...]:
+    sides = [*range(1, EXACT + 1)]
+    while sides[-1] < 32 * MOST:
+        sides.append(sides[-1] * 101 // 100)
+    return tuple(sides)
+
+
+SIDES = _sides()
+"""Numbers of rows or columns of tiles that are tried; they do not depend on SRAM's size, so more of it never hurts."""
+
+
 class Tensors(NamedTuple):
     """Elements of a call's operands and of its result: all of them, and those of one group that are used."""
 
@@ -127,11 +144,13 @@ def _fetches(group: Triple, room: int, partial_sum_bits: int) -> tuple[int, int]
     def words(often: tuple[int, int]) -> tuple[int, int, int]:
         return often[0] * first + often[1] * second, often[1], often[0]  # of two alike, the first operand comes again
 
-    plans = {(parts(FP16_BITS * second), 1), (1, parts(FP16_BITS * first))}
+    plans = [(parts(FP16_BITS * second), 1), (1, parts(FP16_BITS * first))]
     tiles = parts(partial_sum_bits * result)
-    for few in range(1, isqrt(tiles) + 2):  # the best grid has at most so many rows, or columns
+    # the best grid has at most so many rows, or columns; beyond EXACT, grids are too many to try all
+    most = isqrt(tiles) + 1 if tiles <= EXACT**2 else tiles
+    for few in SIDES[: bisect_right(SIDES, most)]:
         many = -(-tiles // few)
-        plans |= {(few, many), (many, few)}
+        plans += [(few, many), (many, few)]
     return min(plans, key=words)
 
 

@@ -333,3 +333,14 @@ def test_calls_of_different_size_are_planned_apart() -> None:
     merged = price(Counts.merge([counts(small), counts(large)]), chip).total
     assert merged.energy_zj == {key: sum(total.energy_zj[key] for total in apart) for key in merged.energy_zj}
     assert len((counts(small) + counts(large)).steps[0].by_size) == 2
+
+
+def test_as_many_tiles_as_counts_allow_are_planned_at_once() -> None:
+    """Not all grids of so many are tried: the best of those is near the best of all, and more SRAM is no worse."""
+    first, second, result = 10**30, 10**29, 10**30
+    moved = []
+    for sram_bytes in (10**3, 10**6, 10**9, 10**12):
+        often, again = fetches((first, second, result), holding(sram_bytes))
+        moved.append(often * first + again * second)
+        assert moved[-1] <= 1.02 * 2 * (32 * result / (8 * sram_bytes) * first * second) ** 0.5
+    assert moved == sorted(moved, reverse=True)
