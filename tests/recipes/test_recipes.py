@@ -253,15 +253,24 @@ def test_the_standard_error_is_that_of_steps_drawn_without_replacement() -> None
     assert Tallied.merge([Tallied(energies_pj=(1.0, 2.0)), Tallied(energies_pj=(4.0, 8.0))]).energies_pj == (5.0, 10.0)
 
 
-def test_an_epochs_line_has_energy_by_step_shares_and_time(tmp_path: Path) -> None:
-    screen = Console(file=io.StringIO(), width=80)
+def test_an_epochs_line_has_shares_and_each_chips_energy_and_time(tmp_path: Path) -> None:
+    """Without DRAM and with it, and how many times the first chip's they are."""
+    screen = Console(file=io.StringIO(), width=120)
     row = recipe.train(config(epochs=1, out=str(tmp_path / "run")), screen)[-1]
-    line = next(line for line in screen.file.getvalue().splitlines() if line.startswith("  lnpu: "))  # type: ignore[attr-defined]
-    steps = ("forward", "grad_input", "grad_weight", "backward", "update")
-    by_step = ", ".join(f"{step} {si(row[f'lnpu_{step}_pj'], 'pJ')}" for step in steps)
-    energies = f"{si(row['lnpu_energy_pj'], 'pJ')} = {by_step}"
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
     shares = f"FP8 {row['lnpu_fp8_share']:.1%}, zeros {row['lnpu_zero_share']:.1%}"
-    assert line == f"  lnpu: {energies}; {shares}; {si(row['lnpu_time_s'], 's')}"
+    assert next(line for line in lines if line.startswith("epoch 1/1")).endswith(f" images/s; {shares}")
+    counts = lnpu.Counts.load(tmp_path / "run" / "counts" / "epoch1.json")
+    ours, dense = (lnpu.price(counts, chip) for chip in ("lnpu", "dense-fp16"))
+    energy, both, time = (si(ours.total.energy_pj, "pJ"), si(ours.total.all_energy_pj, "pJ"), si(ours.time_s, "s"))
+    assert f"  lnpu: {energy} on the chip, {both} with DRAM; {time}" in lines
+    (line,) = (line for line in lines if line.startswith("  dense-fp16: "))
+    for mine, its in (
+        (ours.total.energy_pj, dense.total.energy_pj),
+        (ours.total.all_energy_pj, dense.total.all_energy_pj),
+        (ours.time_s, dense.time_s),
+    ):
+        assert f"({its / mine:.2f}x)" in line
 
 
 def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
