@@ -33,6 +33,12 @@ def si(value: float | None, unit: str = "") -> str:
     return f"{number:.4g} {PREFIXES[power]}{unit}".rstrip()
 
 
+def si_over(value: float | None, unit: str, first: float | None) -> str:
+    """As `si`, with how many times the first one's it is, "1.234 mJ (1.31x)", unless it is that one's."""
+    ratio = f" ({value / first:.2f}x)" if value and first and value != first else ""
+    return f"{si(value, unit)}{ratio}"
+
+
 def plain_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
     """An empty table with these columns: text to the left, then numbers to the right."""
     table = Table(title=Text(title), title_justify="left", box=RULED)

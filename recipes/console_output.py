@@ -17,7 +17,7 @@ from torch import nn
 import lnpu_torch as lnpu
 from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes.settings import TrainConfig
-from lnpu_torch.text_tables import add_row, plain_table, si
+from lnpu_torch.text_tables import add_row, plain_table, si, si_over
 
 ENERGY_EVERY_S = 1.0
 """Reading the counters waits for the device, so the energy so far is refreshed this often, in seconds."""
@@ -94,15 +94,10 @@ def epoch(row: Mapping[str, Any], epochs: int, reports: Sequence[lnpu.Report]) -
 def cost(report: lnpu.Report, first: lnpu.Report) -> str:
     """Energy on the chip, with DRAM, and time, in words; each over that of the first chip."""
     total, of_first = report.total, first.total
-    words = f"{si(total.energy_pj, 'pJ')} on the chip{_times(total.energy_pj, of_first.energy_pj)}"
+    words = f"{si_over(total.energy_pj, 'pJ', of_first.energy_pj)} on the chip"
     if total.dram_energy_pj is not None:
-        words += f", {si(total.all_energy_pj, 'pJ')} with DRAM{_times(total.all_energy_pj, of_first.all_energy_pj)}"
-    return f"{words}; {si(report.time_s, 's')}{_times(report.time_s, first.time_s)}"
-
-
-def _times(value: float | None, first: float | None) -> str:
-    """ " (1.31x)", or nothing for the first itself."""
-    return f" ({value / first:.2f}x)" if value and first and value != first else ""
+        words += f", {si_over(total.all_energy_pj, 'pJ', of_first.all_energy_pj)} with DRAM"
+    return f"{words}; {si_over(report.time_s, 's', first.time_s)}"
 
 
 def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> RenderableType:

@@ -23,7 +23,7 @@ from lnpu_torch.cost.report import (
     most,
     names,
 )
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Tables, add_row, plain_table, si, si_over
 from lnpu_torch.units import pj
 
 
@@ -118,9 +118,9 @@ class Summary(Tables):
             add_row(
                 table,
                 report.chip,
-                _over(si(total.energy_pj, "pJ"), total.energy_pj, first.energy_pj),
-                _over(si(total.all_energy_pj, "pJ"), total.all_energy_pj, first.all_energy_pj),
-                _over(si(report.time_s, "s"), report.time_s, self.reports[0].time_s),
+                si_over(total.energy_pj, "pJ", first.energy_pj),
+                si_over(total.all_energy_pj, "pJ", first.all_energy_pj),
+                si_over(report.time_s, "s", self.reports[0].time_s),
                 si(report.clock_hz, "Hz"),
                 "-" if efficiency is None else f"{efficiency:.2f}",
                 bounds(report).partition(",")[0] or "-",
@@ -137,11 +137,6 @@ class Summary(Tables):
             yield f"chip and DRAM of {report.chip} by step: {most(report.by('step'))}"
             yield f"by layer: {most(report.by('layer'))}"
         yield from dict.fromkeys(line for each in self.reports for line in (*caveats(each), *lacking(each)))
-
-
-def _over(text: str, value: float | None, first: float | None) -> str:
-    """A figure with how many times the first chip's it is, unless it is that one's."""
-    return f"{text} ({value / first:.2f}x)" if value and first and value != first else text
 
 
 def _with_border(total: CostRow) -> float | None:
