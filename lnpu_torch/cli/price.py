@@ -54,16 +54,14 @@ def price(
     if len(counts) > 1 and format != "table":
         raise ConfigError(f"--format {format}: of one file of counts, and these are {len(counts)}")
     chips = [read_chip(name, voltage) for name in chip]
-    for path in counts:
+    for i, path in enumerate(counts):
         counted = load(path)
         if len(counts) > 1:
-            print(f"{path}\n")
+            print(f"\n{path}\n" if i else f"{path}\n")
         if ranges:
             print(sensitivity(counted, chips))
         else:
             print_reports([price_on(counted, each) for each in chips], by, format, full)
-        if path != counts[-1]:
-            print()
 
 
 def sweep(

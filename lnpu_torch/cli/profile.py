@@ -16,7 +16,9 @@ from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.step_choices import Loss, OptimizerName
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from lnpu_torch.nn.convert import Coverage
 
 
 def profile(
@@ -50,16 +52,17 @@ def profile(
     batch = make_batch(parse_shape(input_shape))
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that nothing was converted is an error here
         network = lnpu.convert(import_model(model), precision)
-    if not lnpu.coverage(network).emulated:
-        raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(network)}")
+    covered = lnpu.coverage(network)
+    if not covered.emulated:
+        raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(covered)}")
     step = None if inference else TrainingStep(network, batch, loss, optimizer)
     if step:
         step.warm_up()
     with lnpu.CostCounter(network) as cost:
         step.run() if step else infer(network, batch)
     if format == "table":
-        covered = str(lnpu.coverage(network))
-        print(covered if full else covered.partition(" In float:")[0])
+        ran = str(lnpu.coverage(network))  # of sites it is known now which are there
+        print(ran if full else ran.partition(" In float:")[0])
         print("one forward pass" if step is None else f"one training step, its loss times {step.scale:g}")
     if silent := silent_layers(cost.counts):
         told = f"all errors of {len(silent)} layers are zero, and their products skipped; the first is {silent[0]}"
@@ -67,9 +70,9 @@ def profile(
     print_reports([cost.report(chip=each) for each in chips], by, format, full)
 
 
-def _left(network: nn.Module) -> str:
+def _left(covered: Coverage) -> str:
     """The kinds of the layers that stayed in float, ": only BatchNorm2d, LayerNorm"."""
-    kinds = sorted({row.kind for row in lnpu.coverage(network).in_float})
+    kinds = sorted({row.kind for row in covered.in_float})
     return f": only {', '.join(kinds)}" if kinds else ""
 
 
