@@ -22,7 +22,7 @@ from lnpu_torch.files import MOST, ConfigError, is_file, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.reporting.run_reader import Epoch, Run, merged, read_run
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 
 ACCURACY, IMAGES = "test_accuracy", "images"
 """The metrics of an epoch that are read."""
@@ -225,7 +225,7 @@ OF_EPOCH = ("epochs", "accuracy", "chip_j", "dram_j", "all_j", "time_s")
 
 
 @dataclass(frozen=True)
-class RunComparison(Tables):
+class RunComparison(Rows):
     """Runs on chips, in the order of the runs. `str()` is a table; a rich console prints it too.
 
     `notes` say what is to be known of single runs.
@@ -252,7 +252,7 @@ class RunComparison(Tables):
         return cls(tuple(rows), asked, tuple(notes))
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """A flat mapping of plain values for each run and chip, as `pandas.DataFrame` takes them; J and s."""
+        """A flat mapping of plain values for each run and chip; J and s."""
         return [self._row(row) for row in self.rows]
 
     def _row(self, row: ComparedRun) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def compare(
         battery_wh: a battery's capacity.
 
     Returns:
-        A table; `to_rows()` is for pandas.
+        A table; `to_pandas()` has its numbers.
 
     Raises:
         ConfigError: no such run or chip, or a number that makes no sense.
