@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +72,7 @@ class Report(Rows):
             groups.setdefault(key, []).append(part)
         return tuple(map(self._sum, groups.values()))
 
-    @property
+    @cached_property
     def total(self) -> CostRow:
         """The sum over all rows, as layer "total", step "all"."""
         return CostRow.sum(self.parts, "total", ALL, ALL)

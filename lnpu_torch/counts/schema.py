@@ -137,7 +137,7 @@ class StepCounts(Frozen):
     first: Operand
     second: Operand
     by_size: tuple[Calls, ...] = ()
-    _origin: Origin = PrivateAttr(Origin())
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @model_validator(mode="after")
     def _sizes_close(self) -> Self:

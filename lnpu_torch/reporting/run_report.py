@@ -209,8 +209,8 @@ def _finite(data: object) -> object:
 
 
 def _epoch(epoch: Epoch, report: Report) -> EpochCost:
-    total, steps = report.total, {row.step: row for row in report.by("step").rows}
-    return EpochCost(epoch.number, epoch.stands_for, total.time_cycles / report.clock_hz, total, steps)
+    steps = {row.step: row for row in report.by("step").rows}
+    return EpochCost(epoch.number, epoch.stands_for, report.time_s, report.total, steps)
 
 
 def _groups(counts: Counts, operand: str) -> dict[str, Triple]:
