@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +100,8 @@ def test_rows_are_exact_and_pandas_gets_them(monkeypatch: pytest.MonkeyPatch) ->
     class Frame(list[dict[str, object]]):
         """Stands in for pandas.DataFrame, which need not be installed."""
 
-    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=Frame))
+    pandas = SimpleNamespace(DataFrame=Frame, __spec__=ModuleSpec("pandas", None))
+    monkeypatch.setitem(sys.modules, "pandas", pandas)
     found = report()
     assert found.to_pandas() == [row.to_dict() for row in found.rows] and type(found.to_pandas()) is Frame
     assert len(found.by("layer").to_pandas()) == 2

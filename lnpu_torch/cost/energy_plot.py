@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.files import ConfigError
+from lnpu_torch.text_tables import si
 from lnpu_torch.units import Component
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def energy_plot(rows: Sequence[CostRow], title: str, axes: Axes | None = None) -
         from matplotlib.ticker import EngFormatter
     except ModuleNotFoundError:
         raise ConfigError("a plot needs matplotlib: pip install 'lnpu-torch[plot]'") from None
-    first, rest = most_energy(rows, MOST_BARS)
-    shown = [*first, *([rest] if rest else [])]
+    shown, rest = most_energy(rows, MOST_BARS)
     if axes is None:
         _, axes = pyplot.subplots(figsize=(8, plot_height(rows)), layout="constrained")
     places, ends = range(len(shown)), [0.0] * len(shown)
@@ -71,6 +71,8 @@ def energy_plot(rows: Sequence[CostRow], title: str, axes: Axes | None = None) -
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(EngFormatter("J"))
     axes.spines[["top", "right"]].set_visible(False)
+    if rest:
+        title += f"; {rest.layer} take {si(rest.all_energy_pj, 'pJ')}"
     axes.set_title(title, loc="left", parse_math=False)
     axes.legend(frameon=False, loc="lower right")
     return axes
@@ -78,4 +80,4 @@ def energy_plot(rows: Sequence[CostRow], title: str, axes: Axes | None = None) -
 
 def plot_height(rows: Sequence[CostRow]) -> float:
     """Inches that the plot of so many rows takes."""
-    return 1.2 + 0.22 * min(len(rows), MOST_BARS + 1)
+    return 1.2 + 0.22 * min(len(rows), MOST_BARS)

@@ -20,11 +20,12 @@ from lnpu_torch.reporting.page_charts import (
     energy_bars,
     heat_map,
     line_chart,
+    micro,
+    shown,
     shown_energy,
 )
 from lnpu_torch.reporting.run_comparison import RunComparison
 from lnpu_torch.reporting.run_report import ChipReport, RunReport, lacking
-from lnpu_torch.text_tables import si
 from lnpu_torch.units import Component
 
 FOLDER = Path(__file__).parent
@@ -82,7 +83,7 @@ def _render(**values: Any) -> str:
 
 
 def _text(column: Column, value: Any) -> str:
-    return column.text(value).replace(" uJ", " \u00b5J")
+    return micro(column.text(value))
 
 
 def _share(value: float | None) -> str:
@@ -164,8 +165,8 @@ def _tiles(run: RunReport) -> Iterator[dict[str, str]]:
     report, last = run.chips[0].report, run.metrics[-1]
     if "test_accuracy" in last:
         yield {"value": f"{last['test_accuracy']:.2%}", "label": f"test accuracy after epoch {last['epoch']}"}
-    yield {"value": si(report.time_s, "s"), "label": f"time at {si(report.clock_hz, 'Hz')}"}
-    yield {"value": si(report.mac_time_s, "s"), "label": "time, if multipliers never had to wait"}
+    yield {"value": shown(report.time_s, "s"), "label": f"time at {shown(report.clock_hz, 'Hz')}"}
+    yield {"value": shown(report.mac_time_s, "s"), "label": "time, if multipliers never had to wait"}
     efficiency = report.tflops_per_watt
     value = "-" if efficiency is None else f"{efficiency:.2f}"
     yield {"value": value, "label": "TFLOPS/W of the chip; skipped operations count as done"}
@@ -193,8 +194,11 @@ def _charts(run: RunReport) -> dict[str, Any]:
     layers, rest = most_energy(first.layers, MOST_BARS)
     epochs = most_spread(first.epochs, 60)
     return {
-        "layers": energy_bars([*layers, *([rest] if rest else [])]),
-        "layers_left_out": f"The {len(layers)} of {len(first.layers):,} rows that take most." if rest else "",
+        "layers": energy_bars(layers),
+        "layers_left_out": f"The {len(layers)} of {len(first.layers):,} rows that take most; the others together take "
+        f"{shown_energy(rest.all_energy_pj)}, {shown_energy(rest.energy_pj)} of it on the chip."
+        if rest
+        else "",
         "steps": energy_bars(first.steps, labels=[SHORT.get(row.step, row.step) for row in first.steps]),
         "epochs": energy_bars([each.total for each in epochs], labels=[str(each.epoch) for each in epochs]),
         "epoch_labels": -(-len(epochs) // 12),
@@ -228,12 +232,12 @@ def _times_bars(chips: Sequence[ChipReport]) -> list[Bar]:
         seconds = {name: cycles / chip.report.clock_hz for name, cycles in chip.total.time_by.items()}
         whole = chip.report.time_s
         segments = [
-            Segment(part, 100 * seconds[name] / whole, f"{name} take longest: {si(seconds[name], 's')}")
+            Segment(part, 100 * seconds[name] / whole, f"{name} take longest: {shown(seconds[name], 's')}")
             for name, part in BOUNDS.items()
             if seconds.get(name)
         ]
         ratio = "" if chip is chips[0] else f" ({_times(whole, chips[0].report.time_s)})"
-        bars.append(Bar(chip.chip, 100 * whole / longest if longest else 0, si(whole, "s") + ratio, segments))
+        bars.append(Bar(chip.chip, 100 * whole / longest if longest else 0, shown(whole, "s") + ratio, segments))
     return bars
 
 
@@ -245,8 +249,8 @@ def _traffic(chips: Sequence[ChipReport]) -> list[Bar]:
         Bar(
             name,
             100 * value / max(bits.values()),
-            si(value, "bit") + (f" ({_times(value, first)})" if first and name != chips[0].chip else ""),
-            [Segment("dram", 100, f"{name}: {si(value, 'bit')}")],
+            shown(value, "bit") + (f" ({_times(value, first)})" if first and name != chips[0].chip else ""),
+            [Segment("dram", 100, f"{name}: {shown(value, 'bit')}")],
         )
         for name, value in bits.items()
         if value
@@ -278,7 +282,7 @@ def _accuracy(run: RunReport) -> Chart | None:
         for epoch, value in zip(chip.epochs, accuracy, strict=True):
             spent += (epoch.total.all_energy_pj or 0.0) * 1e-12 * epoch.stands_for
             if value is not None:
-                points.append((spent, value, f"epoch {epoch.epoch}: {value:.2%} for {si(spent, 'J')}"))
+                points.append((spent, value, f"epoch {epoch.epoch}: {value:.2%} for {shown(spent, 'J')}"))
         series.append(Series(chip.chip + lacks, points))
     return line_chart("Test accuracy against energy so far, chip and DRAM", series, "J")
 
@@ -292,7 +296,7 @@ def _runs(comparison: RunComparison, first: str | None = None) -> dict[str, Any]
         known = [(p.epoch, p.accuracy, p.energy_j) for p in curve if p.accuracy is not None]
         by_epoch.append(Series(run, [(epoch, reached, f"epoch {epoch}: {reached:.2%}") for epoch, reached, _ in known]))
         paid = [
-            (joules, reached, f"epoch {epoch}: {reached:.2%} for {si(joules, 'J')}")
+            (joules, reached, f"epoch {epoch}: {reached:.2%} for {shown(joules, 'J')}")
             for epoch, reached, joules in known
             if joules is not None
         ]
@@ -302,7 +306,7 @@ def _runs(comparison: RunComparison, first: str | None = None) -> dict[str, Any]
     return {
         "rows": rows,
         "fields": comparison.shown(),
-        "text": lambda field, row: field.text(row).replace(" uJ", " \u00b5J"),
+        "text": lambda field, row: micro(field.text(row)),
         "share": lambda row: f"{100 * (row['all_j'] or 0.0) / most:.2f}" if most else "0",
         "words": _held(comparison, first) if first else [],
         "charts": [

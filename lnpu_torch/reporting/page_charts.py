@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,9 +78,19 @@ class Chart(NamedTuple):
     y_ticks: list[tuple[float, str]]
 
 
+def micro(text: str) -> str:
+    """Text in which microjoules and microseconds have the letter that pages have room for."""
+    return re.sub(r"(?<=\d) u(?=[Js]\b)", " \u00b5", text)
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A number as the page shows it."""
+    return micro(si(value, unit))
+
+
 def shown_energy(value: float | None) -> str:
     """An energy in pJ as the page shows it."""
-    return si(value, "pJ").replace(" uJ", " \u00b5J")
+    return shown(value, "pJ")
 
 
 def energy_bars(rows: Sequence[CostRow], labels: Sequence[str] | None = None, ratios: bool = False) -> list[Bar]:
@@ -158,7 +169,7 @@ def line_chart(title: str, series: Sequence[Series], unit: str) -> Chart | None:
         for each in series
         if each.points
     ]
-    x_ticks = [(100 * x / right, si(x, unit)) for x in _ticks(0.0, right)]
+    x_ticks = [(100 * x / right, shown(x, unit)) for x in _ticks(0.0, right)]
     y_ticks = [(100 * (y - low) / (high - low), f"{y:.0%}") for y in _ticks(low, high)]
     return Chart(title, lines, x_ticks, y_ticks)
 
