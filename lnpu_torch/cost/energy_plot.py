@@ -68,6 +68,7 @@ def energy_plot(rows: Sequence[CostRow], title: str, axes: Axes | None = None) -
             axes.barh(places, values, left=ends, height=0.7, color=part.colour, label=part.label)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
     axes.set_yticks(places, [row.layer or "(model)" for row in shown], fontsize=8, parse_math=False)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(EngFormatter("J"))
     axes.spines[["top", "right"]].set_visible(False)

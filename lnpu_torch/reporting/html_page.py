@@ -177,15 +177,15 @@ def _trust(chip: ChipReport) -> str:
     tags = next((note for note in chip.report.notes if note.startswith("constants: ")), "constants: none")
     report, words = chip.report, [f"On {chip.chip}, {tags}: trust ratios between chips more than joules."]
     if report.energy_range:
-        words.append(f"The chip alone takes {_ends(report.energy_range_pj)} for {report.energy_range}.")
+        words.append(f"The chip alone takes {_span(report.energy_range_pj)} for {report.energy_range}.")
     if report.dram_range_pj and report.dram_pj_per_bit:
         least, _, most = report.dram_pj_per_bit
-        words.append(f"DRAM takes {_ends(report.dram_range_pj)} at {least:g} ... {most:g} pJ a bit.")
+        words.append(f"DRAM takes {_span(report.dram_range_pj)} at {least:g} ... {most:g} pJ a bit.")
     return " ".join(words)
 
 
-def _ends(energies: tuple[float, float]) -> str:
-    return " ... ".join(map(shown_energy, energies))
+def _span(energies: Sequence[float]) -> str:
+    return f"{shown_energy(min(energies))} ... {shown_energy(max(energies))}"
 
 
 def _charts(run: RunReport) -> dict[str, Any]:
@@ -207,9 +207,8 @@ def _charts(run: RunReport) -> dict[str, Any]:
             labels=[chip.chip + lack for chip, lack in zip(run.chips, lacking(run.chips), strict=True)],
             ratios=True,
         ),
-        "epochs_span": " ... ".join(
-            shown_energy(end(each.total.all_energy_pj or 0.0 for each in first.epochs)) for end in (min, max)
-        ),
+        "epochs_span": _span([each.total.all_energy_pj or 0.0 for each in first.epochs]),
+        "epochs_chip_span": _span([each.total.energy_pj or 0.0 for each in first.epochs]),
         "times": _times_bars(run.chips),
         "traffic": _traffic(run.chips),
         "heat": heat_map(run, first),

@@ -194,6 +194,18 @@ def test_dram_can_be_left_out_of_the_bars(browser: Browser) -> None:
     assert (browser.run(seen), browser.run(value)) == (before, with_dram)
 
 
+def test_without_dram_bars_are_sorted_by_the_chips_energy(browser: Browser, reported: dict[str, Any]) -> None:
+    rows = json.loads(reported["json"].read_text())["chips"][0]["layers"]
+    choice = "document.querySelectorAll('#energy_by_layer input')"
+    top = "row.getBoundingClientRect().top"
+    place = f"[...document.querySelectorAll('#energy_by_layer .row')].map(row => [{top}, row.children[0].innerText])"
+    browser.run(f"{choice}[1].click()")
+    shown = [name for _, name in sorted(browser.run(place))]
+    browser.run(f"{choice}[0].click()")
+    wanted = sorted(rows, key=lambda row: row["energy_pj"], reverse=True)
+    assert shown == [row["layer"] for row in wanted] != [name for _, name in sorted(browser.run(place))]
+
+
 def test_it_fits_a_phone_and_text_stays_readable(browser: Browser) -> None:
     browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=False)
     try:
