@@ -108,7 +108,7 @@ def test_rows_are_exact_and_pandas_gets_them(monkeypatch: pytest.MonkeyPatch) ->
     first, second = network().steps[0], coverage()
     assert isinstance(second, Rows)
     row = network().to_pandas()[0]
-    assert (row["layer"], row["macs"], row["first_fp8"], row["second_wide"]) == ("conv1", 55, 3, 2)
+    assert (row["layer"], row["macs"], row["first_fp8"], row["second_fp8"]) == ("conv1", 55, 3, 6)
     assert tuple(row[f"first_{group}"] for group in ("zero", "fp8", "wide")) == first.first.elements
     assert [(each["layer"], each["emulated"]) for each in second.to_rows()] == [("0", True), ("1", False), ("2", False)]
     swept = lnpu.sweep(network(), ["lnpu"], {"macs_per_cycle.fp16": [384, 768]})

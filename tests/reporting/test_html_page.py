@@ -157,8 +157,9 @@ def test_every_chart_is_drawn_where_it_can_be_seen(browser: Browser) -> None:
     sizes = "[...document.querySelectorAll('span.bar, .heat rect, .dot')].map(each => each.getBoundingClientRect())"
     shown = browser.run(f"{sizes}.map(each => [each.width, each.height])")
     assert len(shown) > 40 and all(width > 0 and height > 1 for width, height in shown)
-    heights = "[...document.querySelectorAll('.columns .bar')].map(each => each.getBoundingClientRect().height)"
-    first, second, third = browser.run(heights)
+    columns = "[...document.querySelectorAll('.columns .bar')].map(each => each.getBoundingClientRect())"
+    first, second, third = browser.run(f"{columns}.map(each => each.height)")
+    assert len(set(browser.run(f"{columns}.map(each => each.bottom)"))) == 1
     assert first > 150 and (second, third) == pytest.approx((first * 2 / 3, first / 3), abs=1)
 
 
