@@ -7,11 +7,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 from rich.box import Box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from lnpu_torch.files import ConfigError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RULED = Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 """A rule below the head and between sections, nothing else."""
@@ -78,6 +84,26 @@ class Tables(ABC):
 
     def _repr_html_(self) -> str:
         return html(*self._blocks())
+
+
+class Rows(Tables):
+    """Tables of which the exact values can be had, too: as plain rows, and as a DataFrame of pandas."""
+
+    @abstractmethod
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A flat mapping of plain, exact values for each row."""
+
+    def to_pandas(self) -> DataFrame:
+        """`to_rows()` as a DataFrame.
+
+        Raises:
+            ConfigError: pandas is missing; it names the extra to install.
+        """
+        try:
+            from pandas import DataFrame
+        except ModuleNotFoundError:
+            raise ConfigError("to_pandas() needs pandas: pip install 'lnpu-torch[pandas]'") from None
+        return DataFrame(self.to_rows())
 
 
 BAR = "linear-gradient(90deg, rgba(77, 127, 209, 0.3) {0:.1f}%, transparent {0:.1f}%)"

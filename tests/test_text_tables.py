@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +16,8 @@ from torch import nn
 import lnpu_torch as lnpu
 from helpers.handmade import network
 from lnpu_torch.cost.comparison import Comparison
-from lnpu_torch.text_tables import Tables, add_row, html, plain_table
+from lnpu_torch.cost.energy_plot import PARTS
+from lnpu_torch.text_tables import Rows, Tables, add_row, html, plain_table
 
 
 class Cells(HTMLParser):
@@ -89,6 +94,60 @@ def test_a_notebook_shows_what_the_text_says(name: str) -> None:
     assert cells and all(re.sub(r"\s+", "", cell) in text for cell in cells if name != "coverage")
     if name in ("report", "comparison", "sensitivity"):
         assert bars(page) and max(bars(page)) == 100
+
+
+def test_rows_are_exact_and_pandas_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frame(list[dict[str, object]]):
+        """Stands in for pandas.DataFrame, which need not be installed."""
+
+    pandas = SimpleNamespace(DataFrame=Frame, __spec__=ModuleSpec("pandas", None))
+    monkeypatch.setitem(sys.modules, "pandas", pandas)
+    found = report()
+    assert found.to_pandas() == [row.to_dict() for row in found.rows] and type(found.to_pandas()) is Frame
+    assert len(found.by("layer").to_pandas()) == 2
+    first, second = network().steps[0], coverage()
+    assert isinstance(second, Rows)
+    row = network().to_pandas()[0]
+    assert (row["layer"], row["macs"], row["first_fp8"], row["second_fp8"]) == ("conv1", 55, 3, 6)
+    assert tuple(row[f"first_{group}"] for group in ("zero", "fp8", "wide")) == first.first.elements
+    assert [(each["layer"], each["emulated"]) for each in second.to_rows()] == [("0", True), ("1", False), ("2", False)]
+    swept = lnpu.sweep(network(), ["lnpu"], {"macs_per_cycle.fp16": [384, 768]})
+    assert [each["macs_per_cycle.fp16"] for each in swept.to_pandas()] == [384, 768]
+    assert [each["pareto"] for each in swept.to_rows()] == [point.pareto for point in swept.points]
+
+
+def test_pandas_takes_the_rows_where_it_is_installed() -> None:
+    pytest.importorskip("pandas")
+    frame = report().to_pandas()
+    assert frame.energy_pj.sum() == pytest.approx(report().total.energy_pj)
+
+
+@pytest.mark.parametrize(
+    ("library", "call", "extra"),
+    [("pandas", lambda: report().to_pandas(), "pandas"), ("matplotlib", lambda: report().plot(), "plot")],
+)
+def test_what_is_missing_is_named_with_its_extra(
+    library: str, call: Callable[[], object], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(lnpu.ConfigError, match=re.escape(f"lnpu-torch[{extra}]")):
+        call()
+
+
+def test_a_plot_has_a_bar_for_each_layer_sorted_in_the_colours_of_its_parts() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    found = report()
+    axes = found.plot()
+    try:
+        rows = sorted(found.by("layer").rows, key=lambda row: -(row.all_energy_pj or 0))
+        assert [label.get_text() for label in axes.get_yticklabels()] == [row.layer for row in rows]
+        bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+        for name, part in PARTS.items():
+            values = [(getattr(row, f"{name}_energy_pj") or 0) * 1e-12 for row in rows]
+            assert bars.get(part.label, [0.0] * len(rows)) == pytest.approx(values), name
+        assert found.by("step").plot(axes) is axes
+    finally:
+        pyplot.close(axes.figure)
 
 
 def test_coverage_tells_of_functions_only_where_a_module_may_call_some() -> None:

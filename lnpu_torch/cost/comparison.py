@@ -66,7 +66,7 @@ class Comparison(Tables):
         columns, first = modelled(ENERGIES, self._sums), self.reports[0]
         heads = [
             *(column.head for column in columns),
-            "chip: range",
+            "chip, by FP16 / FP8",
             "time",
             "of MACs",
             "TFLOPS/W",

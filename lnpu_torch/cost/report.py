@@ -7,18 +7,23 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lnpu_torch.cost.cost_row import COLUMNS, Column, CostRow, columns, share
+from lnpu_torch.cost.energy_plot import energy_plot
 from lnpu_torch.counts.schema import FloatProduct
 from lnpu_torch.files import write_text
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 from lnpu_torch.units import pj
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ALL = "all"
 SHORT = {"forward": "forward (FF)", "grad_input": "grad_input (EP)", "grad_weight": "grad_weight (WG)"}
@@ -26,7 +31,7 @@ SHORT = {"forward": "forward (FF)", "grad_input": "grad_input (EP)", "grad_weigh
 
 
 @dataclass(frozen=True)
-class Report(Tables):
+class Report(Rows):
     """A priced run on one chip. `str()` is a table; a rich console prints it too.
 
     `parts` are priced rows, one or more for each row that is shown. `grouped` says whether such a row is a layer's step
@@ -67,7 +72,7 @@ class Report(Tables):
             groups.setdefault(key, []).append(part)
         return tuple(map(self._sum, groups.values()))
 
-    @property
+    @cached_property
     def total(self) -> CostRow:
         """The sum over all rows, as layer "total", step "all"."""
         return CostRow.sum(self.parts, "total", ALL, ALL)
@@ -146,7 +151,7 @@ class Report(Tables):
             "energy_range_pj": list(self.energy_range_pj),
             "energy_range": self.energy_range,
             "dram_range_pj": self.dram_range_pj and list(self.dram_range_pj),
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": self.to_rows(),
             "total": self.total.to_dict(),
             "float_macs": self.float_macs,
             "float_share": self.float_share,
@@ -154,6 +159,21 @@ class Report(Tables):
             "estimate": self.estimate,
             "notes": list(self.notes),
         }
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Every column of each row, exact: energies in pJ, shares in 0 ... 1."""
+        return [row.to_dict() for row in self.rows]
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw what each layer's energy is spent on: sorted bars of MAC, SRAM, SIMD core, idle and DRAM.
+
+        Args:
+            axes: where to draw; a new figure of matplotlib's pyplot if there is none.
+
+        Raises:
+            ConfigError: matplotlib is missing; it names the extra to install.
+        """
+        return energy_plot(self.by("layer").rows, f"energy by layer on chip {self.chip}", axes)
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON, whole or not at all. Raises ConfigError if that cannot be written."""
@@ -273,7 +293,7 @@ def _tables(report: Report) -> list[Table]:
 
 
 def _footer(report: Report) -> list[str]:
-    total = report.total
+    total, ranged = report.total, report.energy_range is not None
     efficiency = "-" if report.tflops_per_watt is None else f"{report.tflops_per_watt:.2f}"
     pairs = ", ".join(f"{pair} {macs / total.executed:.1%}" for pair, macs in total.pairs.items()) or "none"
     return [
@@ -283,7 +303,7 @@ def _footer(report: Report) -> list[str]:
         _time(report),
         *caveats(report),
         *_layers_access(report),
-        *([f"energy range: {energy_range(report)}, {report.energy_range}"] if report.energy_range else []),
+        *([f"on the chip, by one constant alone: {energy_range(report)}, {report.energy_range}"] if ranged else []),
         *_shares(report),
         f"executed, streamed operand first: {pairs}",
         *_border(report),

@@ -21,7 +21,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, parse_yaml, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 from lnpu_torch.units import pj
 
 SHOWN = 40
@@ -51,7 +51,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep(Tables):
+class Sweep(Rows):
     """All points, in the order of the settings. `str()` is a table; a rich console prints it too.
 
     `energy` says what points are compared by; `caveats` say what no point has in it, or that all
@@ -74,15 +74,26 @@ class Sweep(Tables):
 
     def csv_text(self) -> str:
         """One line per point: chip, settings, energies in pJ, time, bits; None is an empty cell."""
-        text = io.StringIO()
-        measured = ["compared_energy_pj", "time_s", "tflops_per_watt", *(column.field for column in NUMBERS)]
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["chip", *self.keys, *measured, "pareto"])
-        for point in self.points:
-            measures = [point.energy_pj, point.time_s, point.tflops_per_watt]
-            numbers = [column.cell(point.total) for column in NUMBERS]
-            writer.writerow([point.chip, *point.values.values(), *measures, *numbers, int(point.pareto)])
+        text, rows = io.StringIO(), self.to_rows()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "pareto": int(row["pareto"])} for row in rows)
         return text.getvalue()
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """What the CSV has of each point: its chip, its settings, energies in pJ, time in s, bits."""
+        return [
+            {
+                "chip": point.chip,
+                **point.values,
+                "compared_energy_pj": point.energy_pj,
+                "time_s": point.time_s,
+                "tflops_per_watt": point.tflops_per_watt,
+                **{column.field: column.cell(point.total) for column in NUMBERS},
+                "pareto": point.pareto,
+            }
+            for point in self.points
+        ]
 
     def _blocks(self) -> list[RenderableType]:
         return [self._table(), *map(Text, self.caveats)]

@@ -13,6 +13,7 @@ from lnpu_torch.files import MOST, ConfigError, Frozen
 
 Cycles = Annotated[int, Field(ge=0, le=MOST)]
 PLACES = {config: place for place, config in enumerate(LANE_CONFIGS)}
+ONE_LANE = [place for config, place in PLACES.items() if config.lanes == 1]
 
 
 class LaneProfile(Frozen):
@@ -26,7 +27,7 @@ class LaneProfile(Frozen):
 
     @model_validator(mode="after")
     def _one_lane_never_waits(self) -> Self:
-        if len({cycles for config, cycles in self._entries() if config.lanes == 1}) != 1:
+        if len({self.cycles_by_config[place] for place in ONE_LANE}) != 1:
             raise ValueError("cycles_by_config: one lane does the same work whatever the interval")
         return self
 

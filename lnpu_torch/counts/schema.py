@@ -18,7 +18,7 @@ from lnpu_torch.counts.lane_profile import LaneProfile
 from lnpu_torch.counts.vector_ops import NotCounted, VectorOpCounts
 from lnpu_torch.counts.vector_ops import merge as merge_vector_ops
 from lnpu_torch.files import MOST, ConfigError, Frozen, parse_json, read_text, validate, write_text
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 
 VERSION: Literal[6] = 6
 """Version of the file format.
@@ -137,7 +137,7 @@ class StepCounts(Frozen):
     first: Operand
     second: Operand
     by_size: tuple[Calls, ...] = ()
-    _origin: Origin = PrivateAttr(Origin())
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @model_validator(mode="after")
     def _sizes_close(self) -> Self:
@@ -187,7 +187,7 @@ class FloatProduct(Frozen):
         return FloatProduct(calls=self.calls + other.calls, macs=self.macs + other.macs)
 
 
-class Counts(Tables, Frozen):
+class Counts(Rows, Frozen):
     """What a run did: one entry per layer and step, in the model's order. Saved as versioned JSON; `str()` is a table.
 
     Sum two of the same model with `+` (epochs, ranks), repeat one with `*`; price one with `lnpu_torch.price`.
@@ -220,6 +220,22 @@ class Counts(Tables, Frozen):
         others = self.vector_ops
         told = f"vector operations: {others.reason if isinstance(others, NotCounted) else 'counted'}"
         return [table, *map(Text, [f"estimate: {self.estimate}"] if self.estimate else []), Text(told)]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Each layer's step: its calls, its multiplications, and its operands' elements by group."""
+        return [
+            {
+                **{
+                    key: getattr(entry, key) for key in ("layer", "kind", "step", "calls", "macs", "padding", "not_run")
+                },
+                **{
+                    f"{name}_{group}": count
+                    for name, operand in (("first", entry.first), ("second", entry.second))
+                    for group, count in zip(("zero", "fp8", "wide"), operand.elements, strict=True)
+                },
+            }
+            for entry in self.steps
+        ]
 
     def __add__(self, other: Counts) -> Counts:
         return Counts.merge([self, other])

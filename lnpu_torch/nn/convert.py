@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,7 +35,7 @@ from lnpu_torch.nn.modules import (
 )
 from lnpu_torch.nn.sites import OWN, ROUTES, Choice, InterceptedModule, Sites, emulations, has_own_forward, is_emulated
 from lnpu_torch.quant.precision import Precision, Rule, precision
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 
 PrecisionLike = str | Path | Rule | Precision
 Model = TypeVar("Model", bound=nn.Module)
@@ -233,7 +233,7 @@ class FloatProduct:
 
 
 @dataclass(frozen=True)
-class Coverage(Tables):
+class Coverage(Rows):
     """Which layers of a model are emulated, and notes on what passes them by. `str()` gives a table of the rest.
 
     If a batch was given, `products` are the multiplications of its forward pass that are not emulated, and `macs`
@@ -254,6 +254,10 @@ class Coverage(Tables):
     def in_float(self) -> tuple[CoverageRow, ...]:
         """The layers that stayed in float, each with its reason."""
         return tuple(row for row in self.rows if not row.emulated)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Every layer, emulated or not."""
+        return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
         held, total = (sum(row.parameters for row in rows) for rows in (self.emulated, self.rows))

@@ -1,9 +1,8 @@
-"""How figures become files and parts of a page: one look for all, and the same bytes every time."""
+"""How figures become files: one look for all, and the same bytes every time."""
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -43,7 +42,7 @@ def look() -> Iterator[None]:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise ConfigError("a report needs matplotlib: pip install 'lnpu-torch[plot]'") from None
+        raise ConfigError("figures need matplotlib: pip install 'lnpu-torch[plot]'") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(LOOK)
@@ -61,20 +60,6 @@ def svg(figure: Figure, name: str, text: Literal["none", "path"] = "none") -> st
     with matplotlib.rc_context({"svg.fonttype": text, "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
-
-
-def inline_svg(figure: Figure, name: str, label: str) -> str:
-    """A figure as an element of a page, as wide as there is room, with words for who cannot see it."""
-    drawn = svg(figure, name)
-    drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", drawn, count=1)
-    drawn = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawn, count=1)
-    drawn = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", drawn)
-    ids = {found: f"{name}-{found}" for found in re.findall(r'id="([^"]+)"', drawn)}
-    drawn = re.sub(r'id="([^"]+)"', lambda match: f'id="{ids[match[1]]}"', drawn)
-    drawn = re.sub(r'(url\(#|href="#)([^")]+)', lambda match: match[1] + ids.get(match[2], match[2]), drawn)
-    return drawn.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:

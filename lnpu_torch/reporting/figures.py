@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lnpu_torch.cost.cost_row import CostRow
-from lnpu_torch.reporting.run_report import OPERANDS, ChipReport, RunReport
+from lnpu_torch.cost.energy_plot import MOST_BARS, PARTS, energy_plot, most_energy, plot_height
+from lnpu_torch.reporting.run_report import OPERANDS, RunReport, lacking
 from lnpu_torch.text_tables import si
+from lnpu_torch.units import ON_CHIP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,21 +20,11 @@ STEPS = {
     "forward": ("forward (FF)", "#0072B2"),
     "grad_input": ("grad_input (EP)", "#D55E00"),
     "grad_weight": ("grad_weight (WG)", "#009E73"),
-    "backward": ("backward, SIMD core", "#E69F00"),
-    "update": ("update, SIMD core", "#CC79A7"),
+    "backward": ("backward, SIMD core", "#B87A00"),
+    "update": ("update, SIMD core", "#B8588C"),
 }
-"""Steps, how they are called, and their colours: Okabe and Ito's, told apart without seeing all colours."""
+"""Steps, how they are called, and their colours: Okabe and Ito's, the last two darker, to stand out on white."""
 
-PARTS = {
-    "mac": ("MAC", "#332288"),
-    "sram": ("SRAM", "#6699CC"),
-    "simd": ("SIMD", "#F0E442"),
-    "idle": ("idle", "#AA4466"),
-    "dram": ("DRAM", "#C9CCD1"),
-}
-"""What energy is spent on; DRAM's is apart."""
-
-ON_CHIP = ("mac", "sram", "simd", "idle")
 TIMES = {"time of the run": "time_cycles", "of the multipliers alone": "cycles"}
 CHIPS = ("#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#117733")
 """Colours of chips, none of them a step's or a part's."""
@@ -56,11 +48,11 @@ def energy_by_epoch(report: RunReport) -> Figure:
     panels[1].sharey(panels[0])
     by_step, by_part, in_dram = (
         {step: [_spent(epoch.steps.get(step), ON_CHIP) for epoch in epochs] for step in STEPS},
-        {part: [_spent(epoch.total, [part]) for epoch in epochs] for part in ON_CHIP},
+        {str(part): [_spent(epoch.total, [part]) for epoch in epochs] for part in ON_CHIP},
         {step: [_spent(epoch.steps.get(step), ["dram"]) for epoch in epochs] for step in STEPS},
     )
     _stack(panels[0], numbers, by_step, STEPS)
-    _stack(panels[1], numbers, by_part, PARTS)
+    _stack(panels[1], numbers, by_part, {part: (look.label, look.colour) for part, look in PARTS.items()})
     _stack(panels[2], numbers, in_dram, STEPS)
     for axes, title in zip(panels, ("on the chip, by step", "on the chip, by part", "DRAM, by step"), strict=True):
         axes.set_title(title, loc="left")
@@ -75,13 +67,16 @@ def shares_by_layer(report: RunReport) -> Figure:
     """Zeros, and FP8 among the non-zeros, of each layer's activations and errors over the epochs."""
     from matplotlib.ticker import PercentFormatter
 
-    shares, layers = report.shares, report.shares.layers
+    shares = report.shares
+    kept = {row.layer for row in most_energy(report.chips[0].layers, MOST_BARS)[0]}
+    rows = [place for place, layer in enumerate(shares.layers) if layer in kept]
+    layers = [shares.layers[place] for place in rows]
     figure, panels = _panels(1, 4, height=1.5 + 0.155 * len(layers), sharey=True)
     places = [(share, operand) for share in ("zero", "fp8") for operand in OPERANDS]
     for axes, (share, operand) in zip(panels, places, strict=True):
         values = [
-            [float("nan") if value is None else value for value in row]
-            for row in getattr(shares.operands[operand], share)
+            [float("nan") if value is None else value for value in getattr(shares.operands[operand], share)[place]]
+            for place in rows
         ]
         image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap={"zero": "Blues", "fp8": "Oranges"}[share])
         axes.set_title({"zero": "zeros in ", "fp8": "FP8 in "}[share] + OPERANDS[operand], loc="left")
@@ -93,6 +88,8 @@ def shares_by_layer(report: RunReport) -> Figure:
             bar.ax.spines["outline"].set_visible(False)
             bar.set_label({"zero": "share of all elements", "fp8": "share of the non-zeros"}[share])
     panels[0].set_yticks(range(len(layers)), [layer or "(model)" for layer in layers], fontsize=7)
+    if len(layers) < len(shares.layers):
+        figure.suptitle(f"the {len(layers)} of {len(shares.layers)} layers that take most energy", fontsize=8)
     return figure
 
 
@@ -101,24 +98,26 @@ def chips_side_by_side(report: RunReport) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     chips, places = report.chips, list(range(len(report.chips)))
-    lacks = _lacking(chips)
+    lacks = lacking(chips)
     figure, (energy, time, dram) = _panels(1, 3, height=1.0 + 0.46 * len(chips), sharey=True)
     figure.set_layout_engine("constrained", wspace=0.09)  # room for the numbers at the ends of the axes
     ends = [0.0] * len(chips)
     for part in ON_CHIP:
         values = [_spent(chip.total, [part]) for chip in chips]
         if any(values):
-            energy.barh(places, values, left=ends, color=PARTS[part][1], label=PARTS[part][0], height=0.6)
+            energy.barh(places, values, left=ends, color=PARTS[part].colour, label=PARTS[part].label, height=0.6)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
     _label_bars(energy, places, ends, "J", lacks)
-    for (label, field), colour, shift in zip(TIMES.items(), ("#4B5563", PARTS["simd"][1]), (-0.17, 0.17), strict=True):
+    for (label, field), colour, shift in zip(
+        TIMES.items(), ("#4B5563", PARTS["simd"].colour), (-0.17, 0.17), strict=True
+    ):
         cycles = [getattr(chip.total, field) for chip in chips]
         times = [
             None if each is None else each / chip.report.clock_hz for each, chip in zip(cycles, chips, strict=True)
         ]
         _bars(time, [place + shift for place in places], times, "s", color=colour, label=label, height=0.27)
     traffic = [chip.total.dram_bits for chip in chips]
-    _bars(dram, places, traffic, "bit", lacks, color=PARTS["dram"][1], height=0.6)
+    _bars(dram, places, traffic, "bit", lacks, color=PARTS["dram"].colour, height=0.6)
     for axes, title, unit in ((energy, "energy on the chip", "J"), (time, "time", "s"), (dram, "DRAM traffic", "bit")):
         axes.set_title(title, loc="left")
         axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
@@ -136,9 +135,11 @@ def lanes_busy(report: RunReport) -> Figure | None:
     """The share of lanes that work, layer by layer on the first chip, with the load balancer and without."""
     from matplotlib.ticker import PercentFormatter
 
-    rows = [row for row in report.chips[0].layers if row.utilisation is not None]
-    if not rows:
+    every = [row for row in report.chips[0].layers if row.utilisation is not None]
+    if not every:
         return None
+    kept = {row.layer for row in most_energy(every, MOST_BARS)[0]}
+    rows = [row for row in every if row.layer in kept]
     figure, (axes,) = _panels(1, 1, height=2.9)
     places = range(len(rows))
     on, off = ([getattr(row, name) for row in rows] for name in ("utilisation", "unbalanced_utilisation"))
@@ -149,6 +150,8 @@ def lanes_busy(report: RunReport) -> Figure | None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("lanes busy")
+    if len(rows) < len(every):
+        axes.set_title(f"the {len(rows)} of {len(every)} layers that take most energy", loc="left")
     axes.grid(axis="y", color=PALE)
     _legend(axes)
     return figure
@@ -167,10 +170,10 @@ def accuracy_by_energy(report: RunReport) -> Figure | None:
     if len(accuracy) < 2 or len(accuracy) < len(report.metrics):
         return None
     figure, (axes,) = _panels(1, 1, height=3.0)
-    for chip, lacks, colour in zip(report.chips, _lacking(report.chips), itertools.cycle(CHIPS), strict=False):
+    for chip, lacks, colour in zip(report.chips, lacking(report.chips), itertools.cycle(CHIPS), strict=False):
         spent, so_far = [], 0.0
         for epoch in chip.epochs:
-            so_far += _spent(epoch.total, PARTS)
+            so_far += _spent(epoch.total, PARTS) * epoch.stands_for
             spent.append(so_far)
         axes.plot(spent, accuracy, marker="o", markersize=4, color=colour, label=chip.chip + lacks, linewidth=1.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -183,7 +186,16 @@ def accuracy_by_energy(report: RunReport) -> Figure | None:
     return figure
 
 
+def energy_by_layer(report: RunReport) -> Figure:
+    """What each layer's energy is spent on, on the first chip; most first."""
+    rows = report.chips[0].layers
+    figure, (axes,) = _panels(1, 1, height=plot_height(rows))
+    energy_plot(rows, f"energy by layer on chip {report.chips[0].chip}", axes)
+    return figure
+
+
 FIGURES: dict[str, Callable[[RunReport], Figure | None]] = {
+    "energy_by_layer": energy_by_layer,
     "energy_by_epoch": energy_by_epoch,
     "shares_by_layer": shares_by_layer,
     "chips_side_by_side": chips_side_by_side,
@@ -230,13 +242,6 @@ def _epochs(axes: Axes, numbers: Sequence[int], start: int | None = None) -> Non
     places = range(start, start + len(numbers)) if start is not None else numbers
     axes.set_xticks(list(places)[::every], [str(number) for number in numbers][::every])
     axes.set_xlabel("epoch")
-
-
-def _lacking(chips: Sequence[ChipReport]) -> list[str]:
-    """Of each chip the parts that no model covers but another chip's: ", without SIMD". It looks cheaper than it is."""
-    known = [{part for part in ON_CHIP if getattr(chip.total, f"{part}_energy_pj") is not None} for chip in chips]
-    lacks = ([PARTS[part][0] for part in ON_CHIP if part in set().union(*known) - mine] for mine in known)
-    return [f", without {' and '.join(parts)}" if parts else "" for parts in lacks]
 
 
 def _bars(

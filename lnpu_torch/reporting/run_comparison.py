@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,8 +21,8 @@ from lnpu_torch.counts.vector_ops import NotCounted
 from lnpu_torch.files import MOST, ConfigError, is_file, write_text
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.reporting.run_reader import Epoch, Run, read_run
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.reporting.run_reader import Epoch, Run, merged, read_run
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 
 ACCURACY, IMAGES = "test_accuracy", "images"
 """The metrics of an epoch that are read."""
@@ -67,6 +67,14 @@ class Energies(NamedTuple):
         return Energies(*(each / count for each in self))
 
 
+class Point(NamedTuple):
+    """The end of an epoch: its test accuracy, and the energy of chip and DRAM until then in J; None is not known."""
+
+    epoch: int
+    accuracy: float | None
+    energy_j: float | None
+
+
 @dataclass(frozen=True)
 class ComparedRun:
     """A run on one chip, or on none if nothing was counted, as in float32: what all its epochs took.
@@ -87,19 +95,20 @@ class ComparedRun:
     images: float | None
     to_accuracy: tuple[int, float, float] | None
     estimate: bool
+    curve: tuple[Point, ...]
 
     @classmethod
     def of(cls, run: Run, chip: Chip, asked: Questions) -> Self:
         """Price a run."""
-        if not _counted(run):
-            accuracy = run.epochs[-1].metrics.get(ACCURACY)
-            return cls(run.name, "-", len(run.epochs), accuracy, None, None, None, None, None, False)
+        if not counted(run):
+            points = tuple(Point(epoch.number, epoch.metrics.get(ACCURACY), None) for epoch in run.epochs)
+            return cls(run.name, "-", run.length, points[-1].accuracy, None, None, None, None, None, False, points)
         report = _priced(run.epochs, chip)
-        images = [epoch.metrics.get(IMAGES, asked.images) for epoch in run.epochs]
+        images = [epoch.metrics.get(IMAGES, asked.images) for epoch in run.epochs for _ in range(epoch.stands_for)]
         return cls(
             run=run.name,
             chip=chip.name,
-            epochs=len(run.epochs),
+            epochs=run.length,
             accuracy=run.epochs[-1].metrics.get(ACCURACY),
             chip_energy=_chip_energy(report),
             dram_energy=_dram_energy(report),
@@ -107,6 +116,7 @@ class ComparedRun:
             images=None if None in images else sum(each or 0 for each in images),
             to_accuracy=_to_accuracy(run.epochs, chip, asked.accuracy),
             estimate=report.estimate is not None,
+            curve=tuple(_curve(run.epochs, chip)),
         )
 
     @property
@@ -117,12 +127,13 @@ class ComparedRun:
         return Energies(*(a + b for a, b in zip(self.chip_energy, self.dram_energy, strict=True)))
 
 
-def _counted(run: Run) -> bool:
+def counted(run: Run) -> bool:
+    """Whether anything was counted, which it is not in float32."""
     return any(epoch.counts.steps or not isinstance(epoch.counts.vector_ops, NotCounted) for epoch in run.epochs)
 
 
 def _priced(epochs: Sequence[Epoch], chip: Chip) -> Report:
-    return price(Counts.merge(epoch.counts for epoch in epochs), chip)
+    return price(merged(epochs), chip)
 
 
 def _chip_energy(report: Report) -> Energies | None:
@@ -141,15 +152,22 @@ def _dram_energy(report: Report) -> Energies | None:
     return Energies(energy * 1e-12, low * 1e-12, high * 1e-12)
 
 
+def _curve(epochs: Sequence[Epoch], chip: Chip) -> Iterator[Point]:
+    spent = 0.0
+    for epoch in epochs:
+        spent += (price(epoch.counts, chip).total.all_energy_pj or 0.0) * 1e-12 * epoch.stands_for
+        yield Point(epoch.number, epoch.metrics.get(ACCURACY), spent)
+
+
 def _to_accuracy(epochs: Sequence[Epoch], chip: Chip, wanted: float | None) -> tuple[int, float, float] | None:
     """None where it is not asked, not reached, or epochs before were not counted."""
     if wanted is None:
         return None
     for place, epoch in enumerate(epochs, start=1):
         if epoch.metrics.get(ACCURACY, 0.0) >= wanted:
-            report = _priced(epochs[:place], chip)
+            report, number = _priced(epochs[:place], chip), sum(each.stands_for for each in epochs[:place])
             energy = report.total.all_energy_pj
-            return None if epoch.number != place or energy is None else (place, energy * 1e-12, report.time_s)
+            return None if epoch.number != number or energy is None else (number, energy * 1e-12, report.time_s)
     return None
 
 
@@ -207,7 +225,7 @@ OF_EPOCH = ("epochs", "accuracy", "chip_j", "dram_j", "all_j", "time_s")
 
 
 @dataclass(frozen=True)
-class RunComparison(Tables):
+class RunComparison(Rows):
     """Runs on chips, in the order of the runs. `str()` is a table; a rich console prints it too.
 
     `notes` say what is to be known of single runs.
@@ -223,17 +241,18 @@ class RunComparison(Tables):
         asked.check()
         notes: dict[str, None] = {}
         for run in runs:
-            if not _counted(run):
+            if not counted(run):
                 notes[f"{run.name}: nothing was counted, so that it has no price"] = None
                 continue
             report = _priced(run.epochs, chips[0])
             extrapolated = [EXTRAPOLATED] if any(epoch.counts.extrapolated for epoch in run.epochs) else []
+            extrapolated += [run.left_out] if run.left_out else []
             notes |= dict.fromkeys(f"{run.name}: {note}" for note in [*caveats(report), *extrapolated])
-        rows = [ComparedRun.of(run, chip, asked) for run in runs for chip in (chips if _counted(run) else chips[:1])]
+        rows = [ComparedRun.of(run, chip, asked) for run in runs for chip in (chips if counted(run) else chips[:1])]
         return cls(tuple(rows), asked, tuple(notes))
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """A flat mapping of plain values for each run and chip, as `pandas.DataFrame` takes them; J and s."""
+        """A flat mapping of plain values for each run and chip; J and s."""
         return [self._row(row) for row in self.rows]
 
     def _row(self, row: ComparedRun) -> dict[str, Any]:
@@ -316,7 +335,7 @@ def compare(
         battery_wh: a battery's capacity.
 
     Returns:
-        A table; `to_rows()` is for pandas.
+        A table; `to_pandas()` has its numbers.
 
     Raises:
         ConfigError: no such run or chip, or a number that makes no sense.
@@ -325,8 +344,11 @@ def compare(
     return RunComparison.of(read_runs([Path(run) for run in runs]), [read_chip(chip) for chip in chips], asked)
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path], soon: bool = False) -> list[Run]:
     """Runs, of which a file of counts is one of a single epoch; those of one name are told apart by their paths.
+
+    Args:
+        soon: leave out epochs of large runs, as `read_run` does.
 
     Raises:
         ConfigError: one is neither, or is given twice.
@@ -334,7 +356,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     again = [path for path, times in Counter(os.path.realpath(path) for path in paths).items() if times > 1]
     if again:
         raise ConfigError(f"{again[0]}: is given twice")
-    runs = [_file(path) if is_file(path) else read_run(path, uncounted=True) for path in paths]
+    runs = [_file(path) if is_file(path) else read_run(path, uncounted=True, soon=soon) for path in paths]
     often = Counter(run.name for run in runs)
     return [
         Run(str(path), run.settings, run.versions, run.epochs) if often[run.name] > 1 else run

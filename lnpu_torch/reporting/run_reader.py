@@ -11,7 +11,9 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,23 @@ from lnpu_torch.hardware.chip import Chip, ChipFile
 EPOCH = re.compile(r"epoch(0|[1-9][0-9]{0,8})\.json")
 """The name of a file of counts."""
 
+SOON_READ = 24_000_000
+"""Bytes of counts that are read and priced on two chips in about ten seconds."""
+FEWEST = 10
+"""Epochs that are read of a run, however large they are."""
+
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: its number, what it did, and those of its metrics that are finite numbers ("loss" ...)."""
+    """One epoch: its number, what it did, and those of its metrics that are finite numbers ("loss" ...).
+
+    It stands for itself, and for those right before it that were not read.
+    """
 
     number: int
     counts: Counts
     metrics: dict[str, float]
+    stands_for: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,36 @@ class Run:
         chips = self.settings.get("chip")
         return [_chip(chip) for chip in (chips if isinstance(chips, list) else [chips])] if chips else ["lnpu"]
 
+    @property
+    def length(self) -> int:
+        """Epochs, whether they were read or others stand for them."""
+        return sum(epoch.stands_for for epoch in self.epochs)
 
-def read_run(folder: str | Path, uncounted: bool = False) -> Run:
+    @property
+    def left_out(self) -> str | None:
+        """How many epochs were not read, in words; None if all were."""
+        if self.length == len(self.epochs):
+            return None
+        return f"{len(self.epochs)} of {self.length} epochs were read; each stands for those since the one before it"
+
+
+def merged(epochs: Iterable[Epoch]) -> Counts:
+    """The counts of epochs together, each as often as it stands for; extrapolated, if one stands for others."""
+    alike: dict[int, list[Counts]] = {}
+    for epoch in epochs:
+        alike.setdefault(epoch.stands_for, []).append(epoch.counts)
+    sums = {times: Counts.merge(counts) for times, counts in alike.items()}
+    whole = Counts.merge(counts if times == 1 else counts * times for times, counts in sums.items())
+    return whole if alike.keys() == {1} else whole.model_copy(update={"extrapolated": True})
+
+
+def read_run(folder: str | Path, uncounted: bool = False, soon: bool = False) -> Run:
     """Read the folder of a run.
 
     Args:
         uncounted: take a run of which nothing was counted, as one in float32, too. Its epochs have empty counts.
+        soon: of a run with more than SOON_READ bytes of counts, read so much, of epochs evenly spread, the last one
+            among them; at least FEWEST epochs.
 
     Raises:
         ConfigError: there is no such folder, a file is missing or damaged or a link out of it, or nothing was counted.
@@ -61,16 +96,28 @@ def read_run(folder: str | Path, uncounted: bool = False) -> Run:
     settings = parse_yaml(read_text(inside(folder, "config.yaml"), "run"), str(folder / "config.yaml"))
     if not isinstance(settings, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: not the settings of a run: a mapping of keys is expected")
-    files = [(EPOCH.fullmatch(file.name), file.name) for file in (folder / "counts").glob("epoch*.json")]
-    counts = {int(found[1]): Counts.load(inside(folder, f"counts/{name}")) for found, name in files if found}
-    if not counts and not uncounted:
+    names = [(EPOCH.fullmatch(file.name), file.name) for file in (folder / "counts").glob("epoch*.json")]
+    files = {int(found[1]): inside(folder, f"counts/{name}") for found, name in names if found}
+    if not files and not uncounted:
         raise ConfigError(f"{folder}: no epoch of this run was counted (counts/epochN.json)")
     metrics = _metrics(inside(folder, "metrics.csv"))
-    counts = counts or {number: Counts(steps=()) for number in metrics}
-    if not counts:
+    if not files and not metrics:
         raise ConfigError(f"{folder}: this run has no epoch yet")
-    epochs = [Epoch(number, counts[number], metrics.get(number, {})) for number in sorted(counts)]
-    return Run(folder.resolve().name, settings, _versions(inside(folder, "versions.json")), tuple(epochs))
+    epochs = tuple(
+        Epoch(number, Counts.load(files[number]) if files else Counts(steps=()), metrics.get(number, {}), times)
+        for number, times in _read(files or dict.fromkeys(metrics), soon).items()
+    )
+    return Run(folder.resolve().name, settings, _versions(inside(folder, "versions.json")), epochs)
+
+
+def _read(files: Mapping[int, Path | None], soon: bool) -> dict[int, int]:
+    """The epochs to read, and how many each stands for."""
+    numbers, ends = sorted(files), [0]
+    size = sum(file.stat().st_size for file in files.values() if soon and file and file.is_file())
+    read = max(len(numbers) * SOON_READ // size, FEWEST) if size else len(numbers)
+    read = min(read, len(numbers))
+    ends += [(place + 1) * len(numbers) // read for place in range(read)]
+    return {numbers[end - 1]: end - before for before, end in pairwise(ends)}
 
 
 def _chip(value: Any) -> str | Chip:

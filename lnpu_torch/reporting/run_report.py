@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lnpu_torch.cost.cost_row import CostRow, share
+from lnpu_torch.cost.energy_plot import PARTS
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.cost.report import Report
 from lnpu_torch.counts.schema import Counts, StepCounts, Triple
@@ -20,7 +21,8 @@ from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.sourced_value import value_text
 from lnpu_torch.named_files import names
-from lnpu_torch.reporting.run_reader import Run
+from lnpu_torch.reporting.run_reader import Epoch, Run, merged
+from lnpu_torch.units import ON_CHIP
 from lnpu_torch.versions import versions
 
 OPERANDS = {"input": "activations", "grad_output": "errors"}
@@ -39,9 +41,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class EpochCost:
-    """One epoch on one chip: its sum, and its sum by step."""
+    """One epoch on one chip: its sum, and its sum by step; and how many epochs it stands for."""
 
     epoch: int
+    stands_for: int
     time_s: float
     total: CostRow
     steps: Mapping[str, CostRow]
@@ -49,7 +52,8 @@ class EpochCost:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         steps = {step: row.to_dict() for step, row in self.steps.items()}
-        return {"epoch": self.epoch, "time_s": self.time_s, "total": self.total.to_dict(), "steps": steps}
+        numbers = {"epoch": self.epoch, "stands_for": self.stands_for, "time_s": self.time_s}
+        return {**numbers, "total": self.total.to_dict(), "steps": steps}
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,16 @@ class ChipReport:
         return self.report.chip
 
     @classmethod
-    def of(cls, run: Run, chip: Chip) -> Self:
-        """Price a run, and each of its epochs."""
-        report = price(Counts.merge(epoch.counts for epoch in run.epochs), chip)
+    def of(cls, run: Run, whole: Counts, chip: Chip) -> Self:
+        """Price a run, whose counts are `whole`, and each of its epochs."""
+        report = price(whole, chip)
         return cls(
             description=chip.description,
             report=report,
             total=report.total,
             layers=report.by("layer").rows,
             steps=report.by("step").rows,
-            epochs=tuple(_epoch(epoch.number, price(epoch.counts, chip)) for epoch in run.epochs),
+            epochs=tuple(_epoch(epoch, price(epoch.counts, chip)) for epoch in run.epochs),
             constants=tuple(
                 Constant(key, value_text(entry), entry.tag, entry.source) for key, entry in chip.values().items()
             ),
@@ -119,7 +123,8 @@ class LayerShares:
         layers = list(dict.fromkeys(entry.layer for epoch in run.epochs for entry in epoch.counts.steps))
         operands = {}
         for operand in OPERANDS:
-            groups = [[_groups(epoch.counts, layer, operand) for epoch in run.epochs] for layer in layers]
+            by_epoch = [_groups(epoch.counts, operand) for epoch in run.epochs]
+            groups = [[found.get(layer, (0, 0, 0)) for found in by_epoch] for layer in layers]
             operands[operand] = Shares(
                 zero=[[share(zero, zero + fp8 + wide) for zero, fp8, wide in row] for row in groups],
                 fp8=[[share(fp8, fp8 + wide) for _, fp8, wide in row] for row in groups],
@@ -143,6 +148,8 @@ class RunReport:
     settings: dict[str, Any]
     versions: dict[str, dict[str, str]]
     metrics: tuple[dict[str, float], ...]
+    epochs: int
+    left_out: str | None
     extrapolated: bool
     estimate: str | None
     shares: LayerShares
@@ -155,15 +162,18 @@ class RunReport:
         Raises:
             ConfigError: no such chip.
         """
+        whole = merged(run.epochs)
         return cls(
             run=run.name,
             settings=names(run.settings),
             versions={"run": run.versions, "report": versions()},
             metrics=tuple({**epoch.metrics, "epoch": epoch.number} for epoch in run.epochs),
-            extrapolated=any(epoch.counts.extrapolated for epoch in run.epochs),
-            estimate=Counts.merge(epoch.counts for epoch in run.epochs).estimate,
+            epochs=run.length,
+            left_out=run.left_out,
+            extrapolated=whole.extrapolated,
+            estimate=whole.estimate,
             shares=LayerShares.of(run),
-            chips=tuple(ChipReport.of(run, read_chip(each)) for each in chips),
+            chips=tuple(ChipReport.of(run, whole, read_chip(each)) for each in chips),
         )
 
     def json_text(self) -> str:
@@ -173,12 +183,21 @@ class RunReport:
             "settings": self.settings,
             "versions": self.versions,
             "metrics": self.metrics,
+            "epochs": self.epochs,
+            "left_out": self.left_out,
             "extrapolated": self.extrapolated,
             "estimate": self.estimate,
             "shares": self.shares.to_dict(),
             "chips": [chip.to_dict() for chip in self.chips],
         }
         return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def lacking(chips: Sequence[ChipReport]) -> list[str]:
+    """Of each chip the parts that no model covers but another chip's: ", without SIMD". It looks cheaper than it is."""
+    known = [{part for part in ON_CHIP if getattr(chip.total, f"{part}_energy_pj") is not None} for chip in chips]
+    lacks = ([PARTS[part].label for part in ON_CHIP if part in set().union(*known) - mine] for mine in known)
+    return [f", without {' and '.join(parts)}" if parts else "" for parts in lacks]
 
 
 def _finite(data: object) -> object:
@@ -189,17 +208,19 @@ def _finite(data: object) -> object:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _epoch(number: int, report: Report) -> EpochCost:
-    return EpochCost(number, report.time_s, report.total, {row.step: row for row in report.by("step").rows})
+def _epoch(epoch: Epoch, report: Report) -> EpochCost:
+    steps = {row.step: row for row in report.by("step").rows}
+    return EpochCost(epoch.number, epoch.stands_for, report.time_s, report.total, steps)
 
 
-def _groups(counts: Counts, layer: str, operand: str) -> Triple:
-    """Elements of a layer's operand that are zero, FP8 and FP16; an error is read by two steps, or by one of them."""
+def _groups(counts: Counts, operand: str) -> dict[str, Triple]:
+    """Elements of each layer's operand that are zero, FP8 and FP16; two steps read an error, or one of them."""
+    groups: dict[str, Triple] = {}
     for entry in counts.steps:
-        found = _operand(entry, operand) if entry.layer == layer else None
+        found = _operand(entry, operand)
         if found and sum(found):
-            return found
-    return (0, 0, 0)
+            groups.setdefault(entry.layer, found)
+    return groups
 
 
 def _operand(entry: StepCounts, operand: str) -> Triple | None:

@@ -181,7 +181,7 @@ def test_the_table() -> None:
     assert any(line[:3] == ["total", "all", "all"] for line in lines)
     assert "utilisation not recorded: their cycles assume" in text
     assert "lanes busy" not in text
-    assert "energy range: " in text
+    assert "on the chip, by one constant alone: " in text
     assert "1.6 ... 4 times" in text
     assert "fp8*fp8 " in text
     assert "constants: 1 published, 6 derived" in text

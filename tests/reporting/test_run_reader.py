@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from helpers.run_by_hand import epoch_counts, write_run
 from lnpu_torch.cli.app import app
 from lnpu_torch.files import ConfigError
-from lnpu_torch.reporting.run_reader import read_run
+from lnpu_torch.reporting import run_reader
+from lnpu_torch.reporting.run_reader import merged, read_run
 
 
 def test_epochs_come_in_their_order_with_the_metrics_that_are_numbers(tmp_path: Path) -> None:
@@ -46,6 +47,22 @@ def test_a_run_that_counted_nothing_and_one_that_is_not_there(tmp_path: Path) ->
         read_run(run)
     with pytest.raises(ConfigError, match="no such run"):
         read_run(tmp_path / "nowhere")
+
+
+def test_of_a_large_run_epochs_stand_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", epochs=25)
+    monkeypatch.setattr(run_reader, "SOON_READ", 1)
+    run = read_run(folder, soon=True)
+    assert [epoch.number for epoch in run.epochs] == [2, 5, 7, 10, 12, 15, 17, 20, 22, 25]
+    assert [epoch.stands_for for epoch in run.epochs] == [2, 3] * 5
+    assert run.length == 25 and run.left_out and run.left_out.startswith("10 of 25 epochs were read")
+    whole = merged(run.epochs)
+    assert whole.extrapolated and whole.steps[0].macs == epoch_counts(1).steps[0].macs * sum(
+        (26 - epoch.number) * epoch.stands_for for epoch in run.epochs
+    )
+    monkeypatch.setattr(run_reader, "SOON_READ", 10**9)
+    for every in (read_run(folder), read_run(folder, soon=True)):
+        assert len(every.epochs) == 25 and every.left_out is None and not merged(every.epochs).extrapolated
 
 
 def test_what_training_writes_is_what_the_report_reads(tmp_path: Path) -> None:
