@@ -63,6 +63,13 @@ def plain(*blocks: RenderableType, width: int = 110) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
 
 
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown. Cells may have Markdown in them, but for what would end a cell."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
 class Tables(ABC):
     """What is shown as tables and lines of text: by `str()`, on a rich console, and in a notebook."""
 

@@ -12,7 +12,7 @@ from torch import nn
 import lnpu_torch as lnpu
 from helpers.handmade import network
 from lnpu_torch.cost.comparison import Comparison
-from lnpu_torch.text_tables import Tables, add_row, html, plain_table
+from lnpu_torch.text_tables import Tables, add_row, html, markdown_table, plain_table
 
 
 class Cells(HTMLParser):
@@ -95,3 +95,9 @@ def test_coverage_tells_of_functions_only_where_a_module_may_call_some() -> None
     assert coverage().notes == ()  # type: ignore[attr-defined]
     alone = lnpu.coverage(lnpu.convert(nn.TransformerEncoderLayer(4, 1, 4), only=(nn.Linear,)))
     assert any("not emulated" in note for note in alone.notes)
+
+
+def test_markdown_keeps_a_row_on_its_line_and_a_cell_in_its_column() -> None:
+    assert markdown_table(["a", "b"], [["x|y", "two\n lines"], ["", "3"]]) == (
+        "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n|  | 3 |"
+    )

@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 
 from lnpu_torch.hardware.chip import Chip, chip, chips
 from lnpu_torch.hardware.sourced_value import SourcedValue, value_text
+from lnpu_torch.text_tables import markdown_table
 
 ROOT = Path(__file__).parent.parent.parent
 CONSTANTS = re.compile(r"<!-- constants of ([\w-]+)(?: beside ([\w-]+))? -->")
@@ -61,20 +62,13 @@ def constants(shown: Chip, beside: Chip | None) -> str:
 def tags() -> str:
     """A line per built-in chip: what it is, and how many of the constants that it uses are of which tag."""
     rows = [[each.name, each.description, *map(str, each.tags().values())] for each in chips()]
-    return _rows(["chip", "what it is", "published", "derived", "assumed"], rows)
+    return markdown_table(["chip", "what it is", "published", "derived", "assumed"], rows)
 
 
 def _table(place: str, entries: dict[str, SourcedValue[Any]]) -> str:
     inner = [key.partition(".")[2] or key for key in entries]
     values = [value_text(entry).replace("\n", "<br>") for entry in entries.values()]
-    told = [(f'<span class="tag {entry.tag}">{entry.tag}</span>', entry.source) for entry in entries.values()]
-    rows = [[f"`{key}`", value, *more] for key, value, more in zip(inner, values, told, strict=True)]
-    return f"**`{place}`**\n\n" + _rows(["key", "value", "tag", "source"], rows)
-
-
-def _rows(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('*', chr(92) + '*') for cell in line)} |"
-        for line in lines
-    )
+    tags = [f'<span class="tag {entry.tag}">{entry.tag}</span>' for entry in entries.values()]
+    sources = [entry.source.replace("*", r"\*") for entry in entries.values()]
+    rows = [[f"`{key}`", *rest] for key, *rest in zip(inner, values, tags, sources, strict=True)]
+    return f"**`{place}`**\n\n" + markdown_table(["key", "value", "tag", "source"], rows)
