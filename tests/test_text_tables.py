@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 import lnpu_torch as lnpu
 from helpers.handmade import network
 from lnpu_torch.cost.comparison import Comparison
-from lnpu_torch.text_tables import Tables, add_row, html, markdown_table, plain_table
+from lnpu_torch.text_tables import Blocks, Tables, add_row, fitted, html, in_one_unit, markdown_table, plain_table
 
 
 class Cells(HTMLParser):
@@ -55,8 +58,8 @@ def test_bars_are_as_long_as_numbers_are_large_and_totals_have_none() -> None:
     assert "Energy &amp; time" in page and "<b>" not in page
     assert Cells(page).tables == [
         [
-            *(["layer", "energy", "MACs"], ["a<b>", "500 uJ", "7"], ["b", "2 mJ", "7"], ["c", "-", "7"]),
-            ["total", "2.5 mJ", "21"],
+            *(["layer", "energy", "MACs"], ["a<b>", "0.500 mJ", "7"], ["b", "2.000 mJ", "7"], ["c", "-", "7"]),
+            ["total", "2.500 mJ", "21"],
         ]
     ]
 
@@ -101,3 +104,66 @@ def test_markdown_keeps_a_row_on_its_line_and_a_cell_in_its_column() -> None:
     assert markdown_table(["a", "b"], [["x|y", "two\n lines"], ["", "3"]]) == (
         "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n|  | 3 |"
     )
+
+
+def test_a_column_has_one_unit_and_its_points_stand_below_each_other() -> None:
+    assert in_one_unit(["13.2 uJ", "2 mJ", "-", "0 J", "499 nJ", "1.21 mJ (2.00x)"]) == (
+        ["0.013 mJ", "2.000 mJ", "-", "0 J", "<0.001 mJ", "1.210 mJ (2.00x)"]
+    )
+    assert in_one_unit(["800 ms", "12 s"]) == ["0.80 s", "12.00 s"]
+    for left in (
+        "1 mJ, 2 ms",
+        "1 mJ, 2 uJ, see below",
+        "1.5 mJ, 12 mJ",
+        "0.78, 1.1",
+        "41.47 M, 1.327 G",
+        "1 uJ ... 2 mJ, 1 mJ, 1 uJ",
+    ):
+        assert in_one_unit(left.split(", ")) == left.split(", ")
+
+
+def wide_table(rows: int = 3) -> Table:
+    table = plain_table("Layers", ["layer", "kind", "step", "what it is"], [f"number {i}" for i in range(8)])
+    for row in range(rows):
+        for step in ("forward", "update"):
+            add_row(table, f"features.{row}", "Conv2d", step, "a layer " * 9, *(f"{1e6 + row:.0f}" for _ in range(8)))
+    table.add_section()
+    return table
+
+
+def test_a_table_that_is_too_wide_comes_in_parts_that_fit() -> None:
+    table = wide_table()
+    (whole,) = fitted(table, 400)
+    assert whole is table
+    parts = fitted(table, 80)
+    assert len(parts) > 1 and str(parts[0].title) == f"Layers; kind: Conv2d; what it is: {'a layer ' * 9}"
+    heads = [[str(column.header) for column in part.columns] for part in parts]
+    assert all(head[:2] == ["layer", "step"] for head in heads)
+    assert [head for each in heads for head in each[2:]] == [f"number {i}" for i in range(8)]
+    text = printed(Blocks(table), 80)
+    assert max(map(len, text.splitlines())) <= 80 and text.count("1000002") == 16
+
+
+def test_only_text_is_folded() -> None:
+    table = plain_table("Sources", ["check", "source"], ["ours"])
+    for row in range(3):
+        add_row(table, f"peak {row}", f"{row} " + "many words " * 20, f"{row}.2345678901234")
+    assert len(fitted(table, 70)) == 1
+    text = printed(Blocks(table), 70)
+    assert max(map(len, text.splitlines())) <= 70
+    assert all(f"{row}.2345678901234" in text for row in range(3)) and text.split().count("many") == 60
+
+
+def printed(shown: Tables, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(shown)
+    return "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_no_number_is_broken_on_a_narrow_screen(name: str) -> None:
+    shown = SHOWN[name]()
+    text = printed(shown, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    numbers = set(re.findall(r"(?<=  )[\d.]+(?: [a-zA-Z]+| \.\.\. [\d.]+)?(?=  |$)", str(shown), re.MULTILINE))
+    assert numbers and all(number in text for number in numbers)
