@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -126,14 +126,19 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def recipes_table() -> Table:
-    """The built-in recipes: what each trains on what, and the first line of its header."""
-    table = plain_table("Recipes (lnpu train NAME)", ["name", "model", "data", ""], ["epochs", "batch"])
+def built_in() -> Iterator[tuple[str, TrainConfig, str]]:
+    """The built-in recipes: name, settings, and the first line of the file's header."""
     for name in builtin_names("recipes"):
         path = find("recipes", name, "recipe")
         text = path.read_text(encoding="utf-8")
         settings = validate(TrainConfig, parse_yaml(text, str(path)), str(path))
-        words = text.splitlines()[0].removeprefix("# ")
+        yield name, settings, text.splitlines()[0].removeprefix("# ")
+
+
+def recipes_table() -> Table:
+    """The built-in recipes: what each trains on what."""
+    table = plain_table("Recipes (lnpu train NAME)", ["name", "model", "data", "of"], ["epochs", "batch"])
+    for name, settings, words in built_in():
         row = (name, settings.model.name, settings.data.kind, words)
         add_row(table, *row, str(settings.epochs), str(settings.batch_size))
     return table

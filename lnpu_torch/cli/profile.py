@@ -11,7 +11,7 @@ import typer
 
 import lnpu_torch as lnpu
 from lnpu_torch.cli.importing import import_model, parse_shape
-from lnpu_torch.cli.price import By, Chips, Format, Full, Voltage, print_reports
+from lnpu_torch.cli.price import By, Chips, Format, Full, Json, Voltage, print_reports
 from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.step_choices import Loss, OptimizerName
 
@@ -36,6 +36,7 @@ def profile(
     inference: Annotated[bool, typer.Option("--inference", help="A forward pass in evaluation mode alone.")] = False,
     by: By = None,
     format: Format = "table",
+    as_json: Json = False,
     full: Full = False,
 ) -> None:
     """Run one training step of any importable model on random input, and price it.
@@ -46,6 +47,7 @@ def profile(
     """
     from lnpu_torch.profiler.training_step import TrainingStep, infer, silent_layers
 
+    format = "json" if as_json else format
     if inference and (loss or optimizer != "sgd"):
         raise ConfigError("--inference: a forward pass has neither --loss nor --optimizer")
     chips = [lnpu.chip(name, voltage) for name in chip]
