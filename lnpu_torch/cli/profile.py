@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import lnpu_torch as lnpu
+from lnpu_torch.cli.errors import Console
 from lnpu_torch.cli.importing import import_model, parse_shape
 from lnpu_torch.cli.price import By, Chips, Format, Full, Json, Voltage, print_reports
 from lnpu_torch.files import ConfigError
@@ -46,6 +47,7 @@ def profile(
     that is not trained.
     """
     from lnpu_torch.profiler.training_step import TrainingStep, infer, silent_layers
+    from lnpu_torch.recipes.console_output import compiling_shown
 
     format = "json" if as_json else format
     if inference and (loss or optimizer != "sgd"):
@@ -58,10 +60,11 @@ def profile(
     if not covered.emulated:
         raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(covered)}")
     step = None if inference else TrainingStep(network, batch, loss, optimizer)
-    if step:
-        step.warm_up()
-    with lnpu.CostCounter(network) as cost:
-        step.run() if step else infer(network, batch)
+    with compiling_shown(Console(stderr=True)):
+        if step:
+            step.warm_up()
+        with lnpu.CostCounter(network) as cost:
+            step.run() if step else infer(network, batch)
     if format == "table":
         ran = str(lnpu.coverage(network))  # of sites it is known now which are there
         print(ran if full else ran.partition(" In float:")[0])
