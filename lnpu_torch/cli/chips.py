@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lnpu_torch.cli.errors import show
+from lnpu_torch.cli.price import chip_names
 from lnpu_torch.cost.chip_checks import run_checks
 from lnpu_torch.cost.normalization import normalized
 from lnpu_torch.hardware.chip import Chip
@@ -21,7 +22,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 
 def chips(
-    name: Annotated[str | None, typer.Argument(parser=expanduser, help="A built-in chip or a YAML file.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(parser=expanduser, autocompletion=chip_names, help="A built-in chip or a YAML file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the built-in chips; or one chip's values, each with its tag and source, and its published figures."""

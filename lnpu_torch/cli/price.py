@@ -19,16 +19,28 @@ from lnpu_torch.cost.sensitivity import sensitivity
 from lnpu_torch.cost.sweep import Point, parse_setting
 from lnpu_torch.cost.sweep import sweep as sweep_over
 from lnpu_torch.counts.schema import Counts
-from lnpu_torch.files import ConfigError, user_path
+from lnpu_torch.files import ConfigError, builtin_names, user_path
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.reporting.sweep_plot import require_matplotlib, save_plot
+
+
+def chip_names() -> list[str]:
+    """What a shell completes a chip's name to."""
+    return builtin_names("chips")
+
 
 _COUNTS = typer.Argument(metavar="COUNTS", parser=user_path, help="A counts file, as in a run's folder counts/.")
 File = Annotated[Path, _COUNTS]
 Files = Annotated[list[Path], _COUNTS]
 Chips = Annotated[
     list[str],
-    typer.Option("--chip", parser=expanduser, metavar="NAME", help="A built-in chip or a YAML file; may be repeated."),
+    typer.Option(
+        "--chip",
+        parser=expanduser,
+        autocompletion=chip_names,
+        metavar="NAME",
+        help="A built-in chip or a YAML file; may be repeated.",
+    ),
 ]
 Voltage = Annotated[float | None, typer.Option(help="Run the chips at this voltage, such as 0.9, not at their own.")]
 By = Annotated[Literal["layer", "step"] | None, typer.Option(help="Sum up by layer or by step.")]

@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from lnpu_torch.cli.errors import Console, fail, show
-from lnpu_torch.files import ConfigError, find, inside, parse_yaml, read_text, validate
+from lnpu_torch.files import ConfigError, builtin_names, find, inside, parse_yaml, read_text, validate
 from lnpu_torch.text_tables import Blocks
 
 if TYPE_CHECKING:
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(parser=expanduser, help="A recipe (see lnpu recipes) or a YAML file.")
+        str | None,
+        typer.Argument(
+            parser=expanduser,
+            autocompletion=lambda: builtin_names("recipes"),
+            help="A recipe (see lnpu recipes) or a YAML file.",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as lr=0.05 data.crop=2.")

@@ -83,3 +83,19 @@ def test_prices_and_sweeps_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("paper.yaml").write_text("layers: {fc: {kind: Linear, in_channels: 8, out_channels: 4}}\n")
     told = [printed("estimate", "paper.yaml", *form)["total"] for form in (("--json",), ("--format", "json"))]
     assert told[0] == told[1] and told[0]["macs"] > 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("lnpu pr", ["price", "profile"]),
+        ("lnpu chips ln", ["lnpu", "lnpu-fp16"]),
+        ("lnpu price counts.json --chip dense", ["dense-fp16"]),
+        ("lnpu train digits", ["digits_resnet18"]),
+    ],
+)
+def test_a_shell_completes_commands_chips_and_recipes(typed: str, names: list[str]) -> None:
+    asked = {"_LNPU_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    code = "import sys, lnpu_torch.cli.app as cli; sys.argv = ['lnpu']; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == names
