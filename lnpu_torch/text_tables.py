@@ -97,9 +97,11 @@ def _cells(table: Table) -> dict[int, list[str]]:
 
 
 def _tidied(block: RenderableType) -> RenderableType:
-    """A table with one unit in each of its columns; what is no table, as it is."""
+    """A table with one unit in each of its columns, or its title if it has no rows; what is no table, as it is."""
     if not isinstance(block, Table):
         return block
+    if not block.rows:
+        return Text(str(block.title))
     columns = {place: in_one_unit(cells) for place, cells in _cells(block).items()}
     return _like(block, str(block.title), columns)
 

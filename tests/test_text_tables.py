@@ -167,3 +167,8 @@ def test_no_number_is_broken_on_a_narrow_screen(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
     numbers = set(re.findall(r"(?<=  )[\d.]+(?: [a-zA-Z]+| \.\.\. [\d.]+)?(?=  |$)", str(shown), re.MULTILINE))
     assert numbers and all(number in text for number in numbers)
+
+
+def test_a_table_without_rows_is_its_title() -> None:
+    table = plain_table("Nothing is in float", ["module"], ["MACs"])
+    assert html(table) == "<p>Nothing is in float</p>" and str(Blocks(table)) == "Nothing is in float"
