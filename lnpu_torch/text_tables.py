@@ -106,24 +106,32 @@ def _tidied(block: RenderableType) -> RenderableType:
     return _like(block, str(block.title), columns)
 
 
+FEW = 3
+"""So many rows stand as columns, where a table is too wide."""
+
 TEXT = 30
 """Columns of text that are wider than this are folded, where a table is too wide."""
 
 
 def fitted(table: Table, width: int) -> list[Table]:
-    """A table within a width: as it is, or in parts that each begin with what names its rows.
+    """A table within a width: as it is, turned if it has few rows, or in parts that begin with what names its rows.
 
-    Columns that say the same in every row go into the title. Only text is folded, never a number.
+    Of parts, columns that say the same in every row go into the title. Only text is folded, never a number.
     """
     columns, title = _cells(table), str(table.title)
     widths = {place: _width(table, place, cells) for place, cells in columns.items()}
     if _whole(widths.values()) <= width or not table.rows:
         return [table]
+    if len(table.rows) <= FEW:
+        turned = _turned(table, columns)
+        if _whole(_width(turned, place, cells) for place, cells in _cells(turned).items()) <= width:
+            return [turned]
     for place in [place for place in columns if place and len(set(columns[place])) == 1 < len(table.rows)]:
         (same,) = set(columns.pop(place))
         title += f"; {table.columns[place].header}: {same}" * (same not in ("", "-", "all"))
     widths = {place: min(each, TEXT) if _is_text(table, place) else each for place, each in widths.items()}
     key = _names_rows(table, columns)
+    key = key if _whole(widths[place] for place in key) <= 0.75 * width else key[:1]
     parts = [list(key)]
     for place in columns.keys() - key:
         if len(parts[-1]) > len(key) and _whole(widths[each] for each in [*parts[-1], place]) > width:
@@ -149,13 +157,23 @@ def _is_text(table: Table, place: int) -> bool:
 
 
 def _names_rows(table: Table, columns: Mapping[int, Sequence[str]]) -> tuple[int, ...]:
-    """The columns of text that tell rows apart: the first, with one more if that is enough, or all before numbers."""
-    texts = [place for place in columns if _is_text(table, place)]
-    numbers = [place for place in columns if not _is_text(table, place)]
-    for key in [(texts[0],), *((texts[0], other) for other in texts[1:])]:
+    """The columns that tell rows apart: the first, with another one of text if that will do, or with those after it."""
+    places = tuple(columns)
+    pairs = [(places[0], other) for other in places[1:] if _is_text(table, other)]
+    several = [places[:count] for count in range(2, len(places))]
+    for key in [places[:1], *pairs, *several]:
         if len(set(zip(*(columns[place] for place in key), strict=True))) == len(table.rows):
             return key
-    return tuple(place for place in texts if not numbers or place < numbers[0])
+    return places[:1]
+
+
+def _turned(table: Table, columns: Mapping[int, Sequence[str]]) -> Table:
+    """A table whose columns are another's rows."""
+    heads, *rows = [[str(table.columns[place].header), *cells] for place, cells in columns.items()]
+    made = plain_table(str(table.title), heads[:1], heads[1:])
+    for row in rows:
+        add_row(made, *row)
+    return made
 
 
 def plain(*blocks: RenderableType, width: int = 110) -> str:

@@ -172,3 +172,22 @@ def test_no_number_is_broken_on_a_narrow_screen(name: str) -> None:
 def test_a_table_without_rows_is_its_title() -> None:
     table = plain_table("Nothing is in float", ["module"], ["MACs"])
     assert html(table) == "<p>Nothing is in float</p>" and str(Blocks(table)) == "Nothing is in float"
+
+
+def test_few_rows_stand_as_columns_where_that_fits() -> None:
+    table = plain_table("Totals", ["chip"], [f"number {i}" for i in range(9)])
+    for chip, digit in (("lnpu", 2), ("dense-fp16", 3)):
+        add_row(table, chip, *(f"{i}.{digit}5 mJ" for i in range(9)))
+    (turned,) = fitted(table, 60)
+    lines = printed(Blocks(table), 60).splitlines()
+    assert str(turned.title) == lines[0] == "Totals" and lines[2].split() == ["chip", "lnpu", "dense-fp16"]
+    assert [line.split() for line in lines[4:13]] == [f"number {i} {i}.25 mJ {i}.35 mJ".split() for i in range(9)]
+    assert len(fitted(table, 30)) > 1
+
+
+def test_rows_of_one_name_are_told_apart_by_what_follows_it() -> None:
+    table = plain_table("Points", ["chip"], ["volts", *(f"number {i}" for i in range(6))])
+    for volts in ("0.7", "0.8", "0.9", "1.0"):
+        add_row(table, "lnpu", volts, *(volts + f"{i}" for i in range(6)))
+    heads = [[str(column.header) for column in part.columns] for part in fitted(table, 60)]
+    assert len(heads) == 2 and all(head[:2] == ["chip", "volts"] for head in heads)
