@@ -151,10 +151,10 @@ def cost(report: lnpu.Report, first: lnpu.Report) -> str:
     return f"{words}; {si_over(report.time_s, 's', first.time_s)}"
 
 
-def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> RenderableType:
+def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> Blocks:
     """The run's energy on each chip: of all epochs by layer and by step, then by epoch; and what it leaves out."""
     if not epochs:
-        return Text("Torch's own layers did the work (precision: float32), so nothing was counted.")
+        return Blocks(Text("Torch's own layers did the work (precision: float32), so nothing was counted."))
     whole = [lnpu.price(lnpu.Counts.merge(counts for _, counts in epochs), chip) for chip in chips]
     by_layer = _energies("layer", whole)
     by_step = _energies("step", whole)
