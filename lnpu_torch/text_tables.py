@@ -133,7 +133,7 @@ def fitted(table: Table, width: int) -> list[Table]:
     key = _names_rows(table, columns)
     key = key if _whole(widths[place] for place in key) <= 0.75 * width else key[:1]
     parts = [list(key)]
-    for place in columns.keys() - key:
+    for place in (place for place in columns if place not in key):
         if len(parts[-1]) > len(key) and _whole(widths[each] for each in [*parts[-1], place]) > width:
             parts.append(list(key))
         parts[-1].append(place)

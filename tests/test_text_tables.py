@@ -191,3 +191,11 @@ def test_rows_of_one_name_are_told_apart_by_what_follows_it() -> None:
         add_row(table, "lnpu", volts, *(volts + f"{i}" for i in range(6)))
     heads = [[str(column.header) for column in part.columns] for part in fitted(table, 60)]
     assert len(heads) == 2 and all(head[:2] == ["chip", "volts"] for head in heads)
+
+
+def test_columns_stay_in_order() -> None:
+    table = plain_table("Mixed", ["layer"], [f"number {i}" for i in range(10)])
+    for row in range(4):
+        add_row(table, f"layer {row}", *(f"{row}{i}" if i in (2, 7) else "7" for i in range(10)))
+    heads = [str(column.header) for part in fitted(table, 50) for column in part.columns if "n" in str(column.header)]
+    assert heads == [f"number {i}" for i in (2, 7)]
