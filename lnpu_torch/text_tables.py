@@ -210,6 +210,10 @@ class Tables(ABC):
         return html(*self._blocks())
 
 
+BAR = "linear-gradient(90deg, rgba(77, 127, 209, 0.3) {0:.1f}%, transparent {0:.1f}%)"
+"""Behind a number: how large it is beside the largest of its column, on light and on dark pages."""
+
+
 class Blocks(Tables):
     """Tables and lines of text that belong together."""
 
@@ -218,10 +222,6 @@ class Blocks(Tables):
 
     def _blocks(self) -> Sequence[RenderableType]:
         return self.blocks
-
-
-BAR = "linear-gradient(90deg, rgba(77, 127, 209, 0.3) {0:.1f}%, transparent {0:.1f}%)"
-"""Behind a number: how large it is beside the largest of its column, on light and on dark pages."""
 
 
 def html(*blocks: RenderableType) -> str:
