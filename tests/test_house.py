@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -155,3 +156,9 @@ def test_issue_templates_can_be_chosen() -> None:
     texts = [path.read_text() for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md")]
     heads = [yaml.safe_load(text.split("---\n")[1]) for text in texts]
     assert len(heads) == 2 and all(head["name"] and head["about"] and head["labels"] for head in heads)
+
+
+def test_the_pythons_that_are_said_to_be_supported_are_those_that_were_tried() -> None:
+    declared = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    tried = (ROOT / "docs" / "limits.md").read_text().partition("## About machines")[2].partition("##")[0]
+    assert declared and declared == re.findall(r"\b(3\.\d+)", tried)
