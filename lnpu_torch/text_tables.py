@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rich.box import Box
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -60,13 +62,140 @@ def add_row(table: Table, *cells: str) -> None:
     table.add_row(*map(Text, cells))
 
 
+QUANTITY = re.compile(r"(\d[\d.]*) ?([fpnumkMGTPE]?)(J|bit|s|Hz)( \(.*\))?")
+"""What `si` and `si_over` write: digits, prefix, unit, and a ratio. Counts have no unit: those of a row add up."""
+
+
+def in_one_unit(cells: Sequence[str]) -> list[str]:
+    """A column's cells with the prefix and the last digit of its largest number; as they are, if they mix units."""
+    found = {i: match for i, cell in enumerate(cells) if (match := QUANTITY.fullmatch(cell))}
+    powers = {prefix: power for power, prefix in PREFIXES.items()}
+    values = {i: float(match[1]) * 10.0 ** powers[match[2]] for i, match in found.items()}
+    others = {cell for i, cell in enumerate(cells) if i not in found}
+    largest = max(values, key=lambda i: values[i], default=0)
+    written = {(match[2], match[3]) for i, match in found.items() if values[i]}
+    if len(written) < 2 or len({unit for _, unit in written}) > 1 or not others <= {"", "-"}:
+        return list(cells)
+    prefix, unit = found[largest][2], found[largest][3]
+    digits = 3 - math.floor(math.log10(float(found[largest][1])))
+    one = list(cells)
+    for i, match in found.items():
+        if values[i]:
+            number = f"{values[i] / 10.0 ** powers[prefix]:.{digits}f}"
+            shown = number if float(number) else f"<{10.0**-digits:.{digits}f}"
+            one[i] = f"{shown} {prefix}{unit}{match[4] or ''}"
+    return one
+
+
+def _like(table: Table, title: str | None, columns: Mapping[int, Sequence[str]]) -> Table:
+    """A table of some of another's columns, by their places, with these cells."""
+    made = Table(title=title and Text(title), title_justify="left", box=RULED)
+    for place in columns:
+        column = table.columns[place]
+        made.add_column(Text(str(column.header)), justify=column.justify, overflow="fold")
+    for row, cells in zip(table.rows, zip(*columns.values(), strict=True), strict=True):
+        made.add_row(*map(Text, cells), end_section=row.end_section)
+    return made
+
+
+def _cells(table: Table) -> dict[int, list[str]]:
+    return {place: [str(cell) for cell in column.cells] for place, column in enumerate(table.columns)}
+
+
+def _tidied(block: RenderableType) -> RenderableType:
+    """A table with one unit in each of its columns, or its title if it has no rows; what is no table, as it is."""
+    if not isinstance(block, Table):
+        return block
+    if not block.rows:
+        return Text(str(block.title))
+    columns = {place: in_one_unit(cells) for place, cells in _cells(block).items()}
+    return _like(block, str(block.title), columns)
+
+
+FEW = 3
+"""So many rows stand as columns, where a table is too wide."""
+
+TEXT = 30
+"""Columns of text that are wider than this are folded, where a table is too wide."""
+
+
+def fitted(table: Table, width: int) -> list[Table]:
+    """A table within a width: as it is, turned if it has few rows, or in parts that begin with what names its rows.
+
+    Of parts, columns that say the same in every row go into the title. Only text is folded, never a number.
+    """
+    columns, title = _cells(table), str(table.title)
+    widths = {place: _width(table, place, cells) for place, cells in columns.items()}
+    if _whole(widths.values()) <= width or not table.rows:
+        return [table]
+    if len(table.rows) <= FEW:
+        turned = _turned(table, columns)
+        if _whole(_width(turned, place, cells) for place, cells in _cells(turned).items()) <= width:
+            return [turned]
+    for place in [place for place in columns if place and len(set(columns[place])) == 1 < len(table.rows)]:
+        (same,) = set(columns.pop(place))
+        title += f"; {table.columns[place].header}: {same}" * (same not in ("", "-", "all"))
+    widths = {place: min(each, TEXT) if _is_text(table, place) else each for place, each in widths.items()}
+    key = _names_rows(table, columns)
+    key = key if _whole(widths[place] for place in key) <= 0.75 * width else key[:1]
+    parts = [list(key)]
+    for place in (place for place in columns if place not in key):
+        if len(parts[-1]) > len(key) and _whole(widths[each] for each in [*parts[-1], place]) > width:
+            parts.append(list(key))
+        parts[-1].append(place)
+    shown = [{place: columns[place] for place in part} for part in parts]
+    return [_like(table, None if i else title, part) for i, part in enumerate(shown)]
+
+
+def _width(table: Table, place: int, cells: Sequence[str]) -> int:
+    lines = "\n".join([str(table.columns[place].header), *cells]).splitlines()
+    return max(map(cell_len, lines), default=0)
+
+
+def _whole(widths: Iterable[int]) -> int:
+    """The width of a table whose columns have these."""
+    each = list(widths)
+    return sum(each) + 3 * len(each) + 1
+
+
+def _is_text(table: Table, place: int) -> bool:
+    return table.columns[place].justify != "right"
+
+
+def _names_rows(table: Table, columns: Mapping[int, Sequence[str]]) -> tuple[int, ...]:
+    """The columns that tell rows apart: the first, with another one of text if that will do, or with those after it."""
+    places = tuple(columns)
+    pairs = [(places[0], other) for other in places[1:] if _is_text(table, other)]
+    several = [places[:count] for count in range(2, len(places))]
+    for key in [places[:1], *pairs, *several]:
+        if len(set(zip(*(columns[place] for place in key), strict=True))) == len(table.rows):
+            return key
+    return places[:1]
+
+
+def _turned(table: Table, columns: Mapping[int, Sequence[str]]) -> Table:
+    """A table whose columns are another's rows."""
+    heads, *rows = [[str(table.columns[place].header), *cells] for place, cells in columns.items()]
+    made = plain_table(str(table.title), heads[:1], heads[1:])
+    for row in rows:
+        add_row(made, *row)
+    return made
+
+
 def plain(*blocks: RenderableType, width: int = 110) -> str:
     """The blocks as text without colour, the same wherever it is printed: tables whole, all else folded at `width`."""
     text = io.StringIO()
     console = Console(file=text, width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
-    for block in blocks:
+    for block in map(_tidied, blocks):
         console.print(block, width=console.measure(block).maximum if isinstance(block, Table) else width)
     return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown. Cells may have Markdown in them, but for what would end a cell."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 class Tables(ABC):
@@ -79,8 +208,9 @@ class Tables(ABC):
     def __str__(self) -> str:
         return plain(*self._blocks())
 
-    def __rich__(self) -> RenderableType:
-        return Group(*self._blocks())
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for block in map(_tidied, self._blocks()):
+            yield from fitted(block, options.max_width) if isinstance(block, Table) else [block]
 
     def _repr_html_(self) -> str:
         return html(*self._blocks())
@@ -110,11 +240,21 @@ BAR = "linear-gradient(90deg, rgba(77, 127, 209, 0.3) {0:.1f}%, transparent {0:.
 """Behind a number: how large it is beside the largest of its column, on light and on dark pages."""
 
 
+class Blocks(Tables):
+    """Tables and lines of text that belong together."""
+
+    def __init__(self, *blocks: RenderableType) -> None:
+        self.blocks = blocks
+
+    def _blocks(self) -> Sequence[RenderableType]:
+        return self.blocks
+
+
 def html(*blocks: RenderableType) -> str:
     """The blocks as a piece of HTML; energies, times and shares have bars."""
     return "".join(
         _html_table(block) if isinstance(block, Table) else f"<p>{escape(str(block)).replace(chr(10), '<br>')}</p>"
-        for block in blocks
+        for block in map(_tidied, blocks)
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from rich import progress
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -17,7 +20,7 @@ from torch import nn
 import lnpu_torch as lnpu
 from lnpu_torch.files import builtin_names, find, parse_yaml, validate
 from lnpu_torch.recipes.settings import TrainConfig
-from lnpu_torch.text_tables import add_row, plain_table, si, si_over
+from lnpu_torch.text_tables import Blocks, add_row, plain_table, si, si_over
 
 ENERGY_EVERY_S = 1.0
 """Reading the counters waits for the device, so the energy so far is refreshed this often, in seconds."""
@@ -32,8 +35,53 @@ def start(model: nn.Module, where: str, images: str, folder: Path, emulated: boo
     return Text(text)
 
 
+@contextlib.contextmanager
+def compiling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, tell in words that loops for the CPU are being compiled, and how many have been."""
+    if not importlib.util.find_spec("numba"):
+        yield
+        return
+    from numba.core import event
+
+    open_, done = 0, 0  # compiling one function compiles those that it calls
+
+    def on_start(_: object, __: object) -> None:
+        nonlocal open_
+        open_ += 1
+        if open_ == 1:
+            tell(f"compiling loops once, up to a minute ({done} so far)")
+
+    def on_end(_: object, __: object) -> None:
+        nonlocal open_, done
+        open_ -= 1
+        done += not open_
+
+    listener = type("Compiling", (event.Listener,), {"on_start": on_start, "on_end": on_end})()
+    with event.install_listener("numba:compile", listener):
+        yield
+
+
+@contextlib.contextmanager
+def compiling_shown(console: Console) -> Iterator[None]:
+    """Within the block, a spinner at a terminal while loops are compiled; nothing elsewhere."""
+    status = Status("", console=console)
+
+    def tell(words: str) -> None:
+        status.update(words)
+        status.start()
+
+    try:
+        with compiling(tell) if console.is_terminal else contextlib.nullcontext():
+            yield
+    finally:
+        status.stop()
+
+
 class Progress:
-    """A bar for one epoch: loss, accuracy, images/s, and the energy so far in words, if `energy` gives it."""
+    """A bar for one epoch: loss, accuracy, images/s, and the energy so far in words, if `energy` gives it.
+
+    Until the first step is done, it says if loops are being compiled.
+    """
 
     def __init__(
         self, console: Console, name: str, steps: int, done: int = 0, energy: Callable[[], str] | None = None
@@ -42,14 +90,17 @@ class Progress:
         self._bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=console, transient=True)
         self._task = self._bar.add_task(name, total=steps, completed=done, numbers="")
         self._energy, self._words, self._read = energy, "", time.monotonic()
+        self._compiling = compiling(lambda words: self._bar.update(self._task, numbers=words))
 
     def __enter__(self) -> Progress:
         self._bar.start()
+        self._compiling.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._compiling.__exit__(kind, error, trace)
         self._bar.stop()
 
     def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
@@ -100,10 +151,10 @@ def cost(report: lnpu.Report, first: lnpu.Report) -> str:
     return f"{words}; {si_over(report.time_s, 's', first.time_s)}"
 
 
-def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> RenderableType:
+def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> Blocks:
     """The run's energy on each chip: of all epochs by layer and by step, then by epoch; and what it leaves out."""
     if not epochs:
-        return Text("Torch's own layers did the work (precision: float32), so nothing was counted.")
+        return Blocks(Text("Torch's own layers did the work (precision: float32), so nothing was counted."))
     whole = [lnpu.price(lnpu.Counts.merge(counts for _, counts in epochs), chip) for chip in chips]
     by_layer = _energies("layer", whole)
     by_step = _energies("step", whole)
@@ -112,7 +163,7 @@ def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip
         add_row(by_epoch, name, *(si(lnpu.price(counts, chip).total.energy_pj, "pJ") for chip in chips))
     add_row(by_epoch, "total", *(si(report.total.energy_pj, "pJ") for report in whole))
     notes = [Text(f"{report.chip}: {note}") for report in whole for note in report.notes]
-    return Group(by_layer, by_step, by_epoch, *notes)
+    return Blocks(by_layer, by_step, by_epoch, *notes)
 
 
 def _energies(key: Literal["layer", "step"], reports: Sequence[lnpu.Report]) -> Table:
@@ -126,14 +177,19 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def recipes_table() -> Table:
-    """The built-in recipes: what each trains on what, and the first line of its header."""
-    table = plain_table("Recipes (lnpu train NAME)", ["name", "model", "data", ""], ["epochs", "batch"])
+def built_in() -> Iterator[tuple[str, TrainConfig, str]]:
+    """The built-in recipes: name, settings, and the first line of the file's header."""
     for name in builtin_names("recipes"):
         path = find("recipes", name, "recipe")
         text = path.read_text(encoding="utf-8")
         settings = validate(TrainConfig, parse_yaml(text, str(path)), str(path))
-        words = text.splitlines()[0].removeprefix("# ")
+        yield name, settings, text.splitlines()[0].removeprefix("# ")
+
+
+def recipes_table() -> Table:
+    """The built-in recipes: what each trains on what."""
+    table = plain_table("Recipes (lnpu train NAME)", ["name", "model", "data", "of"], ["epochs", "batch"])
+    for name, settings, words in built_in():
         row = (name, settings.model.name, settings.data.kind, words)
         add_row(table, *row, str(settings.epochs), str(settings.batch_size))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -34,6 +35,8 @@ class Interrupts:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = number
         self._restore()
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
 
     def __exit__(self, *_: object) -> None:
         self._restore()

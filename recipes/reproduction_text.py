@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,7 @@ import lnpu_torch as lnpu
 from lnpu_torch.recipes.measurements import STEPS, Evidence, layers
 from lnpu_torch.recipes.reproduce import Row
 from lnpu_torch.recipes.short_training import Settings
-from lnpu_torch.text_tables import add_row, plain, plain_table
+from lnpu_torch.text_tables import add_row, markdown_table, plain, plain_table
 
 BASIS = {
     "held out": "nothing of the claim went into our figure",
@@ -110,7 +110,7 @@ def claims_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     )
-    return grid(["claim", "published", "ours", "difference", "why", "source"], body)
+    return markdown_table(["claim", "published", "ours", "difference", "why", "source"], body)
 
 
 def layer_table(network: str, report: lnpu.Report) -> str:
@@ -120,7 +120,7 @@ def layer_table(network: str, report: lnpu.Report) -> str:
         zero, fp8 = ("-" if share is None else f"{share:.1%}" for share in (row.zero_share, row.fp8_share))
         cells.setdefault(row.layer, {})[row.step] = f"{zero}, {fp8}"
     heads = [f"{short}: zeros, FP8" for short in STEPS.values()]
-    return grid(
+    return markdown_table(
         [network, *heads], ((layer, *(steps.get(step, "-") for step in STEPS)) for layer, steps in cells.items())
     )
 
@@ -128,10 +128,4 @@ def layer_table(network: str, report: lnpu.Report) -> str:
 def curve_table(evidence: Evidence) -> str:
     points = zip(*evidence.curves.values(), strict=True)
     body = ((f"{row[0].zeros:.0%}", *(f"{point.macs:.2f} ({point.chip:.2f})" for point in row)) for row in points)
-    return grid(["zeros", *evidence.curves], body)
-
-
-def grid(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell is escaped."""
-    lines = [heads, ["---"] * len(heads), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return markdown_table(["zeros", *evidence.curves], body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lnpu_torch
 import lnpu_torch.nn.functional
@@ -110,7 +112,8 @@ def test_who_only_prices_needs_no_torch() -> None:
     """Nor Numba, NumPy and matplotlib: they would take most of the time that a command takes to answer."""
     heavy = "assert not {'torch', 'numba', 'numpy', 'matplotlib'} & sys.modules.keys()"
     run(f"import sys, lnpu_torch.cli.app as cli; from lnpu_torch import chip, price, sweep, compare; {heavy}")
-    for command in ("--version", "chips lnpu", "price --help", "report --help"):
+    commands = ["--version", "chips", "chips lnpu", *(f"{name} --help" for name in ("price", "sweep", "report"))]
+    for command in commands:
         run(f"import sys, lnpu_torch.cli.app as cli; cli.app({command.split()}, standalone_mode=False); {heavy}")
 
 
@@ -146,3 +149,16 @@ def test_a_checkout_on_the_path_finds_its_parts(tmp_path: Path) -> None:
     assert str(PACKAGE) in found
     assert "lnpu-fp16" in found
     assert "digits_resnet18" in found
+
+
+def test_issue_templates_can_be_chosen() -> None:
+    """A page for issues reads a name and what it is about from the head of each file."""
+    texts = [path.read_text() for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md")]
+    heads = [yaml.safe_load(text.split("---\n")[1]) for text in texts]
+    assert len(heads) == 2 and all(head["name"] and head["about"] and head["labels"] for head in heads)
+
+
+def test_the_pythons_that_are_said_to_be_supported_are_those_that_were_tried() -> None:
+    declared = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    tried = (ROOT / "docs" / "limits.md").read_text().partition("## About machines")[2].partition("##")[0]
+    assert declared and declared == re.findall(r"\b(3\.\d+)", tried)

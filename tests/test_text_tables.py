@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -11,13 +12,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 import lnpu_torch as lnpu
 from helpers.handmade import network
 from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.energy_plot import PARTS
-from lnpu_torch.text_tables import Rows, Tables, add_row, html, plain_table
+from lnpu_torch.text_tables import (
+    Blocks,
+    Rows,
+    Tables,
+    add_row,
+    fitted,
+    html,
+    in_one_unit,
+    markdown_table,
+    plain_table,
+)
 
 
 class Cells(HTMLParser):
@@ -60,8 +73,8 @@ def test_bars_are_as_long_as_numbers_are_large_and_totals_have_none() -> None:
     assert "Energy &amp; time" in page and "<b>" not in page
     assert Cells(page).tables == [
         [
-            *(["layer", "energy", "MACs"], ["a<b>", "500 uJ", "7"], ["b", "2 mJ", "7"], ["c", "-", "7"]),
-            ["total", "2.5 mJ", "21"],
+            *(["layer", "energy", "MACs"], ["a<b>", "0.500 mJ", "7"], ["b", "2.000 mJ", "7"], ["c", "-", "7"]),
+            ["total", "2.500 mJ", "21"],
         ]
     ]
 
@@ -154,3 +167,104 @@ def test_coverage_tells_of_functions_only_where_a_module_may_call_some() -> None
     assert coverage().notes == ()  # type: ignore[attr-defined]
     alone = lnpu.coverage(lnpu.convert(nn.TransformerEncoderLayer(4, 1, 4), only=(nn.Linear,)))
     assert any("not emulated" in note for note in alone.notes)
+
+
+def test_markdown_keeps_a_row_on_its_line_and_a_cell_in_its_column() -> None:
+    assert markdown_table(["a", "b"], [["x|y", "two\n lines"], ["", "3"]]) == (
+        "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n|  | 3 |"
+    )
+
+
+def test_a_column_has_one_unit_and_its_points_stand_below_each_other() -> None:
+    assert in_one_unit(["13.2 uJ", "2 mJ", "-", "0 J", "499 nJ", "1.21 mJ (2.00x)"]) == (
+        ["0.013 mJ", "2.000 mJ", "-", "0 J", "<0.001 mJ", "1.210 mJ (2.00x)"]
+    )
+    assert in_one_unit(["800 ms", "12 s"]) == ["0.80 s", "12.00 s"]
+    for left in (
+        "1 mJ, 2 ms",
+        "1 mJ, 2 uJ, see below",
+        "1.5 mJ, 12 mJ",
+        "0.78, 1.1",
+        "41.47 M, 1.327 G",
+        "1 uJ ... 2 mJ, 1 mJ, 1 uJ",
+    ):
+        assert in_one_unit(left.split(", ")) == left.split(", ")
+
+
+def wide_table(rows: int = 3) -> Table:
+    table = plain_table("Layers", ["layer", "kind", "step", "what it is"], [f"number {i}" for i in range(8)])
+    for row in range(rows):
+        for step in ("forward", "update"):
+            add_row(table, f"features.{row}", "Conv2d", step, "a layer " * 9, *(f"{1e6 + row:.0f}" for _ in range(8)))
+    table.add_section()
+    return table
+
+
+def test_a_table_that_is_too_wide_comes_in_parts_that_fit() -> None:
+    table = wide_table()
+    (whole,) = fitted(table, 400)
+    assert whole is table
+    parts = fitted(table, 80)
+    assert len(parts) > 1 and str(parts[0].title) == f"Layers; kind: Conv2d; what it is: {'a layer ' * 9}"
+    heads = [[str(column.header) for column in part.columns] for part in parts]
+    assert all(head[:2] == ["layer", "step"] for head in heads)
+    assert [head for each in heads for head in each[2:]] == [f"number {i}" for i in range(8)]
+    text = printed(Blocks(table), 80)
+    assert max(map(len, text.splitlines())) <= 80 and text.count("1000002") == 16
+
+
+def test_only_text_is_folded() -> None:
+    table = plain_table("Sources", ["check", "source"], ["ours"])
+    for row in range(3):
+        add_row(table, f"peak {row}", f"{row} " + "many words " * 20, f"{row}.2345678901234")
+    assert len(fitted(table, 70)) == 1
+    text = printed(Blocks(table), 70)
+    assert max(map(len, text.splitlines())) <= 70
+    assert all(f"{row}.2345678901234" in text for row in range(3)) and text.split().count("many") == 60
+
+
+def printed(shown: Tables, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(shown)
+    return "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_no_number_is_broken_on_a_narrow_screen(name: str) -> None:
+    shown = SHOWN[name]()
+    text = printed(shown, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    numbers = set(re.findall(r"(?<=  )[\d.]+(?: [a-zA-Z]+| \.\.\. [\d.]+)?(?=  |$)", str(shown), re.MULTILINE))
+    assert numbers and all(number in text for number in numbers)
+
+
+def test_a_table_without_rows_is_its_title() -> None:
+    table = plain_table("Nothing is in float", ["module"], ["MACs"])
+    assert html(table) == "<p>Nothing is in float</p>" and str(Blocks(table)) == "Nothing is in float"
+
+
+def test_few_rows_stand_as_columns_where_that_fits() -> None:
+    table = plain_table("Totals", ["chip"], [f"number {i}" for i in range(9)])
+    for chip, digit in (("lnpu", 2), ("dense-fp16", 3)):
+        add_row(table, chip, *(f"{i}.{digit}5 mJ" for i in range(9)))
+    (turned,) = fitted(table, 60)
+    lines = printed(Blocks(table), 60).splitlines()
+    assert str(turned.title) == lines[0] == "Totals" and lines[2].split() == ["chip", "lnpu", "dense-fp16"]
+    assert [line.split() for line in lines[4:13]] == [f"number {i} {i}.25 mJ {i}.35 mJ".split() for i in range(9)]
+    assert len(fitted(table, 30)) > 1
+
+
+def test_rows_of_one_name_are_told_apart_by_what_follows_it() -> None:
+    table = plain_table("Points", ["chip"], ["volts", *(f"number {i}" for i in range(6))])
+    for volts in ("0.7", "0.8", "0.9", "1.0"):
+        add_row(table, "lnpu", volts, *(volts + f"{i}" for i in range(6)))
+    heads = [[str(column.header) for column in part.columns] for part in fitted(table, 60)]
+    assert len(heads) == 2 and all(head[:2] == ["chip", "volts"] for head in heads)
+
+
+def test_columns_stay_in_order() -> None:
+    table = plain_table("Mixed", ["layer"], [f"number {i}" for i in range(10)])
+    for row in range(4):
+        add_row(table, f"layer {row}", *(f"{row}{i}" if i in (2, 7) else "7" for i in range(10)))
+    heads = [str(column.header) for part in fitted(table, 50) for column in part.columns if "n" in str(column.header)]
+    assert heads == [f"number {i}" for i in (2, 7)]

@@ -15,6 +15,7 @@ from lnpu_torch.hardware.checks import Format
 from lnpu_torch.hardware.chip import Chip, chips
 from lnpu_torch.reporting import figure_style
 from lnpu_torch.reporting.chip_tables import condition, figures
+from lnpu_torch.text_tables import markdown_table
 
 DOCS = Path(__file__).parent.parent
 INK, RULE = "#22272E", "#E4E7EB"
@@ -32,7 +33,7 @@ def published() -> list[Chip]:
 def table() -> str:
     """A row for each published figure of each chip."""
     heads = ["chip", "figure", "at", "published", "ours", "difference", "basis", "source", "why ours differs"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for chip in published():
         node = f"{chip.node_nm.value:g} nm, {chip.year.value}" if chip.node_nm and chip.year else ""
         for found in run_checks(chip):
@@ -41,21 +42,17 @@ def table() -> str:
             tag = "" if found.check.tag == "published" else f" (*{found.check.tag}*)"
             cells = [f"{chip.name} ({node})", found.name, condition(chip, found), *figures(found), told]
             lines.append([*cells, found.check.source + tag, found.check.why])
-    return rows(lines)
+    return markdown_table(heads, lines)
 
 
 def in_one_process(nm: float = 65) -> str:
     """Published efficiencies brought to one process."""
-    lines = [["chip", "figure", "process", "V", "TFLOPS/W", f"at {nm:g} nm", "assumed"], ["---"] * 7]
+    heads, lines = ["chip", "figure", "process", "V", "TFLOPS/W", f"at {nm:g} nm", "assumed"], []
     for row in normalized(published(), nm):
         result = "outside the table" if row.result is None else f"{row.result:.3g}"
         numbers = [f"{row.nm:g} nm", f"{row.voltage_v:g}", f"{row.check.value:.4g}", result]
         lines.append([row.chip.name, row.name, *numbers, ", ".join(row.assumed)])
-    return rows(lines)
-
-
-def rows(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return markdown_table(heads, lines)
 
 
 def filled(page: str) -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from lnpu_torch.cli.app import app
 from lnpu_torch.files import Frozen
 from lnpu_torch.recipes.settings import TrainConfig
+from lnpu_torch.text_tables import markdown_table
 
 
 def commands() -> str:
@@ -25,7 +26,7 @@ def commands() -> str:
 
 def settings() -> str:
     """A table of all settings of a run: key, values, default, meaning."""
-    return _rows(["key", "values", "default", "meaning"], list(_settings(TrainConfig, "")))
+    return markdown_table(["key", "values", "default", "meaning"], list(_settings(TrainConfig, "")))
 
 
 def _settings(model: type[BaseModel], place: str) -> Iterator[list[str]]:
@@ -69,10 +70,3 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
-
-
-def _rows(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(
-        f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )

@@ -14,7 +14,7 @@ from lnpu_torch.cli import chips as chip_commands
 from lnpu_torch.cli import compare, doctor, estimate, export, price, profile, report, reproduce, train
 from lnpu_torch.cli.errors import errors_as_messages
 
-app = typer.Typer(name="lnpu", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="lnpu", pretty_exceptions_enable=False)
 
 
 def main() -> None:

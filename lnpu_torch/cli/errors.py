@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: with one message on stderr, and an exit code."""
+"""What all commands share: how they print, and how they end that cannot go on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich import console
 from rich.text import Text
 
 from lnpu_torch.files import ConfigError
+from lnpu_torch.text_tables import Tables
 
 USER_ERROR = 2
 """Exit code for a mistake in what the user gave, and for a run that cannot go on; Ctrl-C's is 130."""
@@ -29,6 +30,14 @@ class Console(console.Console):
     def on_broken_pipe(self) -> None:
         """Raises BrokenPipeError."""
         raise BrokenPipeError
+
+
+def show(tables: Tables) -> None:
+    """Print tables and lines: at a terminal within its width, else whole."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        Console().print(tables)
+    else:
+        print(tables)
 
 
 def errors_as_messages(command: Callable[P, None]) -> Callable[P, None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lnpu_torch.cli.importing import import_model
-from lnpu_torch.cli.price import By, Chips, Format, Full, Voltage, print_reports
+from lnpu_torch.cli.price import By, Chips, Format, Full, Json, Voltage, print_reports
 from lnpu_torch.cost.pricing import price
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError, read_yaml, user_path, validate
@@ -29,6 +29,7 @@ def estimate(
     voltage: Voltage = None,
     by: By = None,
     format: Format = "table",
+    as_json: Json = False,
     full: Full = False,
     out: Annotated[
         Path | None, typer.Option(parser=user_path, metavar="PATH", help="Write the counts too, for `lnpu price`.")
@@ -43,7 +44,7 @@ def estimate(
     counts = _estimated(file, model, batch, inference)
     if out:
         counts.save(out)
-    print_reports([price(counts, each) for each in chips], by, format, full)
+    print_reports([price(counts, each) for each in chips], by, "json" if as_json else format, full)
 
 
 def _estimated(path: Path, model: str | None, batch: int | None, inference: bool) -> Counts:

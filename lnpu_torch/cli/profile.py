@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import lnpu_torch as lnpu
+from lnpu_torch.cli.errors import Console
 from lnpu_torch.cli.importing import import_model, parse_shape
-from lnpu_torch.cli.price import By, Chips, Format, Full, Voltage, print_reports
+from lnpu_torch.cli.price import By, Chips, Format, Full, Json, Voltage, print_reports
 from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.step_choices import Loss, OptimizerName
 
@@ -36,6 +37,7 @@ def profile(
     inference: Annotated[bool, typer.Option("--inference", help="A forward pass in evaluation mode alone.")] = False,
     by: By = None,
     format: Format = "table",
+    as_json: Json = False,
     full: Full = False,
 ) -> None:
     """Run one training step of any importable model on random input, and price it.
@@ -45,7 +47,9 @@ def profile(
     that is not trained.
     """
     from lnpu_torch.profiler.training_step import TrainingStep, infer, silent_layers
+    from lnpu_torch.recipes.console_output import compiling_shown
 
+    format = "json" if as_json else format
     if inference and (loss or optimizer != "sgd"):
         raise ConfigError("--inference: a forward pass has neither --loss nor --optimizer")
     chips = [lnpu.chip(name, voltage) for name in chip]
@@ -56,10 +60,11 @@ def profile(
     if not covered.emulated:
         raise ConfigError(f"{model}: nothing to price, as it has no layer that can be emulated{_left(covered)}")
     step = None if inference else TrainingStep(network, batch, loss, optimizer)
-    if step:
-        step.warm_up()
-    with lnpu.CostCounter(network) as cost:
-        step.run() if step else infer(network, batch)
+    with compiling_shown(Console(stderr=True)):
+        if step:
+            step.warm_up()
+        with lnpu.CostCounter(network) as cost:
+            step.run() if step else infer(network, batch)
     if format == "table":
         ran = str(lnpu.coverage(network))  # of sites it is known now which are there
         print(ran if full else ran.partition(" In float:")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from pydantic import BaseModel
 
-from lnpu_torch.cli.errors import Console, fail
-from lnpu_torch.files import ConfigError, find, inside, parse_yaml, read_text, validate
-from lnpu_torch.text_tables import plain
+from lnpu_torch.cli.errors import Console, fail, show
+from lnpu_torch.files import ConfigError, builtin_names, find, inside, parse_yaml, read_text, validate
+from lnpu_torch.text_tables import Blocks
 
 if TYPE_CHECKING:
     from lnpu_torch.recipes.settings import TrainConfig
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(parser=expanduser, help="A recipe (see lnpu recipes) or a YAML file.")
+        str | None,
+        typer.Argument(
+            parser=expanduser,
+            autocompletion=lambda: builtin_names("recipes"),
+            help="A recipe (see lnpu recipes) or a YAML file.",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, such as lr=0.05 data.crop=2.")
@@ -63,11 +69,14 @@ def read_recipe(config: str | None, settings: Iterable[str], resume: str | None 
     return found if config else found.holding_files(again=True)
 
 
-def recipes() -> None:
+def recipes(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
     """List the built-in recipes."""
-    from lnpu_torch.recipes.console_output import recipes_table
+    from lnpu_torch.recipes.console_output import built_in, recipes_table
 
-    print(plain(recipes_table()))
+    if as_json:
+        print(json.dumps({name: settings.model_dump(mode="json") for name, settings, _ in built_in()}, indent=1))
+    else:
+        show(Blocks(recipes_table()))
 
 
 def keys(settings: Iterable[str]) -> list[str]:

@@ -59,7 +59,7 @@ def test_price_sums_up_in_a_dozen_lines(counts: str) -> None:
     assert len(lines) <= 13 and max(map(len, lines)) <= 110
     first, dense = (report.total for report in reports)
     row = next(line for line in lines if line.startswith("  dense-fp16"))
-    assert f"{si(dense.energy_pj, 'pJ')} ({dense.energy_pj / first.energy_pj:.2f}x)" in row
+    assert f"{dense.energy_pj / 1e3:.3f} nJ ({dense.energy_pj / first.energy_pj:.2f}x)" in row
     assert f"{si(dense.all_energy_pj, 'pJ')} ({dense.all_energy_pj / first.all_energy_pj:.2f}x)" in row
     assert "zeros 50.0%" in said and "by step: " in said
 

@@ -80,6 +80,18 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr  # strict: a warning is an error
     assert "operating_point" in (tmp_path / "constants.html").read_text()
     assert 'id="lnpu_torch.nn.convert.convert"' in (tmp_path / "api.html").read_text()
+    assert 'src="data:image/svg+xml;base64,' in (tmp_path / "tutorials" / "3_chips.html").read_text()
+    assert "tutorials/3_chips.html" in (tmp_path / "index.html").read_text()
+    assert '<abbr title="multiply-accumulate: one multiplication' in (tmp_path / "cost.html").read_text()
+
+
+def test_abbreviations_are_the_glossarys() -> None:
+    pytest.importorskip("mkdocs")
+    made = runpy.run_path(str(DOCS / "generate" / "hooks.py"))["abbreviations"]()
+    found = dict(re.findall(r"^\*\[(.*?)\]: (.*)$", made, re.MULTILINE))
+    assert {"FP8", "FGMP", "MAC", "FF", "EP", "WG", "TFLOPS/W"} <= found.keys()
+    assert found["FF"] == "input x weight" and "lane" not in found and "T" not in found
+    assert all(" " in meaning and "](" not in meaning for meaning in found.values())
 
 
 def test_the_reference_has_every_command_and_every_setting() -> None:
