@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dtype, power_of_2, processors, scratch
+from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dtype, power_of_2, processors
 from lnpu_torch.kernels.rounding import FLOATS
 
 RUN = 16
@@ -31,7 +31,7 @@ COLUMNS = 128
 """Runs in a tile, one for each thread. Chosen by reasoning, not yet by measurement."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "positions", "times", "sample_stride", "channel_stride", "position_stride"])
 def _runs_kernel(
     x_ptr,
     runs_ptr,
@@ -170,7 +170,7 @@ def _at(high, MEMBER: tl.constexpr):
     return tl.sum(tl.where(here, sums[None, :], 0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "channels", "times"])
 def _profile_kernel(runs_ptr, out_ptr, samples, channels, times, COLUMNS: tl.constexpr):
     """All programs of `add_profile`."""
     add_profile(tl.program_id(0), tl.num_programs(0), runs_ptr, out_ptr, None, samples, channels, times, COLUMNS)
