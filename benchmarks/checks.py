@@ -91,23 +91,34 @@ def quantize(place: Place) -> Verdicts:
 
 
 def grid(place: Place) -> Verdicts:
-    from lnpu_torch.kernels import quantize as kernels
-
-    t = threshold(1, place)
     for shape in (*sizes(place).grids, *sizes(place).odd_grids):
         for last in (False, True) if len(shape) == 4 else (False,):
             for dtype in DTYPES:
-                x = activations(*shape, place=place, dtype=dtype, last=last)
-                q, groups = reference.quantize(x, Rule(), t)
-                with poisoned():
-                    got = kernels.quantize_grid(x, t, "e4m3", "fp16", len(x), 1, runs=x.dim() > 2)
-                    of_groups = kernels.grid_sums(groups, len(x), 1)
-                position, sample = counting.per_position(groups, len(x)), counting.per_sample(groups, 1)
-                equal = same(got.half, q) and torch.equal(got.position, position) and torch.equal(got.sample, sample)
-                equal &= torch.equal(of_groups[0], position) and torch.equal(of_groups[1], sample)
-                if x.dim() > 2:
-                    equal &= torch.equal(got.runs, lanes.runs_of(q))
+                x, equal = activations(*shape, place=place, dtype=dtype, last=last), True
+                for current in (
+                    reference.UNSET,
+                    1,
+                ):  # a first step, whose programs wait for the choice, and a later one
+                    states = torch.full((1, 2), current, dtype=torch.int32, device=place.device)
+                    chosen = reference.choose_threshold(x, Rule(), states[0, 0])
+                    used = chosen if current == reference.UNSET else states[0, 0].clone()
+                    q, groups = reference.quantize(x, Rule(), used)
+                    with poisoned():
+                        got = read_operand(x, states)
+                    position, sample = counting.per_position(groups, len(x)), counting.per_sample(groups, 1)
+                    equal &= same(got.half, q) and torch.equal(got.runs, lanes.runs_of(q))
+                    equal &= torch.equal(got.position, position) and torch.equal(got.sample, sample)
+                    equal &= torch.equal(states[0], torch.stack((used, chosen)))
                 yield f"grid {list(shape)} {layout(last)} {dtype}", equal
+
+
+def read_operand(x: Tensor, states: Tensor) -> Any:
+    """An operand read as layers do in training, in FGMP: its threshold in use and to come are `states` [1, 2]."""
+    from lnpu_torch.kernels import operand
+    from lnpu_torch.ops.quantize import gpu
+
+    wanted = operand.Wanted(runs=True, joined=x.dim() == 2)
+    return operand.read(x, gpu.choice(Rule()), "e4m3", "fp16", (len(x), 1), wanted, states=states, training=True)
 
 
 def layout(last: bool) -> str:
@@ -160,14 +171,16 @@ def results(place: Place) -> Verdicts:
 
 
 def count(place: Place) -> Verdicts:
-    from lnpu_torch.kernels import pair_counts as kernels
+    from lnpu_torch.kernels import count as kernels
 
     for name, g in sizes(place).geometries.items():
         conv_input, conv_output, weights = count_operands(g, place)
         counter = torch.zeros(kernels.WIDTH, dtype=torch.int64, device=place.device)
-        kernels.add_weight_step(counter, conv_input[0], weights[0], g.pack(), "conv_input")
-        kernels.add_weight_step(counter, conv_output[0], weights[1], g.pack(), "conv_output")
-        kernels.add_grid_step(counter, conv_input, conv_output, g.pack(), "conv_output")
+        profile = torch.zeros(kernels.MEMBERS, dtype=torch.int64, device=place.device)
+        first = kernels.WeightStep(0, conv_input[0], weights[0], "conv_input")
+        second = kernels.WeightStep(0, conv_output[0], weights[1], "conv_output")
+        kernels.count(counter, profile, g.pack(), first)
+        kernels.count(counter, profile, g.pack(), second, kernels.GridStep(0, conv_input, conv_output, "conv_output"))
         expected = counting.weight_step(conv_input[0], weights[0], g, "conv_input")
         expected = expected + counting.weight_step(conv_output[0], weights[1], g, "conv_output")
         yield (

@@ -43,7 +43,35 @@ def eager(place: Place, name: str) -> Rows:
         "seconds": medians(times),
     }
     for which in ("emulated", "autocast"):
-        yield {"name": f"profile {name} {which}", "slowest_kernels_us": place.slowest_kernels(steps[which])}
+        host = round(1e3 * place.host_seconds(steps[which]), 3)
+        yield {"name": f"profile {name} {which}", "host_ms": host, **place.kernels_of(steps[which])}
+
+
+def graphs(place: Place, name: str) -> Rows:
+    """A step replayed as a CUDA graph, over the same step run by Python; and how many steps a replay counts."""
+    model = sizes(place).models[name]
+    found: dict[str, Callable[[], Any]] = {}
+    for which, precision in (("autocast", None), ("emulated", PRECISION)):
+        step, module = model_and_step(model, place, precision, autocast=True)
+        place.finished(step)()
+        replay = place.replayed(step)
+        found |= {which: step, f"{which}, replayed": replay}
+    before = counted(module)
+    place.finished(replay)()
+    steps_counted = sorted({int(calls) for calls in (counted(module) - before).flatten()})
+    times = alternate({which: place.finished(each) for which, each in found.items()}, REPEATS)
+    yield {
+        "name": f"graph {name} {PRECISION}",
+        "ratio_to_autocast": ratio(times, "emulated, replayed", "autocast, replayed")[0],
+        "steps_counted_by_one_replay": steps_counted,
+        "seconds": medians(times),
+    }
+
+
+def counted(model: nn.Module) -> Tensor:
+    """Calls that the counters of all layers have seen, by layer and step."""
+    emulations: list[Any] = [layer.emulation for layer in model.modules() if hasattr(layer, "emulation")]
+    return torch.stack([emulation.counters[..., 0].sum(1) for emulation in emulations])
 
 
 def compiled(place: Place, name: str) -> Rows:
@@ -114,6 +142,13 @@ def stepper(
     model: Model, place: Place, precision: str | None, autocast: bool, compile: bool = False
 ) -> Callable[[], None]:
     """A function that runs forward and backward once, and drops the gradients; it does not wait for the device."""
+    return model_and_step(model, place, precision, autocast, compile)[0]
+
+
+def model_and_step(
+    model: Model, place: Place, precision: str | None, autocast: bool, compile: bool = False
+) -> tuple[Callable[[], None], nn.Module]:
+    """A `stepper`, and the model that it trains."""
     module, images, labels = parts_of(model, place)
     if precision is not None:
         module = lnpu.convert(module, precision)
@@ -126,7 +161,7 @@ def stepper(
         loss.backward()
         module.zero_grad(set_to_none=True)
 
-    return step
+    return step, module
 
 
 def against(mine: str, base: str, times: dict[str, list[float]]) -> Row:

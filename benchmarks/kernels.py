@@ -25,6 +25,7 @@ from sizes import sizes
 from torch import Tensor
 from torch.nn import functional as F
 
+from lnpu_torch.counts.lane_configs import runs_shape
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
@@ -101,18 +102,18 @@ def quantize(place: Place) -> Rows:
 
 
 def grid(place: Place) -> Rows:
-    from lnpu_torch.kernels import quantize as kernels
+    from lnpu_torch.kernels import operand as kernels
 
-    t, rule = checks.threshold(1, place), Rule()
+    rule = Rule()
     for shape in sizes(place).grids:
         for last in (False, True):
             for dtype in (torch.float32, torch.float16):
                 x = checks.activations(*shape, place=place, dtype=dtype, last=last)
-                run = partial(kernels.quantize_grid, x, t, "e4m3", "fp16", len(x), 1)
+                run = partial(checks.read_operand, x, torch.zeros(1, 2, dtype=torch.int32, device=x.device))
                 position, sample = x[0].numel() * 8, x[:, 0].numel() * 8
-                moved = x.numel() * (x.element_size() + 2) + position + sample
+                moved = x.numel() * (x.element_size() + 2) + position + sample + x.numel() // kernels.RUN
                 label = f"{list(shape)} {checks.layout(last)} {str(dtype).removeprefix('torch.')}"
-                name = "quantize_grid" if moved > CACHED else "cached quantize_grid"
+                name = "operand" if moved > CACHED else "cached operand"
                 yield over_memcpy(f"{name} {label}", run, moved, place)
     from lnpu_torch.ops.quantize import gpu
 
@@ -122,17 +123,22 @@ def grid(place: Place) -> Rows:
 
 
 def count(place: Place) -> Rows:
-    from lnpu_torch.kernels import pair_counts as kernels
+    from lnpu_torch.kernels import count as kernels
 
     for name, g in sizes(place).geometries.items():
         conv_input, conv_output, weights = checks.count_operands(g, place)
-        counter, packed = torch.zeros(kernels.WIDTH, dtype=torch.int64, device=place.device), g.pack()
-        ours: Operation = partial(kernels.add_weight_step, counter, conv_input[0], weights[0], packed, "conv_input")
+        counters = torch.zeros(3, kernels.WIDTH, dtype=torch.int64, device=place.device)
+        lanes_ = torch.zeros(kernels.MEMBERS, dtype=torch.int64, device=place.device)
+        runs = torch.randint(0, 17, runs_shape((g.batch, g.in_channels, *g.conv_input)), device=place.device)
+        profile = kernels.Profile(runs.to(torch.uint8), 0)
+        weight_step = kernels.WeightStep(0, conv_input[0], weights[0], "conv_input")
+        grid_step = kernels.GridStep(kernels.WIDTH, conv_input, conv_output, "conv_input")
+        ours: Operation = partial(kernels.count, counters, lanes_, g.pack(), weight_step, None, profile)
         plain: Operation = partial(counting.weight_step, conv_input[0], weights[0], g, "conv_input")
-        yield {"name": f"weight_step {name}", **compare(ours, plain, place, "ratio_to_torch")}
-        ours = partial(kernels.add_grid_step, counter, conv_input, conv_output, packed, "conv_input")
+        yield {"name": f"count forward {name}", **compare(ours, plain, place, "ratio_to_torch")}
+        ours = partial(kernels.count, counters, lanes_, g.pack(), weight_step, grid_step, profile)
         plain = partial(counting.grid_step, conv_input, conv_output, g, "conv_input")
-        yield {"name": f"grid_step {name}", **compare(ours, plain, place, "ratio_to_torch")}
+        yield {"name": f"count backward {name}", **compare(ours, plain, place, "ratio_to_torch")}
 
 
 def matmul(place: Place) -> Rows:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-from rows import Operation, wall_seconds
+from rows import Operation, Row, wall_seconds
 
 from lnpu_torch.ops import dispatch
 
@@ -81,8 +82,32 @@ class Place(NamedTuple):
         self.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def slowest_kernels(self, step: Operation, count: int = 5) -> dict[str, float]:
-        """Microseconds of the kernels that take the longest over a step, all launches of each together."""
+    def host_seconds(self, step: Operation) -> float:
+        """Until a step returns, with nothing queued before it: what the host alone takes. The median of seven."""
+        times = []
+        for _ in range(7):
+            self.synchronize()
+            times.append(wall_seconds(step))
+        self.synchronize()
+        return statistics.median(times)
+
+    def replayed(self, step: Operation) -> Operation:
+        """A step as a CUDA graph: three times on another stream first, as torch asks for, then captured."""
+        if self.rehearses:
+            return step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def kernels_of(self, step: Operation, count: int = 5) -> Row:
+        """Kernels of a step, for how long the device is busy with them, and those that take the longest."""
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU if self.rehearses else activity.CUDA]
         with torch.profiler.profile(activities=activities, acc_events=True) as profile:
@@ -90,7 +115,12 @@ class Place(NamedTuple):
             self.synchronize()
         key = "self_cpu_time_total" if self.rehearses else "self_device_time_total"
         events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
-        return {event.key[:70]: round(getattr(event, key)) for event in events[:count]}
+        events = [event for event in events if getattr(event, key) > 0]
+        return {
+            "kernels": sum(event.count for event in events),
+            "busy_ms": round(sum(getattr(event, key) for event in events) / 1e3, 3),
+            "slowest_kernels_us": {event.key[:70]: round(getattr(event, key)) for event in events[:count]},
+        }
 
     def free(self) -> None:
         """Give back memory that nothing uses any more."""

@@ -5,6 +5,7 @@ Equal to `lanes.runs_of` and `lanes.profile`. Whole numbers throughout; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dtype, power_of_2, processors, scratch
+from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dtype, power_of_2, processors
 from lnpu_torch.kernels.rounding import FLOATS
 
 RUN = 16
@@ -26,12 +27,11 @@ LANES = 1024
 MEMBERS = 81
 """Entries of a profile: 3 lengths of run, each with 11 lane counts without a balancer, 9 with 4 lanes sharing their
 work, and 7 with 16."""
-RUNS = 4096
-"""Runs in a tile, 32 for each of 128 threads. Chosen by reasoning, not yet by measurement."""
-ROWS = tl.constexpr(16)
+COLUMNS = 128
+"""Runs in a tile, one for each thread. Chosen by reasoning, not yet by measurement."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "positions", "times", "sample_stride", "channel_stride", "position_stride"])
 def _runs_kernel(
     x_ptr,
     runs_ptr,
@@ -68,101 +68,112 @@ def _runs_kernel(
 
 
 @triton.jit
-def _members(totals, work, first_channel, channels, MEMBER: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
-             ROWS: tl.constexpr):  # fmt: skip
-    """Adds to totals, from element MEMBER on, the lane-cycles of LANES lanes and of their doubles, up to 1024.
+def _held(first, channels, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Lanes that have a channel, of each of ROWS rows of LANES channels from the first one on."""
+    return tl.minimum(tl.maximum(channels - first - tl.arange(0, ROWS) * LANES, 0), LANES)[:, None]
 
-    work [ROWS, columns]: of each row of LANES channels the non-zeros of its fullest lane, in each run. REPEATS: how
-    many lengths of run have the same work, as where there is but one run.
+
+@triton.jit
+def _fullest(work):
+    """The larger of every two rows."""
+    return tl.max(tl.reshape(work, (work.shape[0] // 2, 2, work.shape[1])), axis=1)
+
+
+@triton.jit
+def _high(fullest, running, cycles, first, channels):
+    """Lane counts of 32 and more: their fullest lane so far, and their lane-cycles [8, columns]; the next 16 channels.
+
+    fullest [1, columns]: of the 16.
     """
-    place = tl.arange(0, 128)
-    member: tl.constexpr = MEMBER
-    for level in tl.static_range(11):
-        if LANES << level <= 1024:
-            if ROWS >> level > 0 and level > 0:
-                work = tl.max(tl.reshape(work, (ROWS >> level, 2, work.shape[1])), axis=1)
-            if ROWS >> level > 0:
-                row = tl.arange(0, ROWS >> level)
-                left = channels - first_channel - row * (LANES << level)
-                held = tl.minimum(tl.maximum(left, 0), LANES << level)  # lanes that have a channel
-                cycles = tl.sum(tl.sum(work, axis=1) * held, axis=0)
-            for repeat in tl.static_range(REPEATS):
-                totals += tl.where(place == member + level + repeat * 27, cycles, 0)
-    return totals
+    lanes = (32 << tl.arange(0, 8))[:, None]
+    running = tl.maximum(running, fullest)
+    ends = ((first + 16) % lanes == 0) | (first + 16 >= channels)
+    cycles += tl.where(ends, running * tl.minimum(channels - first // lanes * lanes, lanes), 0)
+    return tl.where(ends, 0, running), cycles
 
 
 @triton.jit
-def _all_members(totals, work, first_channel, channels, MEMBER: tl.constexpr, REPEATS: tl.constexpr,
-                 TILE_C: tl.constexpr):  # fmt: skip
-    """`_members` without a balancer, with 4 and with 16 lanes that share their work."""
-    totals = _members(totals, work, first_channel, channels, MEMBER, REPEATS, 1, TILE_C)
-    by_4 = _shared(work, first_channel, channels, 4, TILE_C)
-    totals = _members(totals, by_4, first_channel, channels, MEMBER + 11, REPEATS, 4, TILE_C // 4)
-    by_16 = _shared(work, first_channel, channels, 16, TILE_C)
-    return _members(totals, by_16, first_channel, channels, MEMBER + 20, REPEATS, 16, TILE_C // 16)
+def add_profile(pid, programs, runs_ptr, out_ptr, also_ptr, samples, channels, times, COLUMNS: tl.constexpr):
+    """A program's share of the lane-cycles of every member of the family, added to int64 [81], twice if `also_ptr`.
 
-
-@triton.jit
-def _shared(work, first_channel, channels, BALANCER: tl.constexpr, ROWS: tl.constexpr):
-    """The work of every BALANCER channels, shared: the mean, rounded up."""
-    sums = tl.sum(tl.reshape(work, (ROWS // BALANCER, BALANCER, work.shape[1])), axis=1)
-    row = tl.arange(0, ROWS // BALANCER)[:, None]
-    sharing = tl.minimum(tl.maximum(channels - first_channel - row * BALANCER, 1), BALANCER)
-    return (sums + sharing - 1) // sharing
-
-
-@triton.jit
-def _profile_kernel(
-    runs_ptr,
-    out_ptr,
-    rows_ptr,
-    ticket_ptr,
-    samples,
-    channels,
-    times,
-    STEPS: tl.constexpr,
-    TILE_C: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STRETCH: tl.constexpr,
-):
-    """Lane-cycles of every member of the family, int64 [81], from runs uint8 [samples, channels, times].
-
-    A tile is TILE_C channels by COLUMNS runs, every STRETCH (1 to 16) of which are neighbours in one sample. rows:
-    int64 [programs, 128], scratch. ticket: int32, zero before and after.
+    runs: uint8 [samples, channels, times]. Programs take turns at the three lengths of run. A column is a run of that
+    length; a program walks its columns' channels, 16 at once. Lane counts up to 16 are done within those; the others
+    keep their fullest lane until their last channel has come. A program's own sums are int32: see `profile_programs`.
     """
-    stretches = tl.cdiv(times, STRETCH)
-    channel_tiles = tl.cdiv(channels, TILE_C)
-    totals = tl.zeros((128,), tl.int64)
-    column = tl.arange(0, COLUMNS)
-    for step in range(STEPS):
-        tile = tl.program_id(0) * STEPS + step
-        first_channel = tile % channel_tiles * TILE_C
-        c = first_channel + tl.arange(0, TILE_C)
-        stretch = tile // channel_tiles * (COLUMNS // STRETCH) + column // STRETCH
-        sample, t = stretch // stretches, stretch % stretches * STRETCH + column % STRETCH
-        mask = (c < channels)[:, None] & ((sample < samples) & (t < times))[None, :]
-        at = (sample.to(tl.int64)[None, :] * channels + c[:, None]) * times + t[None, :]
-        work = tl.load(runs_ptr + at, mask=mask, other=0).to(tl.int32)
-        totals = _all_members(totals, work, first_channel, channels, 0, 3 if STRETCH == 1 else 1, TILE_C)
-        if STRETCH > 1:
-            JOIN: tl.constexpr = min(STRETCH, 4)
-            work = tl.sum(tl.reshape(work, (TILE_C, COLUMNS // JOIN, JOIN)), axis=2)
-            totals = _all_members(totals, work, first_channel, channels, 27, 2 if STRETCH <= 4 else 1, TILE_C)
-        if STRETCH > 4:
-            work = tl.sum(tl.reshape(work, (TILE_C, COLUMNS // STRETCH, STRETCH // 4)), axis=2)
-            totals = _all_members(totals, work, first_channel, channels, 54, 1, TILE_C)
-    place = tl.arange(0, 128)
-    tl.store(rows_ptr + tl.program_id(0) * 128 + place, totals)
-    # All threads' findings are written before the first one's ticket says so, to whoever reads that.
-    tl.debug_barrier()
-    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(ticket_ptr, 0)
-        sums = tl.zeros((128,), tl.int64)
-        for first in range(0, tl.num_programs(0), ROWS):
-            row = first + tl.arange(0, ROWS)
-            at = rows_ptr + row[:, None] * 128 + place[None, :]
-            sums += tl.sum(tl.load(at, mask=(row < tl.num_programs(0))[:, None], other=0, cache_modifier=".cg"), axis=0)
-        tl.store(out_ptr + place, sums, mask=place < 81)
+    length_at, length = pid % 3, 1
+    if length_at == 1:
+        length = 4
+    if length_at == 2:
+        length = 16
+    stretches = tl.cdiv(times, length)
+    columns = tl.cast(samples, tl.int64) * stretches
+    zero, zeros = tl.zeros((COLUMNS,), tl.int32), tl.zeros((8, COLUMNS), tl.int32)
+    a0, a1, a2, a3, a4, b0, b1, b2, c0 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    a_high, b_high, c_high = zeros, zeros, zeros
+    for tile in range(pid // 3, tl.cdiv(columns, COLUMNS), programs // 3):
+        column = tl.cast(tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        t = (column % stretches).to(tl.int32) * length
+        at = runs_ptr + column // stretches * channels * times + t
+        a_running, b_running, c_running = zeros, zeros, zeros
+        for first in range(0, channels, 16):
+            c = first + tl.arange(0, 16)
+            mask = (c < channels)[:, None] & (column < columns)[None, :]
+            work = tl.zeros((16, COLUMNS), tl.int32)
+            for i in range(length):
+                here = mask & (t + i < times)[None, :]
+                work += tl.load(at[None, :] + c[:, None] * times + i, mask=here, other=0).to(tl.int32)
+            held16 = tl.minimum(channels - first, 16)
+            # without a balancer
+            a0 += tl.sum(work, axis=0)
+            top = _fullest(work)
+            a1 += tl.sum(top * _held(first, channels, 8, 2), axis=0)
+            top = _fullest(top)
+            held4 = _held(first, channels, 4, 4)
+            a2 += tl.sum(top * held4, axis=0)
+            top = _fullest(top)
+            held8 = _held(first, channels, 2, 8)
+            a3 += tl.sum(top * held8, axis=0)
+            top = _fullest(top)
+            a4 += tl.sum(top * held16, axis=0)
+            a_running, a_high = _high(top, a_running, a_high, first, channels)
+            # shared by 4
+            sums = tl.sum(tl.reshape(work, (4, 4, COLUMNS)), axis=1)
+            sharing = tl.maximum(held4, 1)
+            top = (sums + sharing - 1) // sharing
+            b0 += tl.sum(top * held4, axis=0)
+            top = _fullest(top)
+            b1 += tl.sum(top * held8, axis=0)
+            top = _fullest(top)
+            b2 += tl.sum(top * held16, axis=0)
+            b_running, b_high = _high(top, b_running, b_high, first, channels)
+            # shared by 16
+            top = (tl.sum(work, axis=0)[None, :] + held16 - 1) // held16
+            c0 += tl.sum(top * held16, axis=0)
+            c_running, c_high = _high(top, c_running, c_high, first, channels)
+    place = tl.arange(0, 32)
+    totals = _at(a_high, 5) + _at(b_high, 14) + _at(c_high, 21)
+    low = (a0, a1, a2, a3, a4, b0, b1, b2, c0)
+    for i in tl.static_range(9):
+        totals += tl.where(place == (i if i < 5 else i + 6 if i < 8 else 20), tl.sum(low[i].to(tl.int64)), 0)
+    at = 27 * length_at + place
+    tl.atomic_add(out_ptr + at, totals, mask=place < 27, sem="relaxed")
+    if also_ptr is not None:
+        tl.atomic_add(also_ptr + at, totals, mask=place < 27, sem="relaxed")
+
+
+@triton.jit
+def _at(high, MEMBER: tl.constexpr):
+    """Sums of the first six rows, at places from MEMBER on: int64 [32]."""
+    level = tl.arange(0, 8)
+    sums = tl.sum(high.to(tl.int64), axis=1)
+    here = (tl.arange(0, 32)[:, None] == level[None, :] + MEMBER) & (level < 6)[None, :]
+    return tl.sum(tl.where(here, sums[None, :], 0), axis=1)
+
+
+@triton.jit(do_not_specialize=["samples", "channels", "times"])
+def _profile_kernel(runs_ptr, out_ptr, samples, channels, times, COLUMNS: tl.constexpr):
+    """All programs of `add_profile`."""
+    add_profile(tl.program_id(0), tl.num_programs(0), runs_ptr, out_ptr, None, samples, channels, times, COLUMNS)
 
 
 def runs_of(values: Tensor) -> Tensor:
@@ -222,37 +233,24 @@ def profile(runs: Tensor) -> Tensor:
     Raises:
         TypeError: another dtype; RuntimeError: not on a GPU.
     """
-    if not runs.numel():
-        return torch.zeros(MEMBERS, dtype=torch.int64, device=runs.device)
-    launch, programs = _profile_launch(runs.shape, runs.dtype, runs.device, processors(runs.device))
-    out = torch.empty(MEMBERS, dtype=torch.int64, device=runs.device)
-    rows, ticket = scratch(runs.device, programs * 128, torch.int64)
-    launch(runs.contiguous(), out, rows, ticket)
+    check_dtype((torch.uint8,), runs=runs)
+    out = torch.zeros(MEMBERS, dtype=torch.int64, device=runs.device)
+    if runs.numel():
+        _profile_launch(runs.shape, runs.device, processors(runs.device))(runs.contiguous(), out)
     return out
 
 
 @lru_cache(maxsize=1024)
-def _profile_launch(shape: torch.Size, dtype: torch.dtype, device: torch.device, processors: int) -> tuple[Launch, int]:
-    check_dtype((torch.uint8,), runs=dtype)
+def _profile_launch(shape: torch.Size, device: torch.device, processors: int) -> Launch:
+    return Launch(device, _profile_kernel, (profile_programs(shape, processors),), *shape, COLUMNS=COLUMNS)
+
+
+def profile_programs(shape: Sequence[int], processors: int) -> int:
+    """Programs of `add_profile` for runs of a shape: three for each tile, but few where there are many tiles.
+
+    A column's lane-cycles are at most 256 for each channel.
+    """
     samples, channels, times = shape
-    tile_c = min(LANES, max(16, power_of_2(channels)))
-    stretch = min(LONGEST, power_of_2(times))
-    stretches = samples * triton.cdiv(times, stretch)
-    columns = stretch * max(1, min(RUNS // (stretch * tile_c), power_of_2(stretches)))
-    tiles = triton.cdiv(stretches, columns // stretch) * triton.cdiv(channels, tile_c)
-    steps = power_of_2(triton.cdiv(tiles, 2 * processors))
-    programs = triton.cdiv(tiles, steps)
-    launch = Launch(
-        device,
-        _profile_kernel,
-        (programs,),
-        samples,
-        channels,
-        times,
-        STEPS=steps,
-        TILE_C=tile_c,
-        COLUMNS=columns,
-        STRETCH=stretch,
-        num_warps=8 if tile_c * columns > RUNS else 4,
-    )
-    return launch, programs
+    tiles = triton.cdiv(samples * times, COLUMNS)
+    most = 2**31 // (2**8 * channels) or 1
+    return 3 * max(min(tiles, processors), triton.cdiv(tiles, most))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import compress
 from math import gcd
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.driver import driver
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton's interpreter was asked for (TRITON_INTERPRET) when this module was imported."""
 INT32 = 2**31
 """Sizes from here on do not fit the kernels' 32-bit offsets."""
-OLDEST = (8, 0)
-"""The compute capability from which on the kernels run: they are compiled and tested for sm_80 and sm_90."""
+OLDEST = (7, 5)
+"""The compute capability from which on the kernels run: they are compiled for sm_75, 80, 86, 90, 100 and 120."""
+TENSOR_CORES = (8, 0)
+"""The compute capability from which on Triton multiplies on tensor cores."""
 
 
 def check_device(**tensors: Tensor | None) -> None:
@@ -34,19 +38,29 @@ def check_device(**tensors: Tensor | None) -> None:
     check_runs(next(iter(devices.values())))
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on a device: a GPU that is not too old, or a CPU if Triton's interpreter is on."""
-    return capability(device) >= OLDEST if device.type == "cuda" else INTERPRETED and device.type == "cpu"
+def obstacle(device: torch.device) -> str | None:
+    """Why the kernels do not run on a device; None if they do: on a GPU, or a CPU if Triton's interpreter is on."""
+    if device.type != "cuda":
+        runs = INTERPRETED and device.type == "cpu"
+        return None if runs else f"Triton kernels run on GPUs, but the tensors are on {device}"
+    if torch.version.hip:  # barriers order less there, and nobody has tried
+        return "the kernels are made for NVIDIA's GPUs, and untried on AMD's"
+    if capability(device) >= OLDEST:
+        return None
+    found, needed = (".".join(map(str, pair)) for pair in (capability(device), OLDEST))
+    return f"the kernels need compute capability {needed}, but {device} has {found}"
 
 
 def check_runs(device: torch.device) -> None:
     """Raises RuntimeError if the kernels do not run on a device."""
-    if runs_on(device):
-        return
-    if device.type != "cuda":
-        raise RuntimeError(f"Triton kernels run on GPUs, but the tensors are on {device}")
-    found, needed = (".".join(map(str, pair)) for pair in (capability(device), OLDEST))
-    raise RuntimeError(f"the kernels need compute capability {needed}, but {device} has {found}")
+    reason = obstacle(device)
+    if reason is not None:
+        raise RuntimeError(reason)
+
+
+def multiplies_on(device: torch.device) -> bool:
+    """Whether the kernels' products run on a device's tensor cores; else torch's own are faster."""
+    return device.type != "cuda" or capability(device) >= TENSOR_CORES
 
 
 def check_dtype(allowed: tuple[torch.dtype, ...], **tensors: Tensor | torch.dtype) -> None:
@@ -66,30 +80,34 @@ class Launch:
 
     Triton finds the compiled kernel of a launch by all of its arguments, which takes 8 to 13 us. Here all but the
     tensors stay the same from call to call, so that the kernel is looked up once for each combination of their dtypes
-    (and of tensors that are None).
+    (and of tensors that are None), and its own launcher is called directly. Integers that change come after the
+    tensors: the kernel must not be specialized for their values.
     """
 
     def __init__(self, device: torch.device, kernel: Any, grid: tuple[int, ...], *scalars: Any, **options: Any) -> None:
-        """`scalars`: the parameters after the tensors, in order; `options`: the constants after those, and Triton's."""
+        """`scalars`: the parameters after those of a call, in order; `options`: the constants after, and Triton's."""
         self.device, self.kernel, self.options = device, kernel, options
         self.grid = (*grid, 1, 1)[:3]
         self.scalars = scalars
-        self._compiled: dict[tuple[torch.dtype | None, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._index = device.index or 0
+        self._specialized = [not each.do_not_specialize_on_alignment for each in getattr(kernel, "params", ())]
+        self._ready: dict[tuple[torch.dtype | None, ...], tuple[Any, ...]] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        kinds = tuple(None if t is None else t.dtype for t in tensors)
+    def __call__(self, *tensors: Tensor | None, scalars: tuple[int, ...] = ()) -> None:
+        kinds = tuple([None if t is None else t.dtype for t in tensors])
         # A kernel compiled for addresses on 16-byte boundaries is right for those only.
-        aligned = not any(t is not None and t.data_ptr() & 15 for t in tensors)
+        aligned = not any(t is not None and t.data_ptr() & 15 for t in compress(tensors, self._specialized))
         with _current(self.device):
-            if aligned and kinds in self._compiled:
-                run, rest = self._compiled[kinds]
-                run(*tensors, *rest)
+            if aligned and kinds in self._ready and not triton.knobs.runtime.launch_enter_hook.calls:
+                run, stream, function, metadata, rest = self._ready[kinds]
+                run(*self.grid, stream(self._index), function, metadata, None, None, None, *tensors, *scalars, *rest)
                 return
-            compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+            compiled = self.kernel[self.grid](*tensors, *scalars, *self.scalars, **self.options)
             if aligned and compiled is not None:
-                constants = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+                constants = self.kernel.arg_names[len(tensors) + len(scalars) + len(self.scalars) :]
                 rest = (*self.scalars, *(self.options[name] for name in constants))
-                self._compiled[kinds] = compiled[self.grid], rest
+                stream = driver.active.get_current_stream
+                self._ready[kinds] = compiled.run, stream, compiled.function, compiled.packed_metadata, rest
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -117,24 +135,6 @@ def capability(device: torch.device) -> tuple[int, int]:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a few in the interpreter, so that small tests take every path."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-_kept: dict[tuple[torch.device, int, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-
-def scratch(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for so many numbers, and a ticket (int32) at zero, which a launch leaves at zero.
-
-    Kept for each stream, on which launches take turns.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    rows, ticket = _kept.get((device, stream, dtype), (None, None))
-    if rows is None or ticket is None or len(rows) < size:
-        rows = torch.empty(power_of_2(max(size, 2**16)), dtype=dtype, device=device)
-        ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else they are the graph's own
-            _kept[device, stream, dtype] = rows, ticket
-    return rows, ticket
 
 
 def power_of_2(size: int) -> int:

@@ -24,7 +24,7 @@ def _bfloat16_bits(x):
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _result_kernel(
     x_ptr,
     out_ptr,

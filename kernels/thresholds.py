@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors, scratch
+from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, power_of_2, processors
 from lnpu_torch.kernels.rounding import FLOATS, bits_of, dense, readable
 from lnpu_torch.quant.formats import FORMATS
 
@@ -40,10 +40,10 @@ class Choice(NamedTuple):
     """A rule as the kernel sees it: how thresholds are chosen, within which bounds, and the formats' exponents."""
 
     mode: int
-    """FIXED: `fixed`. LARGEST: of all elements. SHARE, ERROR: by a sample's histogram."""
+    """FIXED: `limit`. LARGEST: of all elements. SHARE, ERROR: by a sample's histogram."""
     limit: int
-    """SHARE: the bound on the FP16 share; ERROR: on the squared relative error. The bits of a float64."""
-    fixed: int
+    """FIXED: the threshold; SHARE: the bound on the FP16 share; ERROR: on the squared relative error. The latter two as
+    the bits of a float64. Given to kernels apart, so that none is compiled for it."""
     smallest: int
     largest: int
     low_mantissa: int
@@ -66,14 +66,14 @@ class Choice(NamedTuple):
         """As `Rule` has them: names of the formats, and at most one of the ways to choose."""
         small, wide = FORMATS[low or "e4m3"], FORMATS[high or "fp16"]
         smallest, largest = 4 * (wide.ulp_exponent - 1), 4 * wide.max_exponent + 3
-        mode, limit = FIXED, 0.0
+        mode, limit = FIXED, smallest if threshold is None else threshold
         if low is not None and threshold is None:
             mode = LARGEST if high is None else ERROR if fp16_share is None else SHARE
-            limit = (max_error or 0.0) ** 2 if fp16_share is None else fp16_share
+            bound = (max_error or 0.0) ** 2 if fp16_share is None else fp16_share
+            limit = struct.unpack("<q", struct.pack("<d", bound))[0]
         return cls(
             mode.value,
-            struct.unpack("<q", struct.pack("<d", limit))[0],
-            smallest if threshold is None else threshold,
+            limit,
             smallest,
             largest,
             small.mantissa,
@@ -82,6 +82,11 @@ class Choice(NamedTuple):
             wide.mantissa,
             wide.min_exponent,
         )
+
+    @property
+    def constants(self) -> Choice:
+        """What kernels are compiled for."""
+        return self._replace(limit=0)
 
     @property
     def bins(self) -> int:
@@ -97,18 +102,18 @@ def _units(power):
 
 
 @triton.jit
-def _look(x_ptr, row_ptr, part, count, step, sizes, strides, C: tl.constexpr, STEPS: tl.constexpr, BINS: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
+def look(x_ptr, row_ptr, part, count, step, steps, sizes, strides, C: tl.constexpr, BINS: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
     """What a program finds in its part of a tensor, into its row: a histogram, or the largest magnitude's bits.
 
     sizes, strides: of the dimensions, the last first, which is the order in which elements are numbered. step: from one
-    element looked at to the next; count: how many those are.
+    element looked at to the next; count: how many those are. steps: tiles of a part, where all elements are looked at.
     """
     lane = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.int32)
     if C.mode == LARGEST:
-        for i in range(STEPS):
-            index = (part.to(tl.int64) * STEPS + i) * BLOCK + lane
+        for i in range(steps):
+            index = (part.to(tl.int64) * steps + i) * BLOCK + lane
             magnitude = bits_of(x_ptr, index, index < count) & 0x7FFFFFFF
             largest = tl.maximum(largest, tl.where(magnitude < 0x7F800000, magnitude, 0))
         tl.store(row_ptr, tl.max(largest))
@@ -142,7 +147,7 @@ def _counts(rows_ptr, programs, BINS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _by_error(counts, total, above, C: tl.constexpr, BINS: tl.constexpr):
+def _by_error(counts, total, above, limit, C: tl.constexpr, BINS: tl.constexpr):
     """For each bin whether its threshold keeps the bound: as by `reference.error_table`, but no sum is taken for each.
 
     Below the threshold's binade by more than the window's reach, an element's step is that of the window's smallest
@@ -172,17 +177,17 @@ def _by_error(counts, total, above, C: tl.constexpr, BINS: tl.constexpr):
     low += 61 * _units(least - C.low_mantissa - 2 - unit) * (seen_some - seen_lost)
     low += tl.gather(signal_before, lost, 0)
     error = low + (tl.sum(high) - high_before)
-    bound = tl.full((1,), C.limit, tl.int64).to(tl.float64, bitcast=True)
+    bound = tl.cast(limit, tl.int64).to(tl.float64, bitcast=True)
     return error.to(tl.float64) <= bound * tl.sum(signal).to(tl.float64)
 
 
 @triton.jit
-def _choose(rows_ptr, programs, current, counts_ptr, C: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
+def _choose(rows_ptr, programs, current, counts_ptr, limit, C: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
     """The threshold that suits what was found; `current` if that is nothing. Adds to counts [bins], if given."""
     lane = tl.arange(0, BINS)
     chosen = current
     if C.mode == FIXED:
-        chosen = current * 0 + C.fixed
+        chosen = tl.cast(limit, tl.int32)
     elif C.mode == LARGEST:
         largest = tl.zeros((BINS,), tl.int32)
         for first in range(0, programs, BINS):
@@ -206,11 +211,11 @@ def _choose(rows_ptr, programs, current, counts_ptr, C: tl.constexpr, BINS: tl.c
         last = C.largest - C.smallest + 1
         valid = (lane > 0) & (lane <= last)
         if C.mode == SHARE:
-            share = tl.full((1,), C.limit, tl.int64).to(tl.float64, bitcast=True)
+            share = tl.cast(limit, tl.int64).to(tl.float64, bitcast=True)
             fits = above.to(tl.float64) <= share * total.to(tl.float64)
             best = tl.min(tl.where(fits & valid, lane, last))
         else:
-            fits = _by_error(counts, total, above, C, BINS)
+            fits = _by_error(counts, total, above, limit, C, BINS)
             furthest = tl.max(tl.where(fits & valid, lane, 1))
             groups = tl.sum(tl.where(lane == furthest, above, 0))
             best = tl.min(tl.where(valid & (above == groups), lane, last))  # same groups, tightest window
@@ -219,11 +224,11 @@ def _choose(rows_ptr, programs, current, counts_ptr, C: tl.constexpr, BINS: tl.c
 
 
 @triton.jit
-def _finish(rows_ptr, programs, states_ptr, used_ptr, counts_ptr, C: tl.constexpr, TRAINING: tl.constexpr,
-            BINS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def finish(rows_ptr, programs, states_ptr, used_ptr, counts_ptr, limit, C: tl.constexpr, TRAINING: tl.constexpr,
+           BINS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Chooses; writes the threshold to use now; in training also what is in use and what is to come, to states [2]."""
     current = tl.load(states_ptr)
-    chosen = _choose(rows_ptr, programs, current, counts_ptr, C, BINS, ROWS)
+    chosen = _choose(rows_ptr, programs, current, counts_ptr, limit, C, BINS, ROWS)
     used = tl.where(current == UNSET, chosen, current)
     tl.store(used_ptr, tl.where(used == UNSET, C.smallest, used))
     if TRAINING:
@@ -231,7 +236,7 @@ def _finish(rows_ptr, programs, states_ptr, used_ptr, counts_ptr, C: tl.constexp
         tl.store(states_ptr + 1, chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "count", "step", "steps", "state", "limit"])
 def _threshold_kernel(
     x_ptr,
     states_ptr,
@@ -242,28 +247,28 @@ def _threshold_kernel(
     programs,
     count,
     step,
+    steps,
     sizes,
     strides,
     state,
+    limit,
     C: tl.constexpr,
     TRAINING: tl.constexpr,
-    STEPS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The threshold of x.
 
-    count, step, sizes, strides: see `_look`. states: int32 [rows, 2], of which `state` is x's row. counts: int32, added
-    to, or None. used: int32. rows: int32 [programs, BINS], scratch. ticket: int32, zero before and after.
+    count, step, steps, sizes, strides: see `look`. limit: see `Choice`. states: int32 [rows, 2], of which `state` is
+    x's row. counts: int32, added to, or None. used: int32. rows: int32 [programs, BINS], scratch. ticket: int32, zero.
     """
     pid = tl.program_id(0)
-    _look(x_ptr, rows_ptr + pid * BINS, pid, count, step, sizes, strides, C, STEPS, BINS, BLOCK)
+    look(x_ptr, rows_ptr + pid * BINS, pid, count, step, steps, sizes, strides, C, BINS, BLOCK)
     # All threads' findings are written before the first one's ticket says so, to whoever reads that.
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
-        tl.store(ticket_ptr, 0)
-        _finish(rows_ptr, programs, states_ptr + 2 * state, used_ptr, counts_ptr, C, TRAINING, BINS, ROWS)
+        finish(rows_ptr, programs, states_ptr + 2 * state, used_ptr, counts_ptr, limit, C, TRAINING, BINS, ROWS)
 
 
 class _Plan(NamedTuple):
@@ -294,8 +299,8 @@ def choose(x: Tensor, choice: Choice, states: Tensor, row: int, training: bool, 
     if states.dtype != torch.int32 or x.device != states.device:
         check_dtype((torch.int32,), states=states)
         check_device(states=states, x=x)
-    used = torch.empty((), dtype=torch.int32, device=x.device)
-    rows, ticket = scratch(x.device, plan.scratch, torch.int32)
+    used, ticket = torch.zeros(2, dtype=torch.int32, device=x.device)
+    rows = torch.empty(plan.scratch, dtype=torch.int32, device=x.device)
     plan.launch(readable(dense(x) if plan.whole else x), states, counts, used, rows, ticket)
     return used
 
@@ -319,12 +324,13 @@ def _plan(
         part.programs,
         part.count,
         part.step,
+        part.steps,
         part.sizes,
         part.strides,
         row,
-        C=choice,
+        choice.limit,
+        C=choice.constants,
         TRAINING=training,
-        STEPS=part.steps,
         BINS=bins,
         BLOCK=BLOCK,
         ROWS=ROWS,
@@ -359,11 +365,16 @@ def _part(
         tiles = triton.cdiv(total, BLOCK)
         steps = power_of_2(triton.cdiv(tiles, 4 * processors(device)))
         return _Part(triton.cdiv(tiles, steps), total, 1, steps)
+    count, step = sample_of(total)
+    return _Part(triton.cdiv(count, BLOCK), count, step, 1, *_joined(shape, stride))
+
+
+def sample_of(total: int) -> tuple[int, int]:
+    """How many elements of so many are looked at for a histogram, and the step from one to the next."""
     step = max(1, -(-total // SAMPLE))
     while total > SAMPLE and gcd(step, total) != 1:  # no divisor in common with the size: no row is favoured
         step += 1
-    count = triton.cdiv(total, step)
-    return _Part(triton.cdiv(count, BLOCK), count, step, 1, *_joined(shape, stride))
+    return triton.cdiv(total, step), step
 
 
 def _joined(shape: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -60,20 +60,17 @@ def gpu() -> dict[str, str]:
     """Which GPUs torch sees, and whether our kernels run on them."""
     import torch
 
-    from lnpu_torch.ops.dispatch import REFERENCE, found
+    from lnpu_torch.ops.dispatch import found
 
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return {"device": "none that torch sees" if built else "none: this torch is built for CPUs"}
     devices = {}
     for index in range(torch.cuda.device_count()):
-        backend = found("gpu")
-        runs = backend is not REFERENCE and backend.runs_on(torch.device("cuda", index))
-        kernels = (
-            "Triton's kernels"
-            if runs
-            else "plain torch, many times slower: Triton and compute capability 8.0 are needed"
-        )
+        reason = found("gpu").obstacle(torch.device("cuda", index))
+        if importlib.util.find_spec("triton") is None:
+            reason = "Triton is not installed"
+        kernels = "Triton's kernels" if reason is None else f"plain torch, many times slower: {reason}"
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {kernels}"
     return devices
 

@@ -67,8 +67,8 @@ class _LayerCall(torch.autograd.Function):
             ctx.like = input.shape, lies_last(input), input.dtype
         else:
             ctx.plan = plan(product, state, input.shape, weight.shape, input)
-            output, kept = forward(state, ctx.plan, input, weight, bias, seed, wants, dtype)
-            ctx.save_for_backward(weight if wants[0] else None, seed, *kept)
+            output, saved, ctx.weight = forward(state, ctx.plan, input, weight, bias, seed, wants, dtype, keep=True)
+            ctx.save_for_backward(weight if wants[0] else None, seed, *saved)
             ctx.like = Like.of(input), Like.of(weight)
         ctx.layer = product, state, wants, None if bias is None else bias.dtype
         return output  # type: ignore[no-any-return]
@@ -94,7 +94,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if planned.counting != state.counting:  # a forward of another block
             planned = plan(product, state, input.shape, kernel.shape, grad_output)
         likes = (input, kernel, bias)
-        grads = backward(state, planned, grad_output, weight, Saved(*saved), seed, wants, likes)
+        kept, ctx.weight = ctx.weight, None  # memory that a graph which is kept does not hold
+        grads = backward(state, planned, grad_output, weight, Saved(*saved), seed, wants, likes, kept)
     return (*grads, None, None, None, None)
 
 

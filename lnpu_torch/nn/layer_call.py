@@ -25,7 +25,7 @@ from lnpu_torch.ops.dispatch import backend_of, on_gpu
 from lnpu_torch.ops.gemm.half_precision import alike
 from lnpu_torch.ops.memory_format import memory_format
 from lnpu_torch.ops.quantize.reference import Rounded, Threshold, compute_dtype
-from lnpu_torch.ops.reference import Backend
+from lnpu_torch.ops.reference import GridStep, WeightStep
 from lnpu_torch.ops.registry import OPS, fake, op
 
 STATE = ("thresholds", "counters", "call_sizes", "lanes", "histograms")
@@ -67,17 +67,18 @@ class LayerPlan:
         joined = geometry.pointwise and geometry.batch > 1 and prod(geometry.conv_input) % SYNC_INTERVALS[-1] != 0
         grid = partial(precision.operands, halves=halves, lanes=counting, joined=joined)
         kernel = partial(precision.operands, "weight", layout=product.kernel_layout(weight), halves=halves)
-        sampled = {step: product.counted_over_channels(step) for step in STEPS[:2]}
+        self.sampled = {step: product.counted_over_channels(step) for step in STEPS[:2]}
         inputs, errors = product.layout(x), product.layout(torch.Size(product.output_shape(x, weight)))
         self.input = {
             later: grid("input", ("forward",), STEPS[2:] if later else (), layout=inputs) for later in (False, True)
         }
-        self.weight = {step: kernel((step,), sampled=sampled[step])[0] for step in STEPS[:2]}
+        self.weight = {step: kernel((step,), sampled=self.sampled[step])[0] for step in STEPS[:2]}
         steps = {now: tuple(step for step, run in zip(STEPS[1:], now, strict=True) if run) for now in PAIRS}
         self.grad_output = {now: grid("grad_output", steps[now], layout=errors) for now in PAIRS}
         rows_of = [precision.reads[step, "weight"].row for step in ("forward", "grad_input")]
         self.same_weight = rows_of[0] == rows_of[1]
         """Whether grad_input reads the weight by the rule of forward, and so by the same threshold."""
+        self.kept_weight = kernel(STEPS[:2], sampled=True)[0] if self.same_weight else None
         self.accumulators = {step: precision.accumulators[step, halves] for step in STEPS}
 
 
@@ -106,24 +107,35 @@ def forward(
     seed: Tensor | None,
     wants: Sequence[bool],
     dtype: torch.dtype,
-) -> tuple[Tensor, Saved]:
-    """The first step. `wants` says which gradients will be asked for: input, weight, bias."""
+    keep: bool = False,
+) -> tuple[Tensor, Saved, Rounded | None]:
+    """The first step. `wants` says which gradients will be asked for: input, weight, bias.
+
+    Args:
+        keep: whether the rounded weight may be kept for backward, as a third result, where the backend does so.
+    """
     product, grid, backend = plan.product, plan.product.grid(input), backend_of(input)
     xs = [(use, state.quantize(grid, use, seed, backend)) for use in plan.input[wants[1]]]
     (use, x), by = xs[0], plan.weight["forward"]
+    keep = keep and wants[0] and backend.keeps_weights
+    if keep and plan.kept_weight is not None:
+        by = plan.kept_weight
     ws = state.quantize(product.kernel(weight), by, seed, backend)
     operands = alike(_values(x, input, use, use.half_now), _values(ws, weight, by, by.half_now))
     output = product.forward(*operands, bias, plan.accumulators["forward"])
     if plan.counting:
-        _count(state, plan, "forward", x, ws, product.input_side, backend)
+        step = _weight_step(state, plan, "forward", x, ws, product.input_side)
+        with state.lock:
+            backend.count(plan.sizes, step._replace(kept=xs[-1][1] if wants[1] else None))
     saved = _saved(plan, input, *xs[-1]) if wants[1] else Saved()
     if wants[0]:
         threshold = (
             ws.threshold if plan.same_weight else state.choose(product.kernel(weight), plan.weight["grad_input"])
         )
         saved = saved._replace(threshold=_tensor(threshold, weight))
+    kept = ws if by is plan.kept_weight else None
     del xs, x, ws, operands  # the result may lie where they did
-    return state.result("forward", output, dtype, backend), saved
+    return state.result("forward", output, dtype, backend), saved, kept
 
 
 def backward(
@@ -135,29 +147,30 @@ def backward(
     seed: Tensor | None,
     wants: Sequence[bool],
     likes: tuple[Like, Like, torch.dtype | None],
+    kept: Rounded | None = None,
 ) -> list[Tensor | None]:
     """Both other steps: the wanted gradients of input, weight and bias.
 
     Args:
         likes: what input and weight are like, and the dtype of the bias.
+        kept: the weight as forward has rounded it.
     """
     grads: list[Tensor | None] = [None, None, None]
     product, (input, weight_like, bias) = plan.product, likes
     now, backend = (wants[0], wants[1] or wants[2]), backend_of(grad_output)
     errors: dict[str, tuple[Rounded, Tensor]] = {}
+    weight_step, grid_step = None, None
     grid = product.grid(grad_output)
     for use in plan.grad_output[now]:
         error = state.quantize(grid, use, seed, backend)
         errors |= dict.fromkeys(use.steps, (error, _values(error, grad_output, use, use.half_now)))
     if wants[0] and weight is not None:
         (error, values), use = errors["grad_input"], plan.weight["grad_input"]
-        ws = state.quantize(
-            product.kernel(weight), use, seed, backend, saved.threshold
-        )  # anew, which costs less than to keep it
+        ws = kept or state.quantize(product.kernel(weight), use, seed, backend, saved.threshold)
         operands = alike(values, _values(ws, weight, use, use.half_now))
         values = product.grad_input(*operands, input, plan.accumulators["grad_input"])
         if plan.counting:
-            _count(state, plan, "grad_input", error, ws, product.output_side, backend)
+            weight_step = _weight_step(state, plan, "grad_input", error, ws, product.output_side)
         grads[0] = state.result("grad_input", values, input.dtype, backend)
         del ws, operands, values
     elif plan.counting:
@@ -168,13 +181,14 @@ def backward(
         operands, by = alike(values, x), plan.accumulators["grad_weight"]
         results = product.grad_weight(*operands, weight_like, wants[1:], by)
         if wants[1] and saved.counts_over_batch is not None and plan.counting:
-            _count_grids(state, plan, error, saved, backend)
+            grid_step = _grid_step(state, plan, error, saved)
         for place, (result, dtype) in enumerate(zip(results, (weight_like.dtype, bias), strict=True), start=1):
             if result is not None:
                 grads[place] = state.result("grad_weight", result, dtype or result.dtype, backend)
     if plan.counting and not wants[1]:
         state.not_run("grad_weight", plan.macs)
-    state.commit_thresholds()
+    with state.lock:
+        backend.count(plan.sizes, weight_step, grid_step, state.thresholds if state.training else None)
     return grads
 
 
@@ -197,24 +211,21 @@ def _tensor(threshold: Threshold | None, like: Tensor) -> Tensor | None:
     return None if threshold is None else torch.as_tensor(threshold, dtype=torch.int32, device=like.device)
 
 
-def _count(
-    state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str, backend: Backend
-) -> None:
-    """Count forward or grad_input, the product of a weight and the grid on one side."""
+def _weight_step(
+    state: LayerState, plan: LayerPlan, step: str, grid: Rounded, weight: Rounded, side: str
+) -> WeightStep:
+    """What is counted of forward or grad_input, the product of a weight and the grid on one side."""
     position = grid.counts_over_batch.flatten(1, 2)
     position = plan.product.cut(position) if step == "forward" else position
     # a weight's counts as they meet a grid on one side: over the other side's channels, [2, channels, *kernel]
-    counts = (
-        weight.counts_over_batch.flatten(1, 2)
-        if weight.counts_over_channels is None
-        else weight.counts_over_channels.squeeze(2)
-    )
-    with state.lock:
-        backend.count_weight_step(state.counter(step), position, counts, grid.lanes, plan.sizes, side)
+    counts = weight.counts_over_batch.flatten(1, 2)
+    if plan.sampled[step] and weight.counts_over_channels is not None:
+        counts = weight.counts_over_channels.squeeze(2)
+    return WeightStep(state.counter(step), position, counts, side, grid)
 
 
-def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved, backend: Backend) -> None:
-    """Count grad_weight, the product of the error and the input."""
+def _grid_step(state: LayerState, plan: LayerPlan, error: Rounded, saved: Saved) -> GridStep:
+    """What is counted of grad_weight, the product of the error and the input."""
     product, first = plan.product, plan.product.input_side
     assert (
         saved.counts_over_batch is not None
@@ -222,12 +233,14 @@ def _count_grids(state: LayerState, plan: LayerPlan, error: Rounded, saved: Save
         and error.counts_over_channels is not None
     )
     kept = product.cut(saved.counts_over_batch.flatten(1, 2)), product.cut(saved.counts_over_channels)
-    profiles = saved.lanes, error.lanes
     sides = {first: kept, product.output_side: (error.counts_over_batch.flatten(1, 2), error.counts_over_channels)}
-    with state.lock:
-        backend.count_grid_step(
-            state.counter("grad_weight"), sides["conv_input"], sides["conv_output"], profiles, plan.sizes, first
-        )
+    to = state.counter("grad_weight")
+    return GridStep(to, sides["conv_input"], sides["conv_output"], first, saved.lanes, error)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x, in memory of its own: kernels put all counts into one block, but an op's results lie apart."""
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
 def _or_empty(some: Iterable[Tensor | None], like: Tensor) -> tuple[Any, ...]:
@@ -235,7 +248,7 @@ def _or_empty(some: Iterable[Tensor | None], like: Tensor) -> tuple[Any, ...]:
     return tuple(like.new_empty(0) if each is None else each for each in some)
 
 
-@op(STATE)
+@op(STATE, torch.Tag.cudagraph_unsafe)  # what is known of call sizes stays on the host
 def layer_forward(
     input: Tensor,
     weight: Tensor,
@@ -259,14 +272,10 @@ def layer_forward(
     """
     layer = LayerState.of(precision, (thresholds, counters, call_sizes, lanes, histograms), training, counting)
     planned = plan(product_of(product), layer, input.shape, weight.shape, weight)
-    output, saved = forward(layer, planned, input, weight, bias, seed, wants, dtype)
+    output, saved, _ = forward(layer, planned, input, weight, bias, seed, wants, dtype)
     if planned.input[True][-1].rule is None:
         saved = saved._replace(values=None)
-    counts = saved.counts_over_channels
-    if (
-        counts is not None and counts.storage_offset()
-    ):  # kernels put all counts into one block; an op's results lie apart
-        saved = saved._replace(counts_over_channels=counts.clone())
+    saved = Saved(*(each if each is None or each is saved.values else _apart(each) for each in saved))
     return output, *_or_empty(saved, input)
 
 
@@ -295,7 +304,7 @@ def _(input: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tens
     return output, saved[0], saved[1], saved[2], saved[3], saved[4]
 
 
-@op(STATE)
+@op(STATE, torch.Tag.cudagraph_unsafe)
 def layer_backward(
     grad_output: Tensor,
     weight: Tensor,

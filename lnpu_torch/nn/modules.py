@@ -52,6 +52,12 @@ class Emulating(nn.Module):
         """Raises RuntimeError: torch.jit.script asks for what it shall compile in this layer's place."""
         raise RuntimeError("torch.jit.script cannot compile an emulated model: lnpu_torch.revert it first")
 
+    def _replicate_for_data_parallel(self) -> Self:
+        """Raises RuntimeError: `nn.DataParallel` asks for the layers of its threads."""
+        raise RuntimeError(
+            "the threads of nn.DataParallel would share thresholds and counters: use DistributedDataParallel"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = getattr(super(), "__deepcopy__", None)
         if copied is not None:  # the original class has a way of its own

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lnpu_torch.files import listed
@@ -23,7 +24,7 @@ REFERENCE = Backend()
 def backend(name: Choice) -> Iterator[None]:
     """Within the block, in all threads: which implementation of the operations is used.
 
-    "auto" is the fastest there is for each tensor: Triton on a GPU (of compute capability 8.0 or newer), Numba on a
+    "auto" is the fastest there is for each tensor: Triton on a GPU (NVIDIA's, from compute capability 7.5), Numba on a
     CPU, else plain torch. "reference" is plain torch throughout. "triton" is Triton for whatever its kernels take, on a
     CPU too if its interpreter is on.
 
@@ -44,9 +45,17 @@ def backend_of(x: Tensor) -> Backend:
     chosen = _chosen[-1]
     if chosen == "auto" and x.is_cpu:
         return found("cpu")
-    if on_gpu(x):
-        gpu = found("gpu")
-        return gpu if gpu.runs_on(x.device) else REFERENCE
+    return on_device(x.device) if on_gpu(x) else REFERENCE
+
+
+@cache
+def on_device(device: torch.device) -> Backend:
+    """The implementation for a GPU, or where Triton's interpreter is on. If it is plain torch, a warning says why."""
+    gpu = found("gpu")
+    reason = gpu.obstacle(device)
+    if reason is None:
+        return gpu
+    _warn(reason, str(device))
     return REFERENCE
 
 
@@ -60,13 +69,14 @@ def found(name: str) -> Backend:
     """The implementation that needs Numba or Triton, imported when it is first of use; plain torch without those."""
     try:
         backend: Backend = importlib.import_module(f"lnpu_torch.ops.{name}").BACKEND
-    except ModuleNotFoundError as missing:
-        if missing.name not in ("numba", "llvmlite", "triton"):
+    except ImportError as error:  # Numba refuses versions of NumPy that it does not know
+        if (error.name or "").startswith("lnpu_torch"):
             raise
-        logging.getLogger("lnpu_torch").warning(
-            "%s is not installed: plain torch computes on the %s, many times slower",
-            missing.name,
-            name.upper(),
-        )
+        missing = isinstance(error, ModuleNotFoundError)
+        _warn(f"{error.name} is not installed" if missing else str(error), f"the {name.upper()}")
         return REFERENCE
     return backend
+
+
+def _warn(reason: str, where: str) -> None:
+    logging.getLogger("lnpu_torch").warning("%s: plain torch computes on %s, many times slower", reason, where)

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lnpu_torch.kernels import gemm, launch
-from lnpu_torch.kernels import pair_counts as pair_count_kernels
+from lnpu_torch.kernels import gemm, launch, operand
 from lnpu_torch.kernels.round_output import round_result
 from lnpu_torch.ops.lanes import gpu as lane_profiles
 from lnpu_torch.ops.lanes import reference as lane_reference
 from lnpu_torch.ops.memory_format import dense, memory_format
+from lnpu_torch.ops.pair_counts import gpu as pair_counts
+from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import gpu as quantize
 from lnpu_torch.ops.quantize.reference import Request, Rounded, Threshold
-from lnpu_torch.ops.reference import Backend, parsed
+from lnpu_torch.ops.reference import Backend, GridStep, WeightStep, parsed
 
+NARROW = 16
+"""Channels of a group below which cuDNN multiplies: a tile of the kernel's would be mostly empty."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = {
     "conv_forward": gemm.conv_forward,
@@ -29,9 +32,11 @@ PRODUCTS = {
 class GpuBackend(Backend):
     """See `Backend`."""
 
-    def runs_on(self, device: torch.device) -> bool:
-        runs: bool = launch.runs_on(device)
-        return runs
+    keeps_weights = True
+
+    def obstacle(self, device: torch.device) -> str | None:
+        reason: str | None = launch.obstacle(device)
+        return reason
 
     def quantize(
         self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
@@ -43,7 +48,14 @@ class GpuBackend(Backend):
     def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
         if not _takes(x):
             return super().round_and_count(x, threshold, seed, request)
-        return quantize.quantize(dense(x), _tensor(threshold, x), seed, request)
+        return quantize.read(x, seed, request, threshold=_tensor(threshold, x))
+
+    def quantize_operand(
+        self, x: Tensor, states: Tensor, seed: Tensor | None, request: Request, training: bool
+    ) -> Rounded:
+        if not (_takes(x) and quantize.chooses(request.rule)):
+            return super().quantize_operand(x, states, seed, request, training)
+        return quantize.read(x, seed, request, states=states, training=training)
 
     def next_threshold(self, x: Tensor, states: Tensor, row: int, rule: str, training: bool) -> Threshold:
         if not _takes(x):
@@ -56,7 +68,8 @@ class GpuBackend(Backend):
         return quantize.histogram(x, parsed(rule))
 
     def sample_dtype(self, channels: int, groups: int) -> torch.dtype:
-        return torch.int32  # as all the kernels' counts
+        dtype: torch.dtype = operand.sample_dtype(channels, groups)
+        return dtype
 
     def lane_profile(self, values: Tensor, joined: bool = False) -> Tensor:
         if not values.numel():
@@ -64,27 +77,23 @@ class GpuBackend(Backend):
         x, runs_of = dense(values), lane_profiles.runs_of
         return lane_profiles.profile(lane_reference.joined_runs(x, runs_of) if joined else runs_of(x))
 
-    def add_weight_step(
-        self, counter: Tensor, position: Tensor, weight: Tensor, geometry: Sequence[int], side: str
-    ) -> None:
-        pair_count_kernels.add_weight_step(counter, position, weight, geometry, side)
-
-    def add_grid_step(
+    def count(
         self,
-        counter: Tensor,
-        conv_input: Sequence[Tensor],
-        conv_output: Sequence[Tensor],
         geometry: Sequence[int],
-        first: str,
+        weight: WeightStep | None = None,
+        grids: GridStep | None = None,
+        thresholds: Tensor | None = None,
     ) -> None:
-        grids = (
-            [position, sample.to(torch.int32)] for position, sample in (conv_input, conv_output)
-        )  # bytes, counted on a CPU
-        pair_count_kernels.add_grid_step(counter, *grids, geometry, first)
+        if (weight or grids) and pair_counts.takes(tuple(geometry)):
+            pair_counts.count(tuple(geometry), weight, grids, thresholds)
+            return
+        for each in (weight and weight.operand, weight and weight.kept, grids and grids.error):
+            pair_counts.fill(each)
+        super().count(geometry, weight, grids, thresholds)
 
     def accumulate(self, product: str, a: Tensor, b: Tensor, geometry: Sequence[int], form: str, chunk: int) -> Tensor:
-        dims = b.dim() - 2
-        if not (_takes(a) and a.dtype == b.dtype == torch.float16 and form == "fp16" and dims <= 2):
+        halves, dims = a.dtype == b.dtype == torch.float16, b.dim() - 2
+        if not (_takes(a) and halves and form == "fp16" and dims <= 2 and _multiplies(a, geometry)):
             return super().accumulate(product, a, b, geometry, form, chunk)
         result: Tensor = PRODUCTS[product](a, b, geometry, chunk=chunk)
         return result.contiguous()
@@ -92,7 +101,8 @@ class GpuBackend(Backend):
     def half_convolution(
         self, x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], arguments: tuple[Any, ...]
     ) -> Tensor:
-        if not (_takes(x) and memory_format(x) == torch.channels_last):
+        last, narrow = memory_format(x) == torch.channels_last, min(weight.shape[:2]) < NARROW
+        if not (_takes(x) and last and not narrow and _multiplies(x, geometry)):
             return super().half_convolution(x, weight, bias, geometry, arguments)
         transposed = arguments[3]
         product = gemm.conv_grad_input if transposed else gemm.conv_forward
@@ -104,6 +114,13 @@ class GpuBackend(Backend):
             return super().round_result(x, form, dtype)
         rounded: Tensor = round_result(x, form, dtype)
         return rounded
+
+
+def _multiplies(x: Tensor, geometry: Sequence[int]) -> bool:
+    """Whether the kernels multiply where x is, and reach all elements of such a product."""
+    shape = ConvShape.unpack(geometry)
+    largest = max(shape.elements(name) for name in ("conv_input", "conv_output", "weight"))
+    return bool(launch.multiplies_on(x.device) and largest < launch.INT32)
 
 
 def _takes(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,37 @@ from lnpu_torch.quant.formats import FORMATS
 from lnpu_torch.quant.precision import Rule
 
 
+class WeightStep(NamedTuple):
+    """A step that multiplies a grid by the weight, to be counted: forward, or grad_input."""
+
+    to: StepCounters
+    position: Tensor
+    """of the grid, int32 [2, channels, *grid]"""
+    weight: Tensor
+    """int32 [2, channels, *kernel]"""
+    side: str
+    """conv_input or conv_output: which grid it is"""
+    operand: Rounded
+    """the grid; its lane profile is counted"""
+    kept: Rounded | None = None
+    """what grad_weight will read of the same tensor"""
+
+
+class GridStep(NamedTuple):
+    """A step that multiplies the two grids, to be counted: grad_weight."""
+
+    to: StepCounters
+    conv_input: tuple[Tensor, Tensor]
+    """int32 [2, channels, *grid], and int32 or `sample_dtype` [2, N, g, *grid]"""
+    conv_output: tuple[Tensor, Tensor]
+    first: str
+    """conv_input or conv_output: which grid is the first operand"""
+    lanes: Tensor | None
+    """the lane profile that was kept of the layer's input"""
+    error: Rounded
+    """the error; its lane profile is counted"""
+
+
 class Backend:
     """The operations that layers are made of, in plain torch on any device.
 
@@ -30,9 +61,12 @@ class Backend:
     random bits, for stochastic rounding only: without, the seed is None.
     """
 
-    def runs_on(self, device: torch.device) -> bool:
-        """Whether tensors on a device are taken."""
-        return True
+    keeps_weights = False
+    """Whether backward reads the weight that forward rounded; else it rounds it anew."""
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why tensors on a device are not taken, in words; None if they are."""
+        return None
 
     def quantize(
         self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
@@ -100,6 +134,23 @@ class Backend:
         runs = lane_profiles.joined_runs(values) if joined else lane_profiles.runs_of(values)
         return lane_profiles.profile(runs)
 
+    def count(
+        self,
+        geometry: Sequence[int],
+        weight: WeightStep | None = None,
+        grids: GridStep | None = None,
+        thresholds: Tensor | None = None,
+    ) -> None:
+        """Count what a pass of a layer has done, and put the thresholds to come into use, if these are given."""
+        if weight is not None:
+            args = weight.position, weight.weight, weight.operand.lanes, geometry, weight.side
+            self.count_weight_step(weight.to, *args)
+        if grids is not None:
+            profiles = grids.lanes, grids.error.lanes
+            self.count_grid_step(grids.to, grids.conv_input, grids.conv_output, profiles, geometry, grids.first)
+        if thresholds is not None:
+            thresholds[..., 0] = thresholds[..., 1]
+
     def count_weight_step(
         self,
         to: StepCounters,
@@ -110,7 +161,7 @@ class Backend:
         side: str,
     ) -> None:
         """Count one of a layer's steps by `weight_step`, and the lane profile of the operand that it streams."""
-        row = pair_counts.row_of(to.sizes[to.step], _call_sizes(tuple(geometry), side, "weight"))
+        row = pair_counts.row_of(to.sizes[to.step], call_sizes(tuple(geometry), side, "weight"))
         self.add_weight_step(to.counters[to.step, row], position, weight, geometry, side)
         _add_lanes(to, profile)
 
@@ -125,7 +176,7 @@ class Backend:
     ) -> None:
         """Count a step by `grid_step`, as `count_weight_step` does, and the lane profiles of both operands."""
         second = "conv_output" if first == "conv_input" else "conv_input"
-        row = pair_counts.row_of(to.sizes[to.step], _call_sizes(tuple(geometry), first, second))
+        row = pair_counts.row_of(to.sizes[to.step], call_sizes(tuple(geometry), first, second))
         self.add_grid_step(to.counters[to.step, row], conv_input, conv_output, geometry, first)
         _add_lanes(to, *profiles)
 
@@ -171,7 +222,7 @@ def parsed(rule: str) -> Rule:
 
 
 @lru_cache(maxsize=1024)
-def _call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, ...]:
+def call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, ...]:
     return ConvShape.unpack(geometry).call_sizes(first, second)
 
 

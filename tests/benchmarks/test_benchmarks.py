@@ -109,13 +109,13 @@ def test_goals_are_judged_by_the_worst_row(gpu):
     def run(section, limit_s):
         if section == "step c":
             return [{"name": "step resnet18_cifar fgmp", "ratio_to_autocast": 1.2, "ratio_to_float32": 0.7}]
-        return [{"name": f"quantize_grid {i}", "bandwidth_share": share} for i, share in enumerate((0.9, 0.8))]
+        return [{"name": f"operand {i}", "bandwidth_share": share} for i, share in enumerate((0.9, 0.8))]
 
     goals = {row["name"]: (row["worst"], row["met"]) for row in every(gpu, run) if row["name"].startswith("goal")}
     assert len(goals) == len(gpu.GOALS)
     assert goals["goal step resnet18_cifar: ratio_to_autocast <= 1.25"] == (1.2, True)
     assert goals["goal step resnet18_cifar: ratio_to_float32 <= 0.6"] == (0.7, False)
-    assert goals["goal quantize_grid: bandwidth_share >= 0.85"] == (0.8, False)
+    assert goals["goal operand: bandwidth_share >= 0.85"] == (0.8, False)
     assert goals["goal matmul 4096^3 chunk 64: ratio_to_torch <= 3.0"] == (None, False)
 
 

@@ -55,6 +55,17 @@ def test_chips_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split(" #")[0] for line in lines(printed)] == [line.split(" #")[0] for line in documented]
 
 
+def test_replays_of_a_graph_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine without a GPU the same steps, run one by one."""
+    counts = runpy.run_path(str(ROOT / "examples" / "cuda_graph.py"))["main"](steps=3, batch=8)
+    assert {(step.layer, step.step): step.calls for step in counts.steps} == {
+        (layer, step): 3
+        for layer in ("0", "4")
+        for step in ("forward", "grad_input", "grad_weight")
+    }
+    assert "energy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("precision", ["fgmp", "float32"])
 def test_a_training_run_in_one_file(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--synthetic", "32", "--epochs", "2", "--batch-size", "16", "--precision", precision]

@@ -1,4 +1,4 @@
-"""Every kernel and its main variants compiled to machine code for sm_80 and sm_90. No GPU is needed.
+"""Every kernel and its main variants compiled to machine code for GPUs of several generations. No GPU is needed.
 
 The wrappers run as they are, on tensors in ordinary memory: their launches are only compiled, as what they are.
 """
@@ -6,6 +6,7 @@ The wrappers run as they are, on tensors in ordinary memory: their launches are 
 import os
 import re
 import subprocess
+import time
 
 import pytest
 import torch
@@ -19,9 +20,23 @@ from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from helpers.conv_shapes import make  # noqa: E402
-from lnpu_torch.kernels import gemm, lanes, launch, pair_counts, quantize, round_output, rounding, thresholds  # noqa: E402
+from lnpu_torch.kernels import (  # noqa: E402
+    count,
+    gemm,
+    lanes,
+    launch,
+    operand,
+    quantize,
+    round_output,
+    rounding,
+    thresholds,
+)
+from lnpu_torch.ops.quantize.gpu import choice  # noqa: E402
+from lnpu_torch.quant.precision import Rule  # noqa: E402
 
-ARCHITECTURES = [80, 90]
+ARCHITECTURES = [75, 90, *(pytest.param(each, marks=pytest.mark.slow) for each in (80, 86, 100, 120))]
+LONGEST_S = 20.0
+"""CPU seconds that a kernel may take to compile: several times what it does, on a slow machine."""
 
 
 class Driver:
@@ -46,23 +61,26 @@ def compiled(request, monkeypatch, tmp_path):
     kernels, every, run = {}, [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
+        start = time.process_time()
         kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
-        every.append((self.__name__, kernels[self.__name__]))
+        assert time.process_time() - start < LONGEST_S
+        every.append(kernels[self.__name__])
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (pair_counts, quantize, lanes, gemm, rounding, thresholds):
-        monkeypatch.setattr(module, "check_device", lambda **tensors: None)
-    for module in (quantize, round_output):
-        monkeypatch.setattr(module, "check_runs", lambda device: None)
-    for module in (quantize, lanes, gemm, thresholds):
-        monkeypatch.setattr(module, "processors", lambda device: 132)
+    for module in (count, gemm, lanes, operand, quantize, round_output, rounding, thresholds):
+        for name, value in (
+            ("check_device", lambda **tensors: None),
+            ("check_runs", lambda device: None),
+            ("processors", lambda device: 132),
+        ):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(driver, "_active", Driver(request.param))  # reset_active() looks for a GPU
     yield kernels
-    for name, kernel in every:
+    for kernel in every:
         assert len(kernel.asm["cubin"]) > 1000
         assert f".target sm_{request.param}" in kernel.asm["ptx"]
-        if name != "_profile_kernel":  # which reads a sixteenth of what the others do, and does spill registers
-            assert stack(kernel, tmp_path) <= 8  # bytes; Triton 3.6 needs them in one kernel for sm_80, 3.7 none
+        assert stack(kernel, tmp_path) <= 8  # bytes; Triton 3.6 needs them in one kernel for sm_80, 3.7 none
 
 
 def stack(kernel, folder):
@@ -104,31 +122,94 @@ def test_quantize_by_other_rules(compiled, low, high, seed, dtype):
     x = torch.empty(64, 32, 16, 16).to(memory_format=torch.channels_last)
     seed = None if seed is None else torch.tensor(seed)
     quantize.quantize(x, t(), low, high, seed=seed, dtype=dtype)
-    quantize.quantize_grid(x, t(), low, high, 64, 1, half=high != "e6m9", single=dtype == torch.float32, seed=seed)
-    assert compiled.keys() == {"_flat_kernel", "_grid_kernel"}
+    rule, wanted = Rule(low=low, high=high), operand.Wanted(dtype == torch.float32, high != "e6m9")
+    operand.read(x, choice(rule), low, high, (64, 1), wanted, threshold=t(), seed=seed)
+    assert compiled.keys() == {"_flat_kernel", "_operand_kernel"}
 
 
-GRIDS = {
-    "contiguous": (torch.empty(512, 64, 32, 32), 1),
-    "channels_last": (torch.empty(512, 64, 32, 32).to(memory_format=torch.channels_last), 1),
-    "groups": (torch.empty(64, 64, 16, 16).to(memory_format=torch.channels_last), 16),
-    "linear": (torch.empty(4096, 512, dtype=torch.float16), 1),
+def laid(*shape, last=True, dtype=torch.float16):
+    """A grid in channels_last, or contiguous."""
+    form = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=form)
+
+
+RUNS = operand.Wanted(runs=True)
+OPERANDS = {  # an operand, samples that share a count, channel groups, what is wanted, random bits
+    "contiguous": (laid(512, 64, 32, 32, last=False), 512, 1, RUNS, None),
+    "channels_last": (laid(512, 64, 32, 32), 512, 1, RUNS, None),
+    "many channels": (laid(64, 512, 4, 4), 64, 1, RUNS, None),
+    "images": (laid(64, 3, 32, 32, dtype=torch.float32), 64, 1, RUNS, None),
+    "groups": (laid(64, 64, 16, 16), 64, 16, RUNS, None),
+    "depthwise": (laid(64, 96, 16, 16), 64, 96, RUNS, None),
+    "depthwise, contiguous": (laid(64, 96, 14, 14, last=False), 64, 96, RUNS, None),
+    "weight": (laid(256, 256, 3, 3, last=False, dtype=torch.float32), 256, 1, operand.Wanted(), None),
+    "weight in channels_last": (laid(256, 256, 3, 3, dtype=torch.float32), 256, 1, operand.Wanted(), None),
+    "linear": (laid(4096, 512), 4096, 1, RUNS, None),
+    "linear, bfloat16 and float32 values": (
+        laid(4096, 510, dtype=torch.bfloat16),
+        4096,
+        1,
+        operand.Wanted(single=True, half=False, runs=True),
+        None,
+    ),
+    "stochastic": (laid(64, 64, 16, 16), 64, 1, RUNS, torch.tensor(1)),
+    "stochastic, contiguous": (laid(64, 64, 16, 16, last=False), 64, 1, RUNS, torch.tensor(1)),
 }
 
 
-@pytest.mark.parametrize("layout", GRIDS)
-def test_quantize_grid(compiled, layout):
-    x, groups = GRIDS[layout]
-    quantize.quantize_grid(x, t(), "e4m3", "fp16", len(x), groups)
-    kernel = compiled["_grid_kernel"]
-    if layout != "linear":
-        assert {("ld", 128), ("st", 128)} <= accesses(kernel)
-    assert "atom.global.gpu.relaxed" in kernel.asm["ptx"]
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands(compiled, name):
+    x, share, groups, wanted, seed = OPERANDS[name]
+    states = torch.zeros(6, 2, dtype=torch.int32)
+    for training in (True, False) if name == "channels_last" else (True,):
+        operand.read(
+            x, choice(Rule()), "e4m3", "fp16", (share, groups), wanted, states=states, training=training, seed=seed
+        )
+        kernel = compiled["_operand_kernel"]
+        ptx = kernel.asm["ptx"]
+        if x.shape[-1] % 8 == 0 and x.dtype == torch.float16:
+            assert {("ld", 128), ("st", 128)} <= accesses(kernel)
+        if training:
+            # What a program found is in memory before its ticket says so: all threads' writes, the barrier, the ticket.
+            before = ptx[: ptx.index("atom.global.gpu.acq_rel.add")]
+            assert before.rindex("bar.sync") > before.rindex("st.global")
+        assert "atom.global.gpu.relaxed" in ptx and "global.gpu.acquire" in ptx
+        assert "atom.global.gpu.release.exch" in ptx
 
 
-def test_grid_sums(compiled):
-    quantize.grid_sums(torch.empty(64, 64, 14, 14, dtype=torch.uint8), 1, 1)
-    assert compiled.keys() == {"_grid_kernel"}
+def test_another_batch_size_compiles_nothing(compiled):
+    """Nor do other sizes that lie in memory alike: sizes are run-time arguments."""
+    states, found = torch.zeros(6, 2, dtype=torch.int32), set()
+    for batch, channels, edge in ((64, 64, 32), (50, 64, 32), (1, 64, 32), (64, 64, 30), (33, 48, 25)):
+        x = laid(batch, channels, edge, edge)
+        operand.read(x, choice(Rule()), "e4m3", "fp16", (batch, 1), RUNS, states=states, training=True)
+        geometry = make(batch, channels, 96, 1, (edge, edge), (3, 3), (2, 2), (1, 1), (1, 1))
+        count_a_pass(geometry)
+        found |= {(name, kernel.hash) for name, kernel in compiled.items()}
+    assert sorted(name for name, _ in found) == ["_count_kernel", "_operand_kernel"]
+
+
+def count_a_pass(geometry):
+    """All that a backward counts."""
+    grids, counters = [], torch.zeros(3, 10, count.WIDTH, dtype=torch.int64)
+    for channels, grid in (
+        (geometry.in_channels, geometry.conv_input),
+        (geometry.out_channels, geometry.conv_output),
+    ):
+        shapes = (2, channels, *grid), (2, geometry.batch, geometry.groups, *grid)
+        grids.append([torch.empty(shape, dtype=torch.int32) for shape in shapes])
+    weight = torch.empty(2, geometry.out_channels, *geometry.kernel, dtype=torch.int32)
+    lanes_, runs = torch.zeros(3, 2, 81, dtype=torch.int64), torch.empty(geometry.batch, 96, 5, dtype=torch.uint8)
+    count.count(
+        counters,
+        lanes_,
+        geometry.pack(),
+        count.WeightStep(190, grids[1][0], weight, "conv_output"),
+        count.GridStep(380, *grids, "conv_input"),
+        count.Profile(runs, 162, lanes_, 405),
+        count.Known(lanes_[0, 0], 324),
+        torch.zeros(6, 2, dtype=torch.int32),
+    )
 
 
 @pytest.mark.parametrize("options", [{"max_error": 0.01}, {"fp16_share": 0.2}, {"threshold": 3}, {"high": None}])
@@ -146,21 +227,11 @@ def test_threshold(compiled, options):
     )
 
 
-@pytest.mark.parametrize("dims", [0, 2])
-def test_count(compiled, dims):
-    geometry = make(32, 64, 96, 2, *((value,) * dims for value in (14, 3, 2, 1, 1)))
-    shapes = {"conv_input": geometry.conv_input, "conv_output": geometry.conv_output}
-    channels = {"conv_input": 64, "conv_output": 96}
-    counts = {
-        side: [torch.empty(2, channels[side], *grid).int(), torch.empty(2, 32, 2, *grid).int()]
-        for side, grid in shapes.items()
-    }
-    counter = torch.zeros(pair_counts.WIDTH, dtype=torch.int64)
-    for side in shapes:
-        weight = torch.empty(2, channels[side], *geometry.kernel).int()
-        pair_counts.add_weight_step(counter, counts[side][0], weight, geometry.pack(), side)
-        pair_counts.add_grid_step(counter, counts["conv_input"], counts["conv_output"], geometry.pack(), side)
-    assert compiled.keys() == {"_weight_kernel", "_grid_kernel"}
+@pytest.mark.parametrize("edges", [(), (4, 4), (9, 9), (40, 40)], ids=str)
+def test_count(compiled, edges):
+    dims = len(edges)
+    count_a_pass(make(32, 64, 96, 2, edges, *((value,) * dims for value in (3, 2, 1, 1))))
+    assert compiled.keys() == {"_count_kernel"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -172,14 +243,22 @@ def test_result(compiled, dtype):
 
 
 def uses_tensor_cores(kernel):
-    return any(word in kernel.asm["ptx"] for word in ("wgmma.mma_async", "mma.sync.aligned"))
+    return any(word in kernel.asm["ptx"] for word in ("wgmma.mma_async", "mma.sync.aligned", "tcgen05.mma"))
+
+
+@pytest.fixture
+def products(compiled, request):
+    """`compiled`, for GPUs on which the kernels multiply."""
+    if driver._active.architecture < 80:
+        pytest.skip("Triton has no tensor cores there, and torch multiplies")
+    return compiled
 
 
 @pytest.mark.parametrize("chunk", [None, 16, 64, 100])
-def test_matmul(compiled, chunk):
+def test_matmul(products, chunk):
     a = torch.empty(512, 1024, dtype=torch.float16)
     gemm.matmul(a, a.T, chunk=chunk)
-    kernel = compiled["_product_kernel"]
+    kernel = products["_product_kernel"]
     assert uses_tensor_cores(kernel)
     assert ".f32.f16.f16" in kernel.asm["ptx"]  # sums in FP32
     assert "cp.async" in kernel.asm["ptx"]
@@ -188,7 +267,7 @@ def test_matmul(compiled, chunk):
 
 
 @pytest.mark.parametrize(("layout", "chunk"), [("last", None), ("last", 64), ("first", 64)])
-def test_convolution(compiled, layout, chunk):
+def test_convolution(products, layout, chunk):
     geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (2, 2), (1, 1), (1, 1))
     format_ = torch.channels_last if layout == "last" else torch.contiguous_format
     conv_input, conv_output, weight = (
@@ -197,15 +276,15 @@ def test_convolution(compiled, layout, chunk):
     )
     steps = (gemm.conv_forward, conv_input, weight), (gemm.conv_grad_input, conv_output, weight)
     for step, *operands in (*steps, (gemm.conv_grad_weight, conv_input, conv_output)):
-        compiled.clear()
+        products.clear()
         step(*operands, geometry.pack(), chunk=chunk)
-        kernel = compiled["_product_kernel"]
+        kernel = products["_product_kernel"]
         assert uses_tensor_cores(kernel)
         if layout == "last" and chunk is None:
             assert "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 
 
-def test_convolution_with_bias(compiled):
+def test_convolution_with_bias(products):
     geometry = make(16, 64, 128, 1, (32, 32), (3, 3), (1, 1), (1, 1), (1, 1))
     x, weight = (
         torch.empty(shape, dtype=torch.float16).to(memory_format=torch.channels_last)
@@ -213,7 +292,7 @@ def test_convolution_with_bias(compiled):
     )
     bias = torch.empty(128)
     gemm.conv_forward(x, weight, geometry.pack(), bias=bias, dtype=torch.float16)
-    kernel = compiled["_product_kernel"]
+    kernel = products["_product_kernel"]
     assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 
 
@@ -233,9 +312,3 @@ def test_lanes(compiled, shape, last):
     lanes.profile(lanes.runs_of(x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x))
     assert compiled.keys() == {"_runs_kernel", "_profile_kernel"}
     assert {("ld", 128)} & accesses(compiled["_runs_kernel"]) or shape[1] == 3
-
-
-def test_runs_while_rounding(compiled):
-    x, _ = GRIDS["channels_last"]
-    quantize.quantize_grid(x, t(), "e4m3", "fp16", len(x), 1, runs=True)
-    assert {("ld", 128), ("st", 128)} <= accesses(compiled["_grid_kernel"])

@@ -1,6 +1,7 @@
 """What a kernel was compiled for is what it is launched with: wrappers run as they are, and no kernel is compiled."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from helpers.conv_shapes import make
-from lnpu_torch.kernels import gemm, lanes, launch, quantize, round_output, rounding
+from lnpu_torch.kernels import gemm, lanes, launch, round_output, rounding
 
 GEOMETRY = make(32, 512, 512, 1, (2, 2), (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -28,8 +30,10 @@ class Compiled:
     def __init__(self, name, args, launches):
         self.name, self.kinds, self.launches = name, kinds(args), launches
 
-    def __getitem__(self, grid):
-        return self.launch
+    function = packed_metadata = None
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        self.launch(*args)
 
     def launch(self, *args):
         assert kinds(args)[: len(self.kinds)] == self.kinds
@@ -47,13 +51,14 @@ def launches(monkeypatch):
         return compiled
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for module in (quantize, lanes, gemm, rounding):
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: 0))
+    for module in (lanes, gemm, rounding):
         monkeypatch.setattr(module, "check_device", lambda **tensors: None)
-    for module in (quantize, round_output):
+    for module in (round_output,):
         monkeypatch.setattr(module, "check_runs", lambda device: None)
-    for module in (quantize, lanes, gemm):
+    for module in (lanes, gemm):
         monkeypatch.setattr(module, "processors", lambda device: 132)
-    for module in (quantize, lanes, gemm, round_output):
+    for module in (lanes, gemm, round_output):
         for each in vars(module).values():
             if hasattr(each, "cache_clear"):
                 each.cache_clear()
@@ -83,19 +88,23 @@ def test_runs_of_several_dtypes(launches):
     assert [bits for _, bits, *_ in launches] == 2 * [torch.int32, torch.int16]
 
 
-def test_a_kernel_is_looked_up_once_for_each_kind_and_anew_for_addresses_between_boundaries():
+def test_a_kernel_is_looked_up_once_for_each_kind_and_anew_for_addresses_between_boundaries(monkeypatch):
     runs, launched = [], []
 
     class Kernel:
         arg_names = ("x", "y", "n", "ONE", "TWO")
+        params = [SimpleNamespace(do_not_specialize_on_alignment=False)] * 2
 
         def __getitem__(self, grid):
             def run(*args, **options):
                 runs.append((kinds(args), options))
-                return {grid: lambda *args: launched.append(kinds(args))}
+                return SimpleNamespace(
+                    function="f", packed_metadata="m", run=lambda *args: launched.append(kinds(args))
+                )
 
             return run
 
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: 5))
     ready = launch.Launch(torch.device("cpu"), Kernel(), (3,), 7, TWO=2, ONE=1, num_warps=4)
     x = torch.zeros(8)
     for tensors in ((x, None), (x.half(), None), (x, None), (x, x), (x.half(), None), (x[1:], None), (x, None)):
@@ -104,7 +113,8 @@ def test_a_kernel_is_looked_up_once_for_each_kind_and_anew_for_addresses_between
     options = {"TWO": 2, "ONE": 1, "num_warps": 4}
     expected = [[single, None, 7], [half, None, 7], [single, single, 7], [single, None, 7]]
     assert runs == [(each, options) for each in expected]
-    assert launched == [[single, None, 7, 1, 2], [half, None, 7, 1, 2], [single, None, 7, 1, 2]]
+    front = [3, 1, 1, 5, "f", "m", None, None, None]
+    assert launched == [[*front, *each, 7, 1, 2] for each in ([single, None], [half, None], [single, None])]
 
 
 @pytest.mark.parametrize("bias", [None, halves(512)])

@@ -1,13 +1,9 @@
 """The rounding kernels in Triton's interpreter, against the reference, bit by bit."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from helpers.tensors import LAYOUTS, same_signs_too, scalar, spread
-from lnpu_torch.ops.lanes import reference as lanes
-from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.quantize import reference
 from lnpu_torch.quant.precision import Rule
 
@@ -29,9 +25,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(empty_like(*args, **options)))
     monkeypatch.setattr(quantize, "processors", lambda device: 1)
-    return SimpleNamespace(
-        quantize=quantize.quantize, quantize_grid=quantize.quantize_grid, grid_sums=quantize.grid_sums, grid=quantize
-    )
+    return quantize
 
 
 @pytest.mark.parametrize("seed", [None, 1234567890123456789], ids=["nearest", "stochastic"])
@@ -58,47 +52,6 @@ def test_every_16_bit_input(kernels, dtype):
         assert same_signs_too(got[0], q) and torch.equal(got[1], groups)
 
 
-GRIDS = [  # shape, channel groups, samples that share a count
-    ((6, 6, 7, 9), 3, 2),
-    ((5, 8, 4, 4), 8, 5),
-    ((3, 20, 33), 1, 3),
-    ((9, 130), 1, 9),
-    ((2, 24, 2, 3, 2), 2, 1),
-    ((1, 1, 1, 1), 1, 1),
-    ((7, 3), 3, 7),
-]
-
-
-@pytest.mark.parametrize(
-    ("shape", "channel_groups", "share", "layout"),
-    [(*grid, layout) for grid in GRIDS for layout in LAYOUTS if layout != "channels_last" or len(grid[0]) == 4],
-)
-def test_grids(kernels, monkeypatch, shape, channel_groups, share, layout):
-    monkeypatch.setattr(kernels.grid, "GRID", kernels.grid.GRID._replace(block=256))  # several tiles in a small grid
-    key = torch.tensor(5)
-    x = LAYOUTS[layout](spread(*shape))
-    inputs = ((x, None), (x, key), (x.half(), None), (x.bfloat16(), None))
-    for y, seed in inputs if layout in ("contiguous", "channels_last") else inputs[1:3]:
-        random = None if seed is None else reference.random_bits(y.shape, seed, 2)
-        q, groups = reference.quantize(y, Rule(), scalar(1), random)
-        position, sample = counting.per_position(groups, share), counting.per_sample(groups, channel_groups)
-        both = ((True, True),)
-        for single, half in (*both, (False, True), (True, False)) if y is x and seed is None else both:
-            got = kernels.quantize_grid(
-                y, scalar(1), "e4m3", "fp16", share, channel_groups, single=single, half=half, runs=y.dim() > 2,
-                seed=seed, stream=2,
-            )  # fmt: skip
-            for values, wanted in zip(got, (single, half), strict=False):
-                assert (values is not None) == wanted
-                assert not wanted or (same_signs_too(values, q) and values.stride() == torch.empty_like(y).stride())
-            assert torch.equal(got[2], position) and torch.equal(got[3], sample)
-            assert got.runs is None if y.dim() == 2 else torch.equal(got.runs, lanes.runs_of(q))
-    counts = kernels.grid_sums(groups, share, channel_groups)
-    assert torch.equal(counts[0], position) and torch.equal(counts[1], sample)
-    counts = kernels.grid_sums(x, share, channel_groups, sample=False)
-    assert torch.equal(counts[0], counting.per_position(reference.float_classes(x), share)) and counts[1] is None
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_bits_follow_the_logical_order(kernels, layout):
     x, key = LAYOUTS[layout](spread(3, 5, 7, 4)), torch.tensor(2**61 + 3)
@@ -116,7 +69,6 @@ def test_exact_values_never_move(kernels, value):
     x, key = torch.full((1, 1), value), torch.tensor(NO_BITS)
     assert reference.random_bits(x.shape, key, 0).tolist() == [[0]]
     assert kernels.quantize(x, scalar(12), "e4m3", "fp16", seed=key)[0].item() == value
-    assert kernels.quantize_grid(x, scalar(12), "e4m3", "fp16", 1, 1, seed=key).half.item() == value
 
 
 def test_empty(kernels):
@@ -124,11 +76,6 @@ def test_empty(kernels):
         x = torch.ones(shape)
         values, groups, totals = kernels.quantize(x, scalar(0), "e4m3", "fp16", totals=True)
         assert values.shape == groups.shape == x.shape and totals.tolist() == [0, 0, 0]
-        if x.dim() > 1:
-            _, groups = reference.quantize(x, Rule(), scalar(0))
-            got = kernels.quantize_grid(x, scalar(0), "e4m3", "fp16", len(x), 1)
-            assert torch.equal(got[2], counting.per_position(groups, len(x)))
-            assert torch.equal(got[3], torch.zeros(2, len(x), 1, *x.shape[2:], dtype=torch.int32))
 
 
 def test_what_is_refused(kernels):
@@ -147,9 +94,3 @@ def test_what_is_refused(kernels):
         kernels.quantize(x, t, None, None)
     with pytest.raises(ValueError, match="must have one element, not 2"):
         kernels.quantize(x, t.repeat(2), "e4m3", "fp16")
-    with pytest.raises(ValueError, match="6 channels do not divide by 4"):
-        kernels.quantize_grid(x, t, "e4m3", "fp16", 4, 4)
-    with pytest.raises(ValueError, match="4 samples do not divide by 3"):
-        kernels.grid_sums(x, 3, 1)
-    with pytest.raises(ValueError, match="has no grid along which to run"):
-        kernels.quantize_grid(x, t, "e4m3", "fp16", 4, 1, runs=True)

@@ -46,16 +46,29 @@ def test_without_numba_and_triton_it_is_the_same_but_slower(tmp_path, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(ours, values, strict=True))
 
 
-def test_an_old_gpu_is_left_to_plain_torch(monkeypatch):
+def test_a_gpu_that_the_kernels_do_not_run_on_is_left_to_plain_torch(monkeypatch, caplog):
     launch = pytest.importorskip("lnpu_torch.kernels.launch")
     gpu = torch.device("cuda", 0)
     tensor = SimpleNamespace(is_cpu=False, is_cuda=True, device=gpu)
-    for found, runs in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+    for found, hip, reason in (
+        ((7, 0), None, "the kernels need compute capability 7.5, but cuda:0 has 7.0"),
+        ((7, 5), None, None),
+        ((9, 0), None, None),
+        ((9, 4), "6.4", "the kernels are made for NVIDIA's GPUs, and untried on AMD's"),
+    ):
         monkeypatch.setattr(launch, "capability", lambda device, found=found: found)
-        assert (backends.backend_of(tensor) is not backends.REFERENCE) == launch.runs_on(gpu) == runs
-        if not runs:
-            with pytest.raises(RuntimeError, match=r"need compute capability 8\.0, but cuda:0 has 7\.5"):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        backends.on_device.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            assert (backends.backend_of(tensor) is backends.REFERENCE) == (reason is not None)
+        expected = [] if reason is None else [f"{reason}: plain torch computes on cuda:0, many times slower"]
+        assert [record.getMessage() for record in caplog.records] == expected  # said once
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=reason[:20]):
                 launch.check_runs(gpu)
+        assert launch.multiplies_on(gpu) == (found >= (8, 0))
+    backends.on_device.cache_clear()
 
 
 def test_a_gpu_without_triton_is_left_to_plain_torch(monkeypatch):
@@ -63,9 +76,11 @@ def test_a_gpu_without_triton_is_left_to_plain_torch(monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("lnpu_torch.kernels", "lnpu_torch.ops.gpu"))]:
         monkeypatch.delitem(sys.modules, name)
     backends.found.cache_clear()
+    backends.on_device.cache_clear()
     tensor = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda", 0))
     assert backends.backend_of(tensor) is backends.REFERENCE and backends.on_gpu(tensor)
     backends.found.cache_clear()
+    backends.on_device.cache_clear()
 
 
 CASES = {

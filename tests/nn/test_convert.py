@@ -377,6 +377,8 @@ def test_coverage_looks_into_wrappers():
         assert lnpu.coverage(wrapped, x).products == ()
     parallel = nn.DataParallel(model)
     assert lnpu.coverage(parallel, x).products == () and lnpu.thresholds(parallel).keys() == {"0"}
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model[0]._replicate_for_data_parallel()  # as DataParallel does with several GPUs
 
 
 def test_layers_that_came_later_are_not_called_a_choice():

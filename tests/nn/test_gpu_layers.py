@@ -24,9 +24,9 @@ PRECISIONS = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs one after another; tests/kernels has many."""
-    from lnpu_torch.kernels import pair_counts
+    from lnpu_torch.kernels import count
 
-    monkeypatch.setattr(pair_counts, "PROGRAMS", 2)
+    monkeypatch.setattr(count, "PROGRAMS", 2)
 
 
 def layers():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.conv_shapes import GEOMETRIES, operands, over_in_channels, over_out_channels, per_position
 from helpers.tensors import all_patterns, identical, of_error_3_in_128, random_patterns, scalar
@@ -100,7 +101,7 @@ def test_other_dtypes(dtype):
     x = torch.randn(5, 6, 7).to(dtype)
     arguments = (x, scalar(1), Rule().model_dump_json(), 0, (5, 1), EVERYTHING)
     expected, groups = reference.quantize(x, Rule(), scalar(1))
-    values, half, position, sample, profile, _ = round_and_count(*arguments)
+    values, half, position, sample, profile, *_ = round_and_count(*arguments)
     assert torch.equal(values, expected) and torch.equal(half.to(values.dtype), expected)
     assert torch.equal(position[:, 0], per_position(groups)) and torch.equal(sample, counting.per_sample(groups, 1))
     assert torch.equal(profile, lanes.profile(lanes.runs_of(expected)))
@@ -236,3 +237,18 @@ def test_unknown_backend():
     known = "unknown backend 'cuda'; known: auto, reference, triton"
     with pytest.raises(ValueError, match=known), dispatch.backend("cuda"):
         pass
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(fp16_share=0.2), Rule(high=None)], ids=["error", "share", "largest"])
+def test_a_choice_of_plain_torch_reads_nothing_back(rule):
+    """It would wait for a GPU, and end a CUDA graph's capture."""
+    seen = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        reference.choose_threshold(torch.randn(40, 30), rule, scalar(reference.UNSET))
+    assert seen and torch.ops.aten._local_scalar_dense.default not in seen

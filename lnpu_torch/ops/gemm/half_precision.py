@@ -26,7 +26,7 @@ def half_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     than the sums. Where the process has sums themselves in binary16, operands are widened first: their products are
     exact in float32 and in TF32 alike.
     """
-    if a.is_cuda and not torch.backends.cuda.matmul.allow_fp16_accumulation:
+    if a.is_cuda and not torch.version.hip and not torch.backends.cuda.matmul.allow_fp16_accumulation:
         sums = torch.mm(a, b, out_dtype=torch.float32)
     else:
         sums = a.float() @ b.float()

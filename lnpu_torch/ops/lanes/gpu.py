@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lnpu_torch.kernels import lanes as kernels
@@ -18,3 +19,8 @@ def runs_of(values: Tensor) -> Tensor:
 def profile(runs: Tensor) -> Tensor:
     """`lanes.profile`."""
     return kernels.profile(runs)  # type: ignore[no-any-return]
+
+
+def no_profile(device: torch.device) -> Tensor:
+    """A profile of zeros, to which one is added."""
+    return torch.zeros(kernels.MEMBERS, dtype=torch.int64, device=device)

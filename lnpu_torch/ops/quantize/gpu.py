@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lnpu_torch.kernels import operand, thresholds
 from lnpu_torch.kernels import quantize as kernels
-from lnpu_torch.kernels import thresholds
 from lnpu_torch.ops.lanes import gpu as gpu_lanes
 from lnpu_torch.ops.lanes.reference import joined_runs
 from lnpu_torch.ops.quantize.reference import Request, Rounded
@@ -34,30 +34,46 @@ def quantize_flat(
     return values, x.new_empty(0, dtype=torch.uint8) if groups is None else groups, totals
 
 
-def quantize(x: Tensor, threshold: Tensor, seed: Tensor | None, request: Request) -> Rounded:
-    """`Backend.round_and_count`."""
+def chooses(rule: str) -> bool:
+    """Whether an operand's threshold is chosen while it is read; else in a launch of its own, from all elements."""
+    mode: int = choice(parsed(rule)).mode
+    return bool(mode != thresholds.LARGEST.value)
+
+
+def read(
+    x: Tensor,
+    seed: Tensor | None,
+    request: Request,
+    *,
+    states: Tensor | None = None,
+    training: bool = False,
+    threshold: Tensor | None = None,
+) -> Rounded:
+    """`Backend.quantize_operand` by states, and `Backend.round_and_count` by a threshold."""
     rule, (single, half, sampled, lanes) = parsed(request.rule), request.wanted
-    apart = lanes and (request.joined or x.dim() == 2)  # the kernel's runs end with each sample
-    rounded = kernels.quantize_grid(
+    x = x if operand.takes(x) else x.contiguous()
+    joined = request.joined or x.dim() == 2
+    along = lanes and operand.finds_runs(x.shape, request.layout, joined)
+    wanted = operand.Wanted(single, half, sampled, along, joined)
+    found = operand.read(
         x,
-        threshold,
+        choice(rule),
         rule.low,
         rule.high,
-        *request.layout,
-        single=single,
-        half=half,
-        sample=sampled,
-        runs=lanes and not apart,
+        request.layout,
+        wanted,
+        states=states,
+        row=request.row,
+        training=training,
+        threshold=threshold,
         seed=seed,
-        stream=request.row,
     )
-    runs = rounded.runs
-    if apart:
-        values = rounded.single if rounded.half is None else rounded.half
+    runs, profile = found.runs, found.profile
+    if lanes and not along:
+        values = found.single if found.half is None else found.half
         assert values is not None
-        runs = joined_runs(values, gpu_lanes.runs_of)
-    profile = None if runs is None else gpu_lanes.profile(runs)
-    return Rounded(rounded.single, rounded.half, rounded.position, rounded.sample, profile, threshold)
+        runs, profile = joined_runs(values, gpu_lanes.runs_of), gpu_lanes.no_profile(x.device)
+    return Rounded(found.single, found.half, found.position, found.sample, profile, found.threshold, runs)
 
 
 def next_threshold(x: Tensor, states: Tensor, row: int, rule: Rule, training: bool) -> Tensor:

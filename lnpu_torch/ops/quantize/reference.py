@@ -49,7 +49,8 @@ class Rounded(NamedTuple):
     """An operand [N, C, *grid], rounded and counted. What was not asked for is None.
 
     `single` and `half`: its values in `compute_dtype` and in binary16. The counts: its elements of each group, as
-    `pair_counts` needs them. `lanes`: its lane profile. `threshold`: by which it was rounded, if it was.
+    `pair_counts` needs them. `lanes`: its lane profile. `threshold`: by which it was rounded, if it was. `runs`: of
+    which `lanes`, zeros until then, is made when the operand's step is counted.
     """
 
     single: Tensor | None
@@ -58,6 +59,7 @@ class Rounded(NamedTuple):
     counts_over_channels: Tensor | None
     lanes: Tensor | None
     threshold: Threshold | None = None
+    runs: Tensor | None = None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -251,7 +253,8 @@ def choose_by_histogram(counts: Tensor, rule: Rule, fallback: Tensor) -> Tensor:
         fits = error.double() <= (rule.max_error or 0.0) ** 2 * signal.double()
         order = torch.arange(len(above), device=counts.device)
         furthest = torch.where(fits, order, 0).max()
-        best = (above == above[furthest]).to(torch.int32).argmax()  # same groups, tightest window
+        groups = above.gather(0, furthest[None])  # by an index, a GPU would be waited for
+        best = (above == groups).to(torch.int32).argmax()  # same groups, tightest window
     return torch.where(total > 0, best + rule.threshold_range[0], fallback).to(torch.int32)
 
 
