@@ -59,9 +59,7 @@ def test_replays_of_a_graph_are_counted(capsys: pytest.CaptureFixture[str]) -> N
     """On a machine without a GPU the same steps, run one by one."""
     counts = runpy.run_path(str(ROOT / "examples" / "cuda_graph.py"))["main"](steps=3, batch=8)
     assert {(step.layer, step.step): step.calls for step in counts.steps} == {
-        (layer, step): 3
-        for layer in ("0", "4")
-        for step in ("forward", "grad_input", "grad_weight")
+        (layer, step): 3 for layer in ("0", "4") for step in ("forward", "grad_input", "grad_weight")
     }
     assert "energy" in capsys.readouterr().out
 
