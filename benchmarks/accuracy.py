@@ -1,6 +1,6 @@
 """Accuracy and energy of the recipes in every precision, over seeds: makes the runs that are missing, then the tables.
 
-python benchmarks/accuracy.py RUNS data.kind=npz data.path=cifar.npz threads=1     # narrow networks, 20 epochs: a CPU
+python benchmarks/accuracy.py RUNS data.kind=npz data.path=cifar.npz threads=1     # narrow networks, 10 epochs: a CPU
 python benchmarks/accuracy.py RUNS --full data.download=true                       # the recipes as they are: a GPU
 python benchmarks/accuracy.py docs/results --tables --plot docs/images/accuracy.svg
 
@@ -34,9 +34,9 @@ NETWORKS = {
     "vgg16plain": ("VGG16 without batch norm", "vgg16_cifar10", ("model.batch_norm=false", "lr=0.02")),
     "alexnet": ("AlexNet", "alexnet_cifar10", ()),
 }
-SMALL = ("model.width=16", "batch_size=64", "epochs=20", "schedule=onecycle")
+SMALL = ("model.width=16", "batch_size=64", "epochs=10", "schedule=onecycle", "channels_last=true")
 RATES = {"resnet18": 0.1, "vgg16": 0.05, "vgg16plain": 0.03, "alexnet": 0.03}
-"""Without --full: an hour or two a run on one core. The rate rises and falls once."""
+"""Without --full: half an hour a run on one core (ResNet-18). The rate rises and falls once."""
 EMULATED = ("fgmp", "fp8", "fp16")
 CHIPS = ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")
 EVERY = 10
@@ -212,10 +212,11 @@ def _spread(values: Sequence[float], of_mean: bool = False) -> str:
     """Mean +- standard deviation, or +- that of the mean."""
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    deviation /= len(values) ** 0.5 if of_mean else 1
-    sign = "+" if of_mean else ""
-    return f"{statistics.mean(values):{sign}.2f} ± {deviation:.2f}"
+    mean = f"{statistics.mean(values):{'+' if of_mean else ''}.2f}"
+    if len(values) == 1:
+        return mean
+    deviation = statistics.stdev(values) / (len(values) ** 0.5 if of_mean else 1)
+    return f"{mean} ± {deviation:.2f}"
 
 
 def plot(found: dict[str, dict[str, dict[int, Rows]]], path: Path) -> None:

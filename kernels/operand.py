@@ -32,12 +32,12 @@ from lnpu_torch.kernels.rounding import (
 from lnpu_torch.kernels.thresholds import BLOCK, FIXED, UNSET, Choice, finish, look, sample_of
 
 BLOCKS = {64: 32, 32: 64, 16: 128, 8: 256, 4: 512}
-"""Positions of a tile, by its channels: 1,024 elements, 32 a thread of one warp."""
+"""Positions of a tile, by its channels: 2,048 elements, 16 a thread of four warps. Not yet measured."""
 PER_PROCESSOR = 16
-"""Programs that each multiprocessor gets: as many as are resident, by registers. Not yet measured."""
+"""Programs that each multiprocessor gets: four times what is resident, by registers, so that the last ones to end leave
+little idle. Not yet measured."""
 LONGEST = 64
 """The most tiles that a program walks."""
-
 
 SIZES = [
     "state", "limit", "looked", "step", "looks", "stream", "samples", "rows", "walk", "group_size", "groups", "space",
