@@ -31,7 +31,7 @@ COLUMNS = 128
 """Runs in a tile, one for each thread. Chosen by reasoning, not yet by measurement."""
 
 
-@triton.jit(do_not_specialize=["channels", "positions", "times", "sample_stride", "channel_stride", "position_stride"])
+@triton.jit
 def _runs_kernel(
     x_ptr,
     runs_ptr,

@@ -35,16 +35,23 @@ def _result_kernel(
     """out = round(x), as x lies in memory."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    mask = lane < count - first
-    x = bits_of(x_ptr, first + lane, mask).to(tl.float32, bitcast=True)
+    if first + BLOCK <= count:  # so that accesses are wide whatever the count
+        _round_tile(x_ptr + first, out_ptr + first, lane, lane >= 0, F)
+    else:
+        _round_tile(x_ptr + first, out_ptr + first, lane, lane < count - first, F)
+
+
+@triton.jit
+def _round_tile(x_ptr, out_ptr, lane, mask, F: tl.constexpr):
+    x = bits_of(x_ptr, lane, mask).to(tl.float32, bitcast=True)
     if F.high_mantissa == 10:
         x = x.to(tl.float16).to(tl.float32)
     else:
         x, _ = round_by_rule(x.to(tl.int32, bitcast=True), 0, x, F, False, False)
     if out_ptr.dtype.element_ty == tl.int16:
-        tl.store(out_ptr + first + lane, _bfloat16_bits(x), mask=mask)
+        tl.store(out_ptr + lane, _bfloat16_bits(x), mask=mask)
     else:
-        tl.store(out_ptr + first + lane, x, mask=mask)
+        tl.store(out_ptr + lane, x, mask=mask)
 
 
 def round_result(x: Tensor, form: str, dtype: torch.dtype) -> Tensor:

@@ -70,9 +70,9 @@ def found(name: str) -> Backend:
     try:
         backend: Backend = importlib.import_module(f"lnpu_torch.ops.{name}").BACKEND
     except ImportError as error:  # Numba refuses versions of NumPy that it does not know
-        if (error.name or "").startswith("lnpu_torch"):
-            raise
         missing = isinstance(error, ModuleNotFoundError)
+        if (missing and error.name not in ("numba", "llvmlite", "triton")) or "lnpu_torch" in (error.name or ""):
+            raise
         _warn(f"{error.name} is not installed" if missing else str(error), f"the {name.upper()}")
         return REFERENCE
     return backend

