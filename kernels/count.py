@@ -96,23 +96,16 @@ def _add(counter_ptr, pid, both, first, second, first_found, second_found, first
 
 
 @triton.jit
-def _several(g_ptr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Sizes of a `ConvShape`, as `_launch` lists them."""
-    if COUNT == 3:
-        return tl.load(g_ptr + FIRST), tl.load(g_ptr + FIRST + 1), tl.load(g_ptr + FIRST + 2)
-    return (
-        tl.load(g_ptr + FIRST),
-        tl.load(g_ptr + FIRST + 1),
-        tl.load(g_ptr + FIRST + 2),
-        tl.load(g_ptr + FIRST + 3),
-        tl.load(g_ptr + FIRST + 4),
-    )
+def _three(g_ptr, FIRST: tl.constexpr):
+    """Three sizes of a `ConvShape`, as `_launch` lists them."""
+    return tl.load(g_ptr + FIRST), tl.load(g_ptr + FIRST + 1), tl.load(g_ptr + FIRST + 2)
 
 
 @triton.jit
 def _macs(g_ptr, pairs):
     """Multiplications of so many pairs of an output position and a kernel offset, int64."""
-    batch, in_channels, out_channels, groups, _ = _several(g_ptr, 0, 5)
+    batch, in_channels, out_channels = _three(g_ptr, 0)
+    groups = tl.load(g_ptr + 3)
     return tl.cast(batch, tl.int64) * out_channels * (in_channels // groups) * pairs
 
 
@@ -124,9 +117,10 @@ def _weight_step(counter_ptr, position_ptr, weight_ptr, pid, programs, g_ptr, of
     of_input: whether the grid is the input, else it is the output. A tile is some channels by some output positions
     under one offset.
     """
-    batch, in_channels, out_channels, groups, pairs = _several(g_ptr, 0, 5)
-    conv_input, conv_output, kernel = _several(g_ptr, 5, 3), _several(g_ptr, 8, 3), _several(g_ptr, 11, 3)
-    stride, padding, dilation = _several(g_ptr, 14, 3), _several(g_ptr, 17, 3), _several(g_ptr, 20, 3)
+    batch, in_channels, out_channels = _three(g_ptr, 0)
+    groups, pairs = tl.load(g_ptr + 3), tl.load(g_ptr + 4)
+    conv_input, conv_output, kernel = _three(g_ptr, 5), _three(g_ptr, 8), _three(g_ptr, 11)
+    stride, padding, dilation = _three(g_ptr, 14), _three(g_ptr, 17), _three(g_ptr, 20)
     channels, others = out_channels, in_channels // groups
     offsets = kernel[0] * kernel[1] * kernel[2]
     positions = conv_output[0] * conv_output[1] * conv_output[2]
@@ -188,9 +182,10 @@ def _grid_step(counter_ptr, input_position_ptr, input_sample_ptr, output_positio
     A row is a channel group of a sample; a tile is some rows by some output positions. What all kernel offsets find in
     the input is summed before it is multiplied, since the output's element is the same under every offset.
     """
-    batch, in_channels, out_channels, groups, pairs = _several(g_ptr, 0, 5)
-    conv_input, conv_output, kernel = _several(g_ptr, 5, 3), _several(g_ptr, 8, 3), _several(g_ptr, 11, 3)
-    stride, padding, dilation = _several(g_ptr, 14, 3), _several(g_ptr, 17, 3), _several(g_ptr, 20, 3)
+    batch, in_channels, out_channels = _three(g_ptr, 0)
+    groups, pairs = tl.load(g_ptr + 3), tl.load(g_ptr + 4)
+    conv_input, conv_output, kernel = _three(g_ptr, 5), _three(g_ptr, 8), _three(g_ptr, 11)
+    stride, padding, dilation = _three(g_ptr, 14), _three(g_ptr, 17), _three(g_ptr, 20)
     rows = batch * groups
     positions = conv_output[0] * conv_output[1] * conv_output[2]
     grid = conv_input[0] * conv_input[1] * conv_input[2]

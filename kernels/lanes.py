@@ -68,28 +68,36 @@ def _runs_kernel(
 
 
 @triton.jit
-def _held(first, channels, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Lanes that have a channel, of each of ROWS rows of LANES channels from the first one on."""
-    return tl.minimum(tl.maximum(channels - first - tl.arange(0, ROWS) * LANES, 0), LANES)[:, None]
+def _held(first, channels, LANES: tl.constexpr):
+    """Lanes that have a channel, of so many from the first channel on."""
+    return tl.minimum(tl.maximum(channels - first, 0), LANES)
 
 
 @triton.jit
-def _fullest(work):
-    """The larger of every two rows."""
-    return tl.max(tl.reshape(work, (work.shape[0] // 2, 2, work.shape[1])), axis=1)
+def _shared(sum, held):
+    """The work of lanes, shared by those that have a channel: the mean, rounded up."""
+    return (sum + held - 1) // tl.maximum(held, 1)
 
 
 @triton.jit
-def _high(fullest, running, cycles, first, channels):
-    """Lane counts of 32 and more: their fullest lane so far, and their lane-cycles [8, columns]; the next 16 channels.
-
-    fullest [1, columns]: of the 16.
-    """
-    lanes = (32 << tl.arange(0, 8))[:, None]
+def _level(fullest, running, cycles, first, channels, LANES: tl.constexpr):
+    """32 lanes and more: their fullest so far, and their lane-cycles, after the next 16 channels."""
     running = tl.maximum(running, fullest)
-    ends = ((first + 16) % lanes == 0) | (first + 16 >= channels)
-    cycles += tl.where(ends, running * tl.minimum(channels - first // lanes * lanes, lanes), 0)
+    ends = ((first + 16) % LANES == 0) | (first + 16 >= channels)
+    cycles += running * tl.where(ends, _held(first // LANES * LANES, channels, LANES), 0)
     return tl.where(ends, 0, running), cycles
+
+
+@triton.jit
+def _levels(fullest, state, first, channels):
+    """`_level` for 32 lanes, 64, and so on up to 1024: all that runs, then all cycles."""
+    r0, c0 = _level(fullest, state[0], state[6], first, channels, 32)
+    r1, c1 = _level(fullest, state[1], state[7], first, channels, 64)
+    r2, c2 = _level(fullest, state[2], state[8], first, channels, 128)
+    r3, c3 = _level(fullest, state[3], state[9], first, channels, 256)
+    r4, c4 = _level(fullest, state[4], state[10], first, channels, 512)
+    r5, c5 = _level(fullest, state[5], state[11], first, channels, 1024)
+    return r0, r1, r2, r3, r4, r5, c0, c1, c2, c3, c4, c5
 
 
 @triton.jit
@@ -97,8 +105,9 @@ def add_profile(pid, programs, runs_ptr, out_ptr, also_ptr, samples, channels, t
     """A program's share of the lane-cycles of every member of the family, added to int64 [81], twice if `also_ptr`.
 
     runs: uint8 [samples, channels, times]. Programs take turns at the three lengths of run. A column is a run of that
-    length; a program walks its columns' channels, 16 at once. Lane counts up to 16 are done within those; the others
-    keep their fullest lane until their last channel has come. A program's own sums are int32: see `profile_programs`.
+    length, of which each thread has one; its channels are walked 16 at once. Lane counts up to 16 are done within
+    those; the others keep their fullest lane until their last channel has come. A program's own sums are int32: see
+    `profile_programs`. All is in one dimension: where reductions of tiles lie, versions of Triton differ, and spill.
     """
     length_at, length = pid % 3, 1
     if length_at == 1:
@@ -106,68 +115,68 @@ def add_profile(pid, programs, runs_ptr, out_ptr, also_ptr, samples, channels, t
     if length_at == 2:
         length = 16
     stretches = tl.cdiv(times, length)
-    columns = tl.cast(samples, tl.int64) * stretches
-    zero, zeros = tl.zeros((COLUMNS,), tl.int32), tl.zeros((8, COLUMNS), tl.int32)
+    columns = samples * stretches  # less than 2^31, as all runs are
+    zero = tl.zeros((COLUMNS,), tl.int32)
     a0, a1, a2, a3, a4, b0, b1, b2, c0 = zero, zero, zero, zero, zero, zero, zero, zero, zero
-    a_high, b_high, c_high = zeros, zeros, zeros
+    a = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    b = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    c = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for tile in range(pid // 3, tl.cdiv(columns, COLUMNS), programs // 3):
-        column = tl.cast(tile, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        t = (column % stretches).to(tl.int32) * length
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < columns
+        t = column % stretches * length
         at = runs_ptr + column // stretches * channels * times + t
-        a_running, b_running, c_running = zeros, zeros, zeros
         for first in range(0, channels, 16):
-            c = first + tl.arange(0, 16)
-            mask = (c < channels)[:, None] & (column < columns)[None, :]
-            work = tl.zeros((16, COLUMNS), tl.int32)
-            for i in range(length):
-                here = mask & (t + i < times)[None, :]
-                work += tl.load(at[None, :] + c[:, None] * times + i, mask=here, other=0).to(tl.int32)
-            held16 = tl.minimum(channels - first, 16)
-            # without a balancer
-            a0 += tl.sum(work, axis=0)
-            top = _fullest(work)
-            a1 += tl.sum(top * _held(first, channels, 8, 2), axis=0)
-            top = _fullest(top)
-            held4 = _held(first, channels, 4, 4)
-            a2 += tl.sum(top * held4, axis=0)
-            top = _fullest(top)
-            held8 = _held(first, channels, 2, 8)
-            a3 += tl.sum(top * held8, axis=0)
-            top = _fullest(top)
-            a4 += tl.sum(top * held16, axis=0)
-            a_running, a_high = _high(top, a_running, a_high, first, channels)
-            # shared by 4
-            sums = tl.sum(tl.reshape(work, (4, 4, COLUMNS)), axis=1)
-            sharing = tl.maximum(held4, 1)
-            top = (sums + sharing - 1) // sharing
-            b0 += tl.sum(top * held4, axis=0)
-            top = _fullest(top)
-            b1 += tl.sum(top * held8, axis=0)
-            top = _fullest(top)
-            b2 += tl.sum(top * held16, axis=0)
-            b_running, b_high = _high(top, b_running, b_high, first, channels)
-            # shared by 16
-            top = (tl.sum(work, axis=0)[None, :] + held16 - 1) // held16
-            c0 += tl.sum(top * held16, axis=0)
-            c_running, c_high = _high(top, c_running, c_high, first, channels)
+            by2, by4, by8, by16, sum4, shared8, shared16, sum16 = zero, zero, zero, zero, zero, zero, zero, zero
+            for j in tl.static_range(16):
+                work = zero
+                if first + j < channels:
+                    for i in range(tl.minimum(length, times)):
+                        here = there & (t + i < times)
+                        work += tl.load(at + (first + j) * times + i, mask=here, other=0).to(tl.int32)
+                a0 += work
+                by2 = tl.maximum(by2, work) if j % 2 else work
+                sum4 = sum4 + work if j % 4 else work
+                sum16 += work
+                if j % 2 == 1:
+                    a1 += by2 * _held(first + j - 1, channels, 2)
+                    by4 = tl.maximum(by4, by2) if j % 4 == 3 else by2
+                if j % 4 == 3:
+                    held4 = _held(first + j - 3, channels, 4)
+                    a2 += by4 * held4
+                    shared4 = _shared(sum4, held4)
+                    b0 += shared4 * held4
+                    by8 = tl.maximum(by8, by4) if j % 8 == 7 else by4
+                    shared8 = tl.maximum(shared8, shared4) if j % 8 == 7 else shared4
+                if j % 8 == 7:
+                    held8 = _held(first + j - 7, channels, 8)
+                    a3 += by8 * held8
+                    b1 += shared8 * held8
+                    by16 = tl.maximum(by16, by8)
+                    shared16 = tl.maximum(shared16, shared8)
+            held16 = _held(first, channels, 16)
+            a4 += by16 * held16
+            b2 += shared16 * held16
+            all16 = _shared(sum16, held16)
+            c0 += all16 * held16
+            a, b, c = (
+                _levels(by16, a, first, channels),
+                _levels(shared16, b, first, channels),
+                _levels(all16, c, first, channels),
+            )
+    found = (
+        a0, a1, a2, a3, a4, a[6], a[7], a[8], a[9], a[10], a[11],
+        b0, b1, b2, b[6], b[7], b[8], b[9], b[10], b[11],
+        c0, c[6], c[7], c[8], c[9], c[10], c[11],
+    )  # fmt: skip
     place = tl.arange(0, 32)
-    totals = _at(a_high, 5) + _at(b_high, 14) + _at(c_high, 21)
-    low = (a0, a1, a2, a3, a4, b0, b1, b2, c0)
-    for i in tl.static_range(9):
-        totals += tl.where(place == (i if i < 5 else i + 6 if i < 8 else 20), tl.sum(low[i].to(tl.int64)), 0)
+    totals = tl.zeros((32,), tl.int64)
+    for i in tl.static_range(27):
+        totals += tl.where(place == i, tl.sum(found[i].to(tl.int64)), 0)
     at = 27 * length_at + place
     tl.atomic_add(out_ptr + at, totals, mask=place < 27, sem="relaxed")
     if also_ptr is not None:
         tl.atomic_add(also_ptr + at, totals, mask=place < 27, sem="relaxed")
-
-
-@triton.jit
-def _at(high, MEMBER: tl.constexpr):
-    """Sums of the first six rows, at places from MEMBER on: int64 [32]."""
-    level = tl.arange(0, 8)
-    sums = tl.sum(high.to(tl.int64), axis=1)
-    here = (tl.arange(0, 32)[:, None] == level[None, :] + MEMBER) & (level < 6)[None, :]
-    return tl.sum(tl.where(here, sums[None, :], 0), axis=1)
 
 
 @triton.jit(do_not_specialize=["samples", "channels", "times"])
