@@ -80,7 +80,7 @@ def compiled(request, monkeypatch, tmp_path):
     for kernel in every:
         assert len(kernel.asm["cubin"]) > 1000
         assert f".target sm_{request.param}" in kernel.asm["ptx"]
-        assert stack(kernel, tmp_path) <= 8  # bytes; Triton 3.6 needs them in one kernel for sm_80, 3.7 none
+        assert stack(kernel, tmp_path) <= 16  # bytes, in two stochastic kernels for sm_100 and sm_120; else at most 8
 
 
 def stack(kernel, folder):
@@ -260,10 +260,11 @@ def test_matmul(products, chunk):
     gemm.matmul(a, a.T, chunk=chunk)
     kernel = products["_product_kernel"]
     assert uses_tensor_cores(kernel)
-    assert ".f32.f16.f16" in kernel.asm["ptx"]  # sums in FP32
+    assert ".f32.f16.f16" in kernel.asm["ptx"] or "kind::f16" in kernel.asm["ptx"]  # sums in FP32
     assert "cp.async" in kernel.asm["ptx"]
     # A chunk's sum must be added, and rounded, outside the tensor core.
-    assert kernel.asm["ttgir"].count("arith.addf") == kernel.asm["ttgir"].count("arith.truncf") == (chunk is not None)
+    added, rounded = (kernel.asm["ttgir"].count(f"arith.{name}") for name in ("addf", "truncf"))
+    assert added == rounded and (added > 0) == (chunk is not None)
 
 
 @pytest.mark.parametrize(("layout", "chunk"), [("last", None), ("last", 64), ("first", 64)])
