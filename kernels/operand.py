@@ -390,7 +390,9 @@ class _Plan:
         self.found = looks * bins
         # what begins at zero, in one block: the profile, the threshold with its ticket, counts by position, by sample
         sizes = (2 * MEMBERS + 6, self.position.numel(), self.sample.numel() if self.shared else 0)
-        self.zeros = [size + -size % 4 for size in sizes]  # each on a boundary of 16 bytes
+        self.position_at, positions, samples_ = (size + -size % 4 for size in sizes)  # on boundaries of 16 bytes
+        self.sample_at = self.position_at + positions
+        self.zeros = self.sample_at + samples_
         self.launch = Launch(
             device,
             _operand_kernel,
@@ -436,10 +438,10 @@ class _Plan:
             single = torch.empty_strided(x.shape, self.stride, dtype=torch.float32, device=device)
         if wanted.half:
             half = torch.empty_strided(x.shape, self.stride, dtype=torch.float16, device=device)
-        zeros = torch.zeros(sum(self.zeros), dtype=torch.int32, device=device)
-        position = zeros.as_strided(self.position, self.strides, self.zeros[0])
+        zeros = torch.zeros(self.zeros, dtype=torch.int32, device=device)
+        position = zeros.as_strided(self.position, self.strides, self.position_at)
         if wanted.sample and self.shared:
-            sample = zeros[self.zeros[0] + self.zeros[1] :][: self.sample.numel()].view(self.sample)
+            sample = zeros[self.sample_at :][: self.sample.numel()].view(self.sample)
         elif wanted.sample:
             sample = torch.empty(self.sample, dtype=self.sample_dtype, device=device)
         if wanted.runs:

@@ -209,11 +209,6 @@ class LayerState:
             if counts is not None:
                 self.histograms[plan.request.row, : len(counts)] += counts.to(self.histograms.dtype)
 
-    def commit_thresholds(self) -> None:
-        """After a backward in training: put the thresholds to come into use."""
-        if self.training:
-            self.thresholds[..., 0] = self.thresholds[..., 1]
-
     def result(self, step: str, x: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
         """A step's fresh result as it leaves the chip, in the dtype that torch would return."""
         form = self.plan.result

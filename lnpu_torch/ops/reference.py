@@ -223,6 +223,7 @@ def parsed(rule: str) -> Rule:
 
 @lru_cache(maxsize=1024)
 def call_sizes(geometry: tuple[int, ...], first: str, second: str) -> tuple[int, ...]:
+    """`ConvShape.call_sizes` of a packed geometry."""
     return ConvShape.unpack(geometry).call_sizes(first, second)
 
 
