@@ -42,7 +42,7 @@ def quantize(
         if not rule.low:
             raise ValueError("a rule without FP8 has no threshold")
         rule.check_threshold(threshold)
-        rule = Rule(low=rule.low, high=rule.high, threshold=threshold, rounding=rule.rounding)
+        rule = Rule(low=rule.low, high=rule.high, threshold=threshold, rounding=rule.rounding, window=rule.window)
     values, classes = _StraightThrough.apply(x, rule, return_classes)  # type: ignore[no-untyped-call]
     return (values, classes) if return_classes else values
 

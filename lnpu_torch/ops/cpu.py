@@ -22,13 +22,13 @@ class CpuBackend(Backend):
     def quantize(
         self, x: Tensor, threshold: Threshold, seed: Tensor | None, rule: str, stream: int, want_classes: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = loops.taken(x.detach(), seed)
+        values = loops.taken(self.within_window(x.detach(), rule, threshold), seed)
         if values is None:
             return super().quantize(x, threshold, seed, rule, stream, want_classes)
         return loops.quantize(values, rule, int(threshold), want_classes)
 
     def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
-        values = loops.taken(x, seed)
+        values = loops.taken(self.within_window(x, request.rule, threshold), seed)
         if values is None:
             return super().round_and_count(x, threshold, seed, request)
         return loops.quantize_operand(values, int(threshold), request)[0]
@@ -38,8 +38,9 @@ class CpuBackend(Backend):
     ) -> Rounded:
         values, state = loops.taken(x, seed), states.numpy()[request.row]
         current = int(state[0])
-        chooses = training and loops.compiled_rule(request.rule).choice == 0  # by another way than a histogram
-        if values is None or current == UNSET or chooses:
+        by = loops.compiled_rule(request.rule)
+        chooses = training and by.choice == 0  # by another way than a histogram
+        if values is None or current == UNSET or chooses or by.rule.window is not None:
             return super().quantize_operand(x, states, seed, request, training)
         rounded, chosen = loops.quantize_operand(values, current, request, training)
         if training:

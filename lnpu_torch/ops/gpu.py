@@ -43,11 +43,13 @@ class GpuBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not _takes(x):
             return super().quantize(x, threshold, seed, rule, stream, want_classes)
+        x = self.within_window(x, rule, threshold)
         return quantize.quantize_flat(x, parsed(rule), _tensor(threshold, x), seed, stream, want_classes)
 
     def round_and_count(self, x: Tensor, threshold: Threshold, seed: Tensor | None, request: Request) -> Rounded:
         if not _takes(x):
             return super().round_and_count(x, threshold, seed, request)
+        x = self.within_window(x, request.rule, threshold)
         return quantize.read(x, seed, request, threshold=_tensor(threshold, x))
 
     def quantize_operand(

@@ -85,6 +85,11 @@ class Backend:
         counts = self._counts(values, classes, request)
         return Rounded(values if single else None, values.half() if half else None, *counts, threshold)
 
+    def within_window(self, x: Tensor, rule: str, threshold: Threshold) -> Tensor:
+        """`quantize.within_window`, for those who then round x themselves."""
+        chosen = parsed(rule)
+        return x if chosen.window is None else quantize.within_window(x, chosen, _on(threshold, x))
+
     def _counts(self, x: Tensor, classes: Tensor, request: Request) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Over samples, over channels, and the lane profile."""
         (share, groups), (*_, sampled, lanes) = request.layout, request.wanted

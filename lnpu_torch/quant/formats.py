@@ -43,6 +43,11 @@ class Format:
         return self.min_exponent - self.mantissa
 
     @property
+    def binades(self) -> int:
+        """Binades that hold a number, those of subnormals included."""
+        return self.max_exponent - self.ulp_exponent + 1
+
+    @property
     def max(self) -> float:
         """The largest finite number."""
         return (2 - (1 + self.finite) * 2.0**-self.mantissa) * 2.0**self.max_exponent

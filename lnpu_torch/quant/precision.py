@@ -42,7 +42,8 @@ class Rule(Frozen):
     threshold's binade, the rest to `high`; T = 4e + k is chosen by exactly one of `max_error` (smallest FP16 share
     whose predicted relative RMS error is at most this), `fp16_share` (of the non-zeros) and a static `threshold`.
     Only `low`: uniform, its window over the last step's largest magnitude (or the static `threshold`), saturating.
-    Only `high`: uniform, overflow gives infinity.
+    Only `high`: uniform, overflow gives infinity. `window`: how many binades of `low`'s window are kept, counted from
+    its top; smaller values become zero. None keeps all of them, subnormals included: 18 of e4m3.
     """
 
     low: Annotated[str, _named(NARROW)] | None = "e4m3"
@@ -51,6 +52,7 @@ class Rule(Frozen):
     fp16_share: Annotated[float, Field(ge=0, le=1)] | None = None
     threshold: int | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    window: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -64,6 +66,10 @@ class Rule(Frozen):
             raise ValueError(f"{set_[0]} has no meaning for {'a uniform rule' if self.low else 'high alone'}")
         if self.threshold is not None:
             self.check_threshold(self.threshold)
+        if self.window is not None and (not self.low or self.window > FORMATS[self.low].binades):
+            raise ValueError(
+                f"window: {f'{self.low} has {FORMATS[self.low].binades} binades' if self.low else 'there is no low'}"
+            )
         if self.low and self.high and not set_:
             object.__setattr__(self, "max_error", MAX_ERROR)
         return self

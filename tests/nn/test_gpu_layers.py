@@ -17,7 +17,7 @@ PRECISIONS = {
     "mixed": Precision(input="fp8", weight=Rule(low="e5m2"), grad_output=Rule(rounding="stochastic")),
     "float weight": Precision(input="fgmp", grad_output="fp16"),
     "accumulator": Precision(input="fgmp", weight="fgmp", grad_output="fgmp", accumulate="fp16", chunk=16),
-    "1-6-9": Precision(input=Rule(high="e6m9"), weight="fgmp", grad_output="fgmp", result="fp32"),
+    "1-6-9": Precision(input=Rule(high="e6m9"), weight=Rule(window=5), grad_output="fgmp", result="fp32"),
 }
 
 

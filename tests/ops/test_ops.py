@@ -22,6 +22,8 @@ RULES = {
     "fp8": Rule(high=None),
     "fp16": Rule(low=None),
     "e6m9": Rule(high="e6m9"),
+    "window": Rule(window=5),
+    "fp8 window": Rule(high=None, window=15),
 }
 LAYOUTS = {
     "grid": ((7, 6, 5, 3), 7, 3),

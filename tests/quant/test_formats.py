@@ -58,6 +58,28 @@ def test_fgmp_over_every_16_bit_input(dtype, low, t):
     assert torch.equal(groups, expected_groups)
 
 
+@pytest.mark.parametrize(("high", "window"), [("fp16", 1), ("fp16", 5), ("fp16", 15), ("fp16", 18), (None, 4)])
+@pytest.mark.parametrize("t", [-100, -30, 6, 40])
+def test_a_window_makes_zeros_of_what_lies_below_it_and_changes_nothing_else(high, window, t):
+    x, whole = all_patterns(torch.bfloat16), Rule(high=high)
+    plain, classes = quantize(x, whole, scalar(t))
+    kept, kept_classes = quantize(x, Rule(high=high, window=window), scalar(t))
+    top = max(t // 4, 8 + 9 - 24)  # FP8's largest exponent is 8, its finest step 2^-9, binary16's 2^-24
+    in_fp8 = (x.float().abs() < 2.0 ** (t // 4) * (1 + t % 4 / 4)) if high else torch.ones_like(x, dtype=torch.bool)
+    below = in_fp8 & (x.float().abs() < 2.0 ** (top + 1 - window))
+    assert below.sum() > 2  # more than both zeros
+    assert torch.equal(kept.nan_to_num(), torch.where(below, 0, plain).nan_to_num())
+    assert torch.equal(torch.signbit(kept), torch.signbit(plain))
+    assert torch.equal(kept_classes, torch.where(below, 0, classes))
+
+
+def test_a_window_is_of_a_low_format_and_no_wider():
+    assert Rule(low="e5m2", window=32).window == 32 and Rule(window=18).window == 18
+    for fields, message in (({"window": 19}, "e4m3 has 18 binades"), ({"low": None, "window": 3}, "there is no low")):
+        with pytest.raises(ValueError, match=message):
+            Rule(**fields)
+
+
 @pytest.mark.parametrize("t", THRESHOLDS)
 def test_fgmp_fits_in_binary16(t):
     x = torch.cat([all_patterns(torch.bfloat16), random_patterns(10**5, 1)])

@@ -36,8 +36,9 @@ def quantize_flat(
 
 def chooses(rule: str) -> bool:
     """Whether an operand's threshold is chosen while it is read; else in a launch of its own, from all elements."""
-    mode: int = choice(parsed(rule)).mode
-    return bool(mode != thresholds.LARGEST.value)
+    chosen = parsed(rule)
+    mode: int = choice(chosen).mode
+    return chosen.window is None and bool(mode != thresholds.LARGEST.value)
 
 
 def read(

@@ -91,7 +91,7 @@ def quantize(x: Tensor, rule: Rule, threshold: Tensor, random: Tensor | None = N
     Returns:
         The rounded tensor (`compute_dtype(x)`) and each element's precision class (uint8, of CLASSES).
     """
-    x = x.to(compute_dtype(x))
+    x = within_window(x.to(compute_dtype(x)), rule, threshold)
     magnitude, wide = x.abs(), rule.wide
     small = torch.zeros_like(x, dtype=torch.bool)
     if rule.low:
@@ -108,6 +108,17 @@ def quantize(x: Tensor, rule: Rule, threshold: Tensor, random: Tensor | None = N
         q = torch.minimum(q, FORMATS[rule.low or "e4m3"].max * _power(window, x.dtype))
     q = torch.where(x.isfinite(), q.copysign(x), x)
     return q, torch.where(q == 0, ZERO, torch.where(small, FP8, FP16)).to(torch.uint8)
+
+
+def within_window(x: Tensor, rule: Rule, threshold: Tensor) -> Tensor:
+    """x with zeros, of its signs, for what lies in the FP8 group and below the binades of `rule.window`."""
+    if rule.window is None:
+        return x
+    dtype = compute_dtype(x)
+    least = _power(window_exponent(rule, threshold) - rule.window + 1, dtype)
+    if rule.high:
+        least = torch.minimum(least, tau(threshold, dtype))
+    return torch.where(x.abs().to(dtype) < least, x * 0, x)
 
 
 def float_classes(x: Tensor) -> Tensor:
