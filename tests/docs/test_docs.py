@@ -81,7 +81,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "operating_point" in (tmp_path / "constants.html").read_text()
     assert 'id="lnpu_torch.nn.convert.convert"' in (tmp_path / "api.html").read_text()
     assert 'src="data:image/svg+xml;base64,' in (tmp_path / "tutorials" / "3_chips.html").read_text()
-    assert "tutorials/3_chips.html" in (tmp_path / "index.html").read_text()
+    first = (tmp_path / "index.html").read_text()
+    assert "tutorials/3_chips.html" in first and f"lnpu_torch {lnpu.__version__}" in first.rpartition("<footer")[2]
     assert '<abbr title="multiply-accumulate: one multiplication' in (tmp_path / "cost.html").read_text()
 
 
