@@ -1,9 +1,11 @@
-# Every target first makes .venv with the tested versions, if it is missing or older than what it is made from.
+# Every target first makes .venv with the tested versions, if it is missing or older than what it is made from;
+# `make train` without the tools that only tests and documentation need.
 # Needs only make and Python 3.11 or newer (PYTHON=... picks another).
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 READY := .venv/ready
+LIBRARY := .venv/library
 # Each of the two processes begins with one half of the tests, so that what the tests of a file share is made once.
 PYTEST := .venv/bin/python -m pytest -n 2 --dist worksteal
 INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) $$(grep -rl --include='test_*.py' triton_interpreter tests)
@@ -25,11 +27,16 @@ help:
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; none was found (make PYTHON=/path/to/python3)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
+$(LIBRARY): pyproject.toml constraints.txt | .venv/bin/python
+	@echo 'installing into .venv; torch is most of it (some minutes)'
+	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,plot]'
+	@touch $@
+
 $(READY): pyproject.toml constraints.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,plot,dev,docs]'
-	touch $@
+	touch $(LIBRARY) $@
 
-train: $(READY)
+train: $(LIBRARY)
 	.venv/bin/lnpu train digits_resnet18
 
 test: $(READY)

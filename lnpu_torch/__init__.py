@@ -8,10 +8,11 @@ _SOURCE = _Path(__file__).parent.parent
 if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a checkout: they lie beside the package
     __path__.append(str(_SOURCE))
 
-from lnpu_torch.files import ConfigError  # noqa: E402
 from lnpu_torch.versions import versions  # noqa: E402
 
-if TYPE_CHECKING:  # these are imported when they are first asked for: who only prices needs no torch
+if (
+    TYPE_CHECKING
+):  # these are imported when they are first asked for: who only prices needs no torch, and --version nothing
     from lnpu_torch import nn
     from lnpu_torch.cost.cost_row import CostRow
     from lnpu_torch.cost.pricing import price
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # these are imported when they are first asked for: who only 
     from lnpu_torch.cost.sweep import Sweep, sweep
     from lnpu_torch.counts.densities import Densities
     from lnpu_torch.counts.schema import Counts
+    from lnpu_torch.files import ConfigError
     from lnpu_torch.hardware.chip import Chip, chip
     from lnpu_torch.nn import functional
     from lnpu_torch.nn.convert import convert, coverage, load_thresholds, revert, thresholds
@@ -40,6 +42,7 @@ _NAMES = {
     "cost.sweep": ("Sweep", "sweep"),
     "counts.densities": ("Densities",),
     "counts.schema": ("Counts",),
+    "files": ("ConfigError",),
     "hardware.chip": ("Chip", "chip"),
     "nn": ("functional",),
     "nn.convert": ("convert", "coverage", "load_thresholds", "revert", "thresholds"),

@@ -47,6 +47,11 @@ def si_over(value: float | None, unit: str, first: float | None) -> str:
     return f"{si(value, unit)}{ratio}"
 
 
+def shortened(name: str) -> str:
+    """A name without its middle, if it is too long for a figure: what tells names apart is at both ends."""
+    return name if len(name) <= 30 else f"{name[:11]}...{name[-16:]}"
+
+
 def plain_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
     """An empty table with these columns: text to the left, then numbers to the right."""
     table = Table(title=Text(title), title_justify="left", box=RULED)

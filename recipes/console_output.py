@@ -7,6 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any, Literal
 
@@ -30,8 +31,9 @@ def start(model: nn.Module, where: str, images: str, folder: Path, emulated: boo
     """What is trained, on what and where to."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = lnpu.coverage(model)
-    held = f"{len(layers.emulated)} of {len(layers.rows)} layers that have any" if emulated else "none of the layers"
-    text = f"{si(parameters)} parameters, {held} emulated; on {where}; {images}; files in {folder}"
+    held = f"{len(layers.emulated)} of {len(layers.rows)} layers with parameters are emulated, the others in float32"
+    text = f"{si(parameters)} parameters; {held if emulated else 'all layers in float32'}; on {where}; {images}; "
+    text += f"files in {folder}"
     return Text(text)
 
 
@@ -151,23 +153,23 @@ def cost(report: lnpu.Report, first: lnpu.Report) -> str:
     return f"{words}; {si_over(report.time_s, 's', first.time_s)}"
 
 
-def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip]) -> Blocks:
-    """The run's energy on each chip: of all epochs by layer and by step, then by epoch; and what it leaves out."""
+def summary(epochs: Sequence[tuple[str, lnpu.Counts]], chips: Sequence[lnpu.Chip], folder: Path) -> Blocks:
+    """The run's energy on each chip, by layer, by step and by epoch; what it leaves out, and how to go on."""
     if not epochs:
         return Blocks(Text("Torch's own layers did the work (precision: float32), so nothing was counted."))
     whole = [lnpu.price(lnpu.Counts.merge(counts for _, counts in epochs), chip) for chip in chips]
     by_layer = _energies("layer", whole)
     by_step = _energies("step", whole)
-    by_epoch = plain_table("Energy by epoch", ["epoch"], [chip.name for chip in chips])
+    by_epoch = plain_table("Energy on the chip by epoch, without DRAM", ["epoch"], [chip.name for chip in chips])
     for name, counts in epochs:
         add_row(by_epoch, name, *(si(lnpu.price(counts, chip).total.energy_pj, "pJ") for chip in chips))
     add_row(by_epoch, "total", *(si(report.total.energy_pj, "pJ") for report in whole))
     notes = [Text(f"{report.chip}: {note}") for report in whole for note in report.notes]
-    return Blocks(by_layer, by_step, by_epoch, *notes)
+    return Blocks(by_layer, by_step, by_epoch, *notes, Text(f"The run as a page: lnpu report {quote(str(folder))}"))
 
 
 def _energies(key: Literal["layer", "step"], reports: Sequence[lnpu.Report]) -> Table:
-    table = plain_table(f"Energy by {key}", [key], [report.chip for report in reports])
+    table = plain_table(f"Energy on the chip by {key}, without DRAM", [key], [report.chip for report in reports])
     for rows in zip(*(report.by(key).rows for report in reports), strict=True):
         add_row(table, getattr(rows[0], key), *(si(row.energy_pj, "pJ") for row in rows))
     return table

@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -51,7 +52,7 @@ class RunFolder:
         try:
             create_text(self.config, _yaml(settings))  # of several runs at once one makes it, and has the folder
         except FileExistsError:
-            message = f"{self.path}: holds a run already; choose another out=..., or --resume {self.path}"
+            message = f"{self.path}: holds a run already; choose another out=..., or --resume {quote(str(self.path))}"
             raise ConfigError(message) from None
         write_text(self.versions, _json(lnpu.versions()), own=True)
 
@@ -135,7 +136,7 @@ class RunFolder:
         """One sentence for whom the run was cut short."""
         files = self.checkpoints.files()
         last = f"The last good checkpoint is {files[-1]}. " if files else "There is no checkpoint yet. "
-        return f"{last}Go on with: lnpu train --resume {self.path}"
+        return f"{last}Go on with: lnpu train --resume {quote(str(self.path))}"
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:

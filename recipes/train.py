@@ -75,7 +75,7 @@ def train(config: TrainConfig, console: Console, resume: str | None = None, acce
                 if not diagnosis.out_of_memory(error):
                     raise
                 raise Stopped(run.memory_is_full(), exit_code=2) from error
-    run.console.print(console_output.summary(run.folder.counts(), run.chips))
+    run.console.print(console_output.summary(run.folder.counts(), run.chips, run.folder.path))
     return run.metrics
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+import lnpu_torch as lnpu
 from lnpu_torch.hardware.chip import Chip, chip, chips
 from lnpu_torch.hardware.sourced_value import SourcedValue, value_text
 from lnpu_torch.text_tables import markdown_table
@@ -16,6 +17,12 @@ from lnpu_torch.text_tables import markdown_table
 ROOT = Path(__file__).parent.parent.parent
 CONSTANTS = re.compile(r"<!-- constants of ([\w-]+)(?: beside ([\w-]+))? -->")
 TAGS = re.compile(r"<!-- how many constants are of which tag -->")
+
+
+def on_config(config: Any) -> Any:
+    """The foot of every page says of which version it is."""
+    config.copyright = f"lnpu_torch {lnpu.__version__}"
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

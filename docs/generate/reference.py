@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from lnpu_torch.cli.app import app
+from lnpu_torch.cli.app import MODULES, app
 from lnpu_torch.files import Frozen
 from lnpu_torch.recipes.settings import TrainConfig
 from lnpu_torch.text_tables import markdown_table
@@ -18,7 +18,7 @@ from lnpu_torch.text_tables import markdown_table
 
 def commands() -> str:
     """A section for each command: what `lnpu COMMAND --help` prints."""
-    names = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+    names = sorted(MODULES)
     wide = {"COLUMNS": "110", "TERMINAL_WIDTH": "110"}
     helps = {name: CliRunner().invoke(app, [name, "--help"], env=wide).stdout.strip("\n") for name in names}
     return "\n\n".join(f"### lnpu {name}\n\n```text\n{text}\n```" for name, text in helps.items())

@@ -4,17 +4,57 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import lnpu_torch as lnpu
-from lnpu_torch.cli import chips as chip_commands
-from lnpu_torch.cli import compare, doctor, estimate, export, price, profile, report, reproduce, train
-from lnpu_torch.cli.errors import errors_as_messages
 
-app = typer.Typer(name="lnpu", pretty_exceptions_enable=False)
+MODULES = {"train": "train", "recipes": "train", "price": "price", "sweep": "price", "report": "report"}
+MODULES |= {"reproduce": "reproduce", "chips": "chips", "normalize": "chips", "estimate": "estimate"}
+MODULES |= {"compare": "compare", "export": "export", "profile": "profile", "doctor": "doctor"}
+"""The module of each command, a function of the command's name."""
+
+
+class _Commands(MutableMapping[str, Any]):
+    """The commands by name, each imported when it is asked for: what `lnpu price` needs does not slow `lnpu chips`."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            from lnpu_torch.cli.errors import errors_as_messages
+
+            made = typer.Typer(add_completion=False)
+            function = getattr(import_module(f"lnpu_torch.cli.{MODULES[name]}"), name)
+            made.command(name)(errors_as_messages(function))
+            self._made[name] = typer.main.get_command(made)
+        return self._made[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._made[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(MODULES)
+
+    def __len__(self) -> int:
+        return len(MODULES)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Commands()
+
+
+app = typer.Typer(name="lnpu", cls=_Group, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -47,10 +87,3 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(FIRST)
-
-
-PARTS: tuple[Callable[..., None], ...] = (train.train, train.recipes, price.price, price.sweep)
-PARTS += (report.report, reproduce.reproduce, chip_commands.chips, chip_commands.normalize)
-PARTS += (estimate.estimate, compare.compare, export.export, profile.profile, doctor.doctor)
-for command in PARTS:
-    app.command()(errors_as_messages(command))

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from lnpu_torch.cli.errors import show
 from lnpu_torch.files import user_path, write_text
 from lnpu_torch.hardware.chip import chip as read_chip
-from lnpu_torch.reporting.html_page import comparison_page
 from lnpu_torch.reporting.run_comparison import compare as compare_runs
 
 _path = partial(typer.Option, parser=user_path, metavar="PATH")
@@ -38,9 +38,11 @@ def compare(
     """Compare runs on chips: energy with its range, and time, of an epoch, an image, the run, and to an accuracy."""
     chips = [read_chip(name, voltage) for name in chip]
     found = compare_runs(runs, chips, accuracy=accuracy, images=images, co2_g_per_kwh=co2, battery_wh=battery)
-    print(found)
+    show(found)
     written = []
     if out:
+        from lnpu_torch.reporting.html_page import comparison_page
+
         write_text(out, comparison_page(found))
         written.append(out)
     if csv:

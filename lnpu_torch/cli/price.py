@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lnpu_torch.cli.errors import show
-from lnpu_torch.cost.comparison import Comparison, Summary
+from lnpu_torch.cost.comparison import Comparison
 from lnpu_torch.cost.pricing import price as price_on
-from lnpu_torch.cost.report import Report, csv_text, json_text
+from lnpu_torch.cost.report import Report, Summary, csv_text, json_text
 from lnpu_torch.cost.sensitivity import sensitivity
 from lnpu_torch.cost.sweep import Point, parse_setting
 from lnpu_torch.cost.sweep import sweep as sweep_over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -15,19 +16,17 @@ from lnpu_torch.cost.report import (
     TRAFFIC,
     Report,
     access,
-    bounds,
     caveats,
     energy_range,
     lacking,
     modelled,
-    most,
     names,
 )
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si, si_over
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 from lnpu_torch.units import pj
 
 
-class Comparison(Tables):
+class Comparison(Rows):
     """Reports of one run on several chips, side by side; `str()` is a table, and a rich console prints it too.
 
     Raises ValueError if the reports do not have the same rows.
@@ -38,6 +37,10 @@ class Comparison(Tables):
         if not reports or any(other != keys[0] for other in keys):
             raise ValueError("reports of one run, grouped alike, can stand side by side; these differ")
         self.reports = tuple(reports)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Every column of each row of each chip, exact; the first column is the chip."""
+        return [{"chip": report.chip, **row} for report in self.reports for row in report.to_rows()]
 
     @property
     def _sums(self) -> list[CostRow]:
@@ -101,42 +104,6 @@ class Comparison(Tables):
             ratio = _ratio(total.dram_bits, first.total.dram_bits)
             add_row(table, report.chip, *numbers, access(total), ratio, access(report.of_layers().total))
         return table
-
-
-class Summary(Tables):
-    """The sums of one run on one chip or several, and what takes most of them, in a few lines."""
-
-    def __init__(self, reports: Sequence[Report]) -> None:
-        self.reports = tuple(reports)
-
-    def _blocks(self) -> list[RenderableType]:
-        first = self.reports[0].total
-        table = plain_table("Energy and time", ["chip"], ["on the chip", "with DRAM", "time", "clock", "TFLOPS/W"])
-        table.add_column("bound by")
-        for report in self.reports:
-            total, efficiency = report.total, report.tflops_per_watt
-            add_row(
-                table,
-                report.chip,
-                si_over(total.energy_pj, "pJ", first.energy_pj),
-                si_over(total.all_energy_pj, "pJ", first.all_energy_pj),
-                si_over(report.time_s, "s", self.reports[0].time_s),
-                si(report.clock_hz, "Hz"),
-                "-" if efficiency is None else f"{efficiency:.2f}",
-                bounds(report).partition(",")[0] or "-",
-            )
-        return [table, *map(Text, self._lines())]
-
-    def _lines(self) -> Iterator[str]:
-        """Shares of what was counted, what takes most, and what is in no total."""
-        report = self.reports[0]
-        total = report.total
-        if total.zero_share is not None and total.fp8_share is not None:
-            yield f"streamed operands: zeros {total.zero_share:.1%}, FP8 {total.fp8_share:.1%} of the others"
-        if total.all_energy_pj:
-            yield f"chip and DRAM of {report.chip} by step: {most(report.by('step'))}"
-            yield f"by layer: {most(report.by('layer'))}"
-        yield from dict.fromkeys(line for each in self.reports for line in (*caveats(each), *lacking(each)))
 
 
 def _with_border(total: CostRow) -> float | None:

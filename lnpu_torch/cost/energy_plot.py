@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.files import ConfigError
-from lnpu_torch.text_tables import si
+from lnpu_torch.text_tables import shortened, si
 from lnpu_torch.units import Component
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def energy_plot(rows: Sequence[CostRow], title: str, axes: Axes | None = None) -
         if any(values):
             axes.barh(places, values, left=ends, height=0.7, color=part.colour, label=part.label)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
-    axes.set_yticks(places, [row.layer or "(model)" for row in shown], fontsize=8, parse_math=False)
+    axes.set_yticks(places, [shortened(row.layer) or "(model)" for row in shown], fontsize=8, parse_math=False)
     axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(EngFormatter("J"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from lnpu_torch.cost.cost_row import COLUMNS, Column, CostRow, columns, share
 from lnpu_torch.cost.energy_plot import energy_plot
 from lnpu_torch.counts.schema import FloatProduct
 from lnpu_torch.files import write_text
-from lnpu_torch.text_tables import Rows, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, Tables, add_row, plain_table, si, si_over
 from lnpu_torch.units import pj
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ class Report(Rows):
             raise ValueError(f"a report is grouped by 'layer' or 'step', not {key!r}")
         return replace(self, grouped=key)
 
+    def summary(self) -> Summary:
+        """The sums and what takes most of them, in about eight lines: `print(report.summary())`."""
+        return Summary([self])
+
     def of_layers(self) -> Report:
         """The same report without what is no MAC: the three steps of each layer alone."""
         return replace(self, parts=tuple(part for part in self.parts if part.operations is None))
@@ -193,6 +197,42 @@ class Report(Rows):
         first, by = group[0], self.grouped
         layer, kind = (ALL, ALL) if by == "step" else (first.layer, first.kind)
         return CostRow.sum(group, layer, kind, ALL if by == "layer" else first.step)
+
+
+class Summary(Tables):
+    """The sums of one run on one chip or several, and what takes most of them, in a few lines of text."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self.reports = tuple(reports)
+
+    def _blocks(self) -> list[RenderableType]:
+        first = self.reports[0].total
+        table = plain_table("Energy and time", ["chip"], ["on the chip", "with DRAM", "time", "clock", "TFLOPS/W"])
+        table.add_column("bound by")
+        for report in self.reports:
+            total, efficiency = report.total, report.tflops_per_watt
+            add_row(
+                table,
+                report.chip,
+                si_over(total.energy_pj, "pJ", first.energy_pj),
+                si_over(total.all_energy_pj, "pJ", first.all_energy_pj),
+                si_over(report.time_s, "s", self.reports[0].time_s),
+                si(report.clock_hz, "Hz"),
+                "-" if efficiency is None else f"{efficiency:.2f}",
+                bounds(report).partition(",")[0] or "-",
+            )
+        return [table, *map(Text, self._lines())]
+
+    def _lines(self) -> Iterator[str]:
+        """Shares of what was counted, what takes most, and what is in no total."""
+        report = self.reports[0]
+        total = report.total
+        if total.zero_share is not None and total.fp8_share is not None:
+            yield f"streamed operands: zeros {total.zero_share:.1%}, FP8 {total.fp8_share:.1%} of the others"
+        if total.all_energy_pj:
+            yield f"chip and DRAM of {report.chip} by step: {most(report.by('step'))}"
+            yield f"by layer: {most(report.by('layer'))}"
+        yield from dict.fromkeys(line for each in self.reports for line in (*caveats(each), *lacking(each)))
 
 
 def json_text(report: Report | Sequence[Report]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -16,7 +17,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.sourced_value import SourcedRange
-from lnpu_torch.text_tables import Tables, add_row, plain_table, si
+from lnpu_torch.text_tables import Rows, add_row, plain_table, si
 
 NAMES = {"energy_pj": "pJ", "all_energy_pj": "pJ", "time_s": "s"}
 """What is looked at, and its unit."""
@@ -41,11 +42,22 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Sensitivity(Tables):
+class Sensitivity(Rows):
     """A run on some chips, and what each constant does to it. `str()` is a table; a rich console prints it too."""
 
     reports: tuple[Report, ...]
     effects: tuple[Effect, ...]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Energies and time of each chip as it is, and with each constant at either end of its range: pJ and s."""
+        ends: list[tuple[str | None, str | None, tuple[Report, ...]]] = [(None, None, self.reports)]
+        for effect in self.effects:
+            ends += [(effect.key, "low", effect.low), (effect.key, "high", effect.high)]
+        return [
+            {"constant": key, "end": end, "chip": report.chip} | {name: _value(report, name) for name in NAMES}
+            for key, end, reports in ends
+            for report in reports
+        ]
 
     def _blocks(self) -> list[RenderableType]:
         return [self._table(), *self._notes()]
@@ -115,8 +127,13 @@ def _numbers(low: Sequence[Report], high: Sequence[Report]) -> list[str]:
 
 def _values(reports: Sequence[Report], name: str) -> list[float]:
     """A number of the first chip, and of each other one its ratio to that."""
-    values = [report.time_s if name == "time_s" else getattr(report.total, name) or 0.0 for report in reports]
+    values = [_value(report, name) or 0.0 for report in reports]
     return [values[0], *(value / values[0] if values[0] else 0.0 for value in values[1:])]
+
+
+def _value(report: Report, name: str) -> float | None:
+    value: float | None = report.time_s if name == "time_s" else getattr(report.total, name)
+    return value
 
 
 def _spread(low: float, high: float) -> float:

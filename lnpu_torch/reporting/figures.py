@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lnpu_torch.cost.cost_row import CostRow
 from lnpu_torch.cost.energy_plot import MOST_BARS, PARTS, energy_plot, most_energy, plot_height
 from lnpu_torch.reporting.run_report import OPERANDS, RunReport, lacking
-from lnpu_torch.text_tables import si
+from lnpu_torch.text_tables import shortened, si
 from lnpu_torch.units import ON_CHIP
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def lanes_busy(report: RunReport) -> Figure | None:
     axes.vlines(places, off, on, color=PALE, linewidth=5, zorder=1)
     axes.scatter(places, on, color=ON, s=34, zorder=3, label="load balancer on")
     axes.scatter(places, off, facecolors="white", edgecolors=OFF, linewidths=1.6, s=34, zorder=2, label="off")
-    axes.set_xticks(places, [_short(row.layer) or "(model)" for row in rows], rotation=40, ha="right", fontsize=7)
+    axes.set_xticks(places, [shortened(row.layer) or "(model)" for row in rows], rotation=40, ha="right", fontsize=7)
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("lanes busy")
@@ -155,11 +155,6 @@ def lanes_busy(report: RunReport) -> Figure | None:
     axes.grid(axis="y", color=PALE)
     _legend(axes)
     return figure
-
-
-def _short(layer: str) -> str:
-    """A layer's name, without its middle if it is so long that it would take the figure's place."""
-    return layer if len(layer) <= 30 else f"{layer[:15]}...{layer[-12:]}"
 
 
 def accuracy_by_energy(report: RunReport) -> Figure | None:

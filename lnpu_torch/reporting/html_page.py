@@ -26,6 +26,7 @@ from lnpu_torch.reporting.page_charts import (
 )
 from lnpu_torch.reporting.run_comparison import RunComparison
 from lnpu_torch.reporting.run_report import ChipReport, RunReport, lacking
+from lnpu_torch.text_tables import shortened
 from lnpu_torch.units import Component
 
 FOLDER = Path(__file__).parent
@@ -76,6 +77,7 @@ def _render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shortened"] = shortened
     environment.filters["versions"] = lambda found: ", ".join(f"{name} {version}" for name, version in found.items())
     return environment.get_template("page.html").render(
         **values, parts=PARTS, colours=COLOURS, columns=SHOWN, text=_text, cell=_cell
@@ -136,7 +138,7 @@ def _where(chip: ChipReport) -> Card:
 
 def _largest(values: Mapping[str, float], whole: float, count: int) -> list[tuple[str, str]]:
     found = sorted(values.items(), key=lambda each: -each[1])[:count]
-    return [(name, f"{value / whole:.0%}") for name, value in found if value / whole >= 0.005]
+    return [(shortened(name), f"{value / whole:.0%}") for name, value in found if value / whole >= 0.005]
 
 
 def _listed(shares: Sequence[tuple[str, str]]) -> str:

@@ -21,8 +21,8 @@ from helpers.command import lnpu_command, refused
 from helpers.handmade import network
 from lnpu_torch.cli import app as cli
 from lnpu_torch.cli.importing import import_model
-from lnpu_torch.cost.comparison import Comparison, Summary
-from lnpu_torch.cost.report import csv_text, json_text
+from lnpu_torch.cost.comparison import Comparison
+from lnpu_torch.cost.report import Summary, csv_text, json_text
 from lnpu_torch.counts.schema import Counts
 from lnpu_torch.files import ConfigError
 from lnpu_torch.profiler.training_step import TrainingStep

@@ -21,20 +21,22 @@ SMALL = ["epochs=1", "limit=2", "batch_size=32", "model.width=2", "data.size=8"]
 
 
 def test_train_prints_each_epoch_and_keeps_the_run(tmp_path: Path) -> None:
-    result = lnpu_command("train", "digits_resnet18", *SMALL, "chip=[lnpu, sparse-inference]", f"out={tmp_path}/run")
+    result = lnpu_command("train", "digits_resnet18", *SMALL, "chip=[lnpu, sparse-inference]", f"out={tmp_path}/a run")
     assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
     for words in (
-        "21 of 41 layers",
+        f"lnpu report '{tmp_path}/a run'",
+        "21 of 41 layers with parameters are emulated",
         "epoch 1/1: loss",
         "grad_weight",
         "sparse-inference",
-        "Energy by layer",
+        "Energy on the chip by layer, without DRAM",
         "layer4.1.conv2",
     ):
-        assert words in result.stdout
-    counts_file = f"{tmp_path}/run/counts/epoch1.json"
+        assert words in said
+    counts_file = f"{tmp_path}/a run/counts/epoch1.json"
     priced = lnpu_command("price", counts_file, "--by", "step", "--format", "json")
-    row = next(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    row = next(csv.DictReader((tmp_path / "a run" / "metrics.csv").read_text().splitlines()))
     assert json.loads(priced.stdout)["total"]["energy_pj"] == float(row["lnpu_energy_pj"])
 
 

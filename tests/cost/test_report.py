@@ -244,6 +244,19 @@ def test_chips_side_by_side() -> None:
     assert any(line.split()[:1] == ["lnpu"] and f" {ACCESS:.3f} " in line for line in text.splitlines())
     assert "dense-fp16: this chip has no FP8" in text
     assert "lnpu: utilisation not recorded: their cycles assume" in text  # a dense chip's is 1
+    rows = Comparison([dense, lnpu]).to_rows()
+    assert [(row["chip"], row["energy_pj"]) for row in rows] == [
+        (report.chip, row.energy_pj) for report in (dense, lnpu) for row in report.rows
+    ]
+
+
+def test_a_summary_has_both_sums_and_what_takes_most() -> None:
+    report = price(network(), "lnpu")
+    text, total = str(report.summary()), report.total
+    assert si(total.energy_pj, "pJ") in text and si(total.all_energy_pj, "pJ") in text
+    assert len(text.splitlines()) <= 12 and max(map(len, text.splitlines())) <= 110
+    largest = max(report.by("layer").rows, key=lambda row: row.all_energy_pj or 0)
+    assert f"by layer: {largest.layer} {largest.all_energy_pj / total.all_energy_pj:.1%}" in text
 
 
 def test_what_ran_in_float_stands_beside_every_total() -> None:

@@ -46,6 +46,14 @@ def test_the_table_shows_both_ends() -> None:
     assert "dense-fp16 / lnpu" in text
 
 
+def test_rows_have_every_end_of_every_chip() -> None:
+    rows = sensitivity(RUN, ["lnpu", "dense-fp16"]).to_rows()
+    assert len(rows) == 2 * (1 + 2 * len({row["constant"] for row in rows if row["constant"]}))
+    (row,) = (row for row in rows if list(row.values())[:3] == ["energy.fp16_to_fp8", "high", "dense-fp16"])
+    report = price(RUN, chip("dense-fp16").with_values({"energy.fp16_to_fp8": 4.0}))
+    assert (row["energy_pj"], row["time_s"]) == (report.total.energy_pj, report.time_s)
+
+
 def test_the_command(tmp_path: Path) -> None:
     RUN.save(tmp_path / "counts.json")
     arguments = ("price", f"{tmp_path}/counts.json", "--ranges")

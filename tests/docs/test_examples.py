@@ -53,6 +53,9 @@ def test_chips_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert energy["4 x the lanes"] == energy["lnpu"]
     documented = lines((PRINTED / "compare_chips.txt").read_text())
     assert [line.split(" #")[0] for line in lines(printed)] == [line.split(" #")[0] for line in documented]
+    rows = [line.split()[-7:-2] for line in (PRINTED / "compare_chips.txt").read_text().splitlines()[2:7]]
+    times = [float(dram) / sum(map(float, chip)) for *chip, dram in rows]
+    assert (round(min(times)), round(max(times))) == (4, 7)  # as the page says
 
 
 def test_replays_of_a_graph_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,11 @@ import re
 import shlex
 
 from helpers.command import lnpu_command, refused
+from helpers.handmade import network
 from helpers.paths import ROOT
 from helpers.run_by_hand import write_run
+from lnpu_torch.cost.pricing import price
+from lnpu_torch.recipes.console_output import epoch
 
 README = (ROOT / "README.md").read_text()
 
@@ -17,8 +20,22 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "2 of 2 layers emulated" in printed and "Energy on chip lnpu" in printed
+    assert "2 of 2 layers emulated" in printed and "chip and DRAM of lnpu by step" in printed
     assert (tmp_path / "step.json").stat().st_size > 0
+
+
+def test_an_epoch_is_shown_as_it_is_printed():
+    """Digits and prefixes aside."""
+    row = {"epoch": 12, "loss": 0.5, "train_accuracy": 1.0, "test_accuracy": 1.0, "images_per_s": 9.0}
+    printed = epoch(row, 12, [price(network(), chip) for chip in ("lnpu", "dense-fp16")]).plain.splitlines()
+    assert len(printed) == 3
+    for page in (README, (ROOT / "docs" / "recipes.md").read_text()):
+        start = next(i for i, line in enumerate(page.splitlines()) if line.strip().startswith("epoch 12/12: loss"))
+        assert list(map(shape, page.splitlines()[start : start + 3])) == list(map(shape, printed))
+
+
+def shape(line):
+    return re.sub(r"(\.\.\.|[\d.,]+\d|\d)( ?[fpnumkM]?(?=[Js]\b))?", "N", line.strip())
 
 
 def test_links_lead_somewhere():

@@ -255,4 +255,8 @@ def test_tables_show_every_chip_and_every_value() -> None:
         assert entry.tag in line
         assert entry.source in line
     assert "50000000" in shown
+    rows = {row["key"]: row for row in chip("dense-fp16").to_rows()}
+    assert rows.keys() == chip("dense-fp16").values().keys()
+    ratio = rows["energy.fp16_to_fp8"]
+    assert ratio["value"] == 2.0 and ratio["range"] == [1.6, 4.0] and ratio["from"] == "lnpu"
     assert "2 (1.6 ... 4)" in shown

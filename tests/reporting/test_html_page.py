@@ -343,6 +343,23 @@ def test_one_epoch_and_no_metrics_leave_out_what_would_show_nothing(tmp_path: Pa
     assert "vector operations were not counted" in html
 
 
+def test_a_file_of_counts_has_a_page_too(browser: Browser, tmp_path: Path) -> None:
+    """One epoch of a loop of one's own: rows of the heat map stay low, long names keep both ends."""
+    long = "blocks.0.attention:multi_head_attention_forward.{}"
+    first, *_ = network().steps
+    steps = [first.model_copy(update={"layer": long.format(word)}) for word in ("query", "values")]
+    network().model_copy(update={"steps": tuple(steps)}).save(tmp_path / "mine.json")
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "mine.json")])
+    assert done.stdout == f"saved: {tmp_path}/mine.report.html\n", done.output
+    browser.open(tmp_path / "mine.report.html")
+    labels = browser.run("[...document.querySelectorAll('.heat .label')].map(each => [each.innerText, each.title])")
+    assert (
+        labels[0] == ["blocks.0.at...on_forward.query", long.format("query")] and len({text for text, _ in labels}) == 2
+    )
+    heights = browser.run("[...document.querySelectorAll('.heat svg')].map(each => each.clientHeight)")
+    assert len(heights) == 8 and all(0 < height <= 18 for height in heights)
+
+
 def test_what_no_model_covers_is_no_zero(tmp_path: Path) -> None:
     bare = lnpu.chip("lnpu").model_copy(update={"simd": None, "name": "bare"})
     data = RunReport.of(read_run(write_run(tmp_path / "run")), [bare])
@@ -410,6 +427,7 @@ def test_other_runs_stand_beside_it(tmp_path: Path) -> None:
     assert spent == si(price(Counts.merge(map(epoch_counts, (3, 2, 1))), "lnpu").total.all_energy_pj, "pJ")
     assert not (runs[1] / "report.html").exists()
     shutil.rmtree(runs[0] / "counts")
+    assert "nothing was counted; name another run" in CliRunner().invoke(app, ["report", str(runs[0])]).output
     assert "nothing was counted in any" in CliRunner().invoke(app, ["report", *map(str, runs)]).output
 
 
@@ -445,6 +463,8 @@ def test_a_large_run_is_read_in_part_and_says_so(tmp_path: Path, monkeypatch: py
     done = CliRunner().invoke(app, ["report", str(run), "--all-epochs", "--json", str(tmp_path / "all.json")])
     assert done.exit_code == 0 and json.loads((tmp_path / "all.json").read_text())["left_out"] is None
     assert told not in (run / "report.html").read_text()
+    said = CliRunner().invoke(app, ["report", str(run)]).stdout
+    assert f"{told}; --all-epochs reads all" in said
 
 
 @pytest.mark.slow
