@@ -14,6 +14,7 @@ import collections
 import ctypes
 import importlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -48,17 +49,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=300, help="steps that are timed")
     parser.add_argument("--capability", type=int, default=90, help="of the GPU that is compiled for: 75, 80, 90 ...")
     options = parser.parse_args()
-    if len(options.only) > 1:  # each in a process of its own, so that none finds another's kernels
-        for name in options.only:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], check=True)
-        return
-    stand_in, (name,) = begin(options.capability), options.only
+    stand_in = begin(options.capability)
+    fork = multiprocessing.get_context("fork")
+    for name in options.only:  # each in a process of its own, so that none finds another's kernels
+        process = fork.Process(target=measure, args=(name, stand_in, options.repeats, options.json))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{name}: failed")
+
+
+def measure(name: str, stand_in: ctypes.CDLL, repeats: int, as_json: bool) -> None:
     if name in LAYERS:
         make, shape = LAYERS[name]
-        row = layer_costs(make(), shape, stand_in, options.repeats)
+        row = layer_costs(make(), shape, stand_in, repeats)
     else:
         row = network_costs(NETWORKS[name])
-    print(json.dumps({"name": name} | row) if options.json else f"{name}: {row}", flush=True)
+    print(json.dumps({"name": name} | row) if as_json else f"{name}: {row}", flush=True)
 
 
 COMPILED: list[str] = []

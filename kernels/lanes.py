@@ -17,13 +17,7 @@ from lnpu_torch.kernels.launch import Launch, alignment, check_device, check_dty
 from lnpu_torch.kernels.rounding import FLOATS
 
 RUN = 16
-"""Positions of the shortest run; the same as `lane_family.RUN`."""
-JOIN = 4
-"""Runs that make one of the next length, of which there are three; the same as `lane_family.JOIN`."""
-LONGEST = 16
-"""Shortest runs that make a longest one; the same as `lane_family.LONGEST`."""
-LANES = 1024
-"""The most lanes; the same as `lane_family.LANES`."""
+"""Positions of the shortest run; the same as `lane_configs.RUN`."""
 MEMBERS = 81
 """Entries of a profile: 3 lengths of run, each with 11 lane counts without a balancer, 9 with 4 lanes sharing their
 work, and 7 with 16."""
