@@ -43,8 +43,8 @@ def all_steps_skip(runs: Evidence) -> Answer:
     why = (
         "MACs inside the image that are skipped, mean of the networks. The zeros are ReLU's, pooling's and dropout's: "
         f"FP8 in place of binary16 changes their share by {each(added, '{:+.1f}')} points, so FGMP makes next to none. "
-        "The thesis has it make zeros too: our FP8 has subnormals and reaches 17 binades below the threshold, one that "
-        "ends sooner would make more."
+        "The thesis has it make zeros too: our FP8 has subnormals and reaches 17 binades below the threshold; one that "
+        "ends sooner makes more (below, where it was counted)."
     )
     return Answer(None, "held out", why, each(skipped, "{:.0%}"))
 

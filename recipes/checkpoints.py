@@ -49,7 +49,7 @@ class Checkpoints:
         files = self.files()
         for file in reversed(files):
             try:
-                return _read(inside(self.folder, file.name))
+                return read_checkpoint(inside(self.folder, file.name))
             except ConfigError as error:
                 warn(f"{error}; trying the one before")
         if files:
@@ -67,7 +67,8 @@ class Checkpoints:
             raise ConfigError(f"{path}: cannot be written: {reason}") from None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What a file holds. Raises ConfigError if it is damaged, or no checkpoint."""
     try:
         with zipfile.ZipFile(file) as parts:  # torch's format; its own reader does not check the sums
             if broken := parts.testzip():

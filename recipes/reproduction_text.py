@@ -9,9 +9,9 @@ from typing import Any
 from rich.text import Text
 
 import lnpu_torch as lnpu
-from lnpu_torch.recipes.measurements import STEPS, Evidence, layers
+from lnpu_torch.recipes.measurements import STEPS, Evidence, access, each, energy, layers, zero_shares
 from lnpu_torch.recipes.reproduce import Row
-from lnpu_torch.recipes.short_training import Settings
+from lnpu_torch.recipes.short_training import Probe, Settings
 from lnpu_torch.text_tables import add_row, markdown_table, plain, plain_table
 
 BASIS = {
@@ -43,6 +43,10 @@ def as_data(rows: Sequence[Row], evidence: Evidence, settings: Settings, told: M
         "settings": settings.model_dump(mode="json"),
         "rows": [asdict(row) for row in rows],
         "images": evidence.images,
+        "trained": {
+            name: {"fgmp": asdict(probe.trained), "float32": asdict(probe.in_float32)}
+            for name, probe in evidence.probes.items()
+        },
         "layers": [
             {"network": name, **asdict(each)}
             for name, probe in evidence.probes.items()
@@ -60,7 +64,7 @@ def markdown(
         [
             "# The papers' claims beside our runs",
             "Written by `lnpu reproduce --markdown`. All figures of ours, those under *why* too, are this run's.",
-            run_lines(evidence.images, settings, told),
+            run_lines(evidence, settings, told),
             claims_table(rows),
             "\n".join(f"- **{basis}**: {words}." for basis, words in BASIS.items()),
             "## Zeros by layer and step",
@@ -69,6 +73,11 @@ def markdown(
             "others, over "
             "the counted steps; no EP where nobody asks for it.",
             *(layer_table(name, layers(probe.fgmp)) for name, probe in evidence.probes.items()),
+            "## Zeros that rounding makes",
+            "The thesis has zeros come from FGMP and ReLU. ResNet-18's counted steps, once more with every operand by "
+            "these rules (`window`: how many binades of FP8's window are kept, counted from its top; E4M3 has 18, the "
+            "lowest three of them subnormals); loss of these steps and accuracy after them.",
+            readings_table(evidence.probes["resnet18"]),
             "## Efficiency against zeros",
             f"![Efficiency against zeros]({images['efficiency']})",
             "One 3x3 convolution, its three steps, inputs and errors with so many zeros spread at random; TFLOPS/W of "
@@ -79,12 +88,12 @@ def markdown(
     ) + ("\n")
 
 
-def run_lines(images: str, settings: Settings, told: Mapping[str, Any]) -> str:
+def run_lines(evidence: Evidence, settings: Settings, told: Mapping[str, Any]) -> str:
     """When, where, on what data and with which settings."""
     pixels = f"{settings.size} x {settings.size} pixels"
     names = ", ".join(
-        f"{each.model.name} ({f'width {each.model.width}, ' if each.model.width else ''}{each.steps} steps of AdamW at "
-        f"{each.lr:g})"
+        f"{each.model.name} ({f'width {each.model.width}, ' if each.model.width else ''}"
+        f"{f'from {each.weights}, ' if each.weights else ''}{each.steps} steps of AdamW at {each.lr:g})"
         for each in settings.networks.values()
     )
     lines = {
@@ -92,8 +101,11 @@ def run_lines(images: str, settings: Settings, told: Mapping[str, Any]) -> str:
         "device": told["device"],
         "time": f"{told['seconds'] / 60:.1f} min, {told['cpu_seconds'] / 60:.1f} min of CPU",
         "versions": ", ".join(f"{name} {version}" for name, version in told["versions"].items()),
-        "images": f"{images}; {pixels}, batches of {settings.batch_size}",
+        "images": f"{evidence.images}; {pixels}, batches of {settings.batch_size}",
         "networks": f"{names}; the last {settings.counted} steps are counted; seed {settings.seed}",
+        "accuracy at which zeros are counted": each(
+            {name: f"{probe.trained.accuracy:.1%}" for name, probe in evidence.probes.items()}
+        ),
     }
     return "\n".join(f"- {name}: {text}" for name, text in lines.items())
 
@@ -123,6 +135,20 @@ def layer_table(network: str, report: lnpu.Report) -> str:
     return markdown_table(
         [network, *heads], ((layer, *(steps.get(step, "-") for step in STEPS)) for layer, steps in cells.items())
     )
+
+
+def readings_table(probe: Probe) -> str:
+    """What each rule makes of the same steps: zeros by step, and what the published figures are about."""
+    rows = {"FGMP": (probe.fgmp, probe.trained), **probe.readings}
+    heads = ["", *(f"zeros, {short}" for short in STEPS.values()), "external access", "over dense FP16"]
+    body = []
+    for name, (counts, trained) in rows.items():
+        report = layers(counts)
+        zeros = (f"{zero_shares(report)[step]:.1%}" for step in STEPS)
+        dense, sparse = (energy(probe.fp16, chip) / energy(counts) for chip in ("dense-fp16", "lnpu-fp16"))
+        traffic, learned = f"{100 * access(report.total):+.1f} %", (f"{trained.loss:.3f}", f"{trained.accuracy:.1%}")
+        body.append((name, *zeros, traffic, f"{dense:.2f}x", f"{sparse:.2f}x", *learned))
+    return markdown_table([*heads, "over sparse FP16", "loss", "accuracy"], body)
 
 
 def curve_table(evidence: Evidence) -> str:

@@ -1,7 +1,8 @@
-"""Trains networks briefly and counts what their last steps do, with FGMP and in FP16. It knows no claims and no chips.
+"""Trains networks, or takes trained ones, and counts what their last steps do. It knows no claims and no chips.
 
-Zeros and FP8 shares depend on what a network has learnt, so that nothing is counted before it was trained a little. The
-same weights then see the same batches twice: as FGMP, and rounded to binary16 alone, which shows what zeros FP8 adds.
+Zeros and FP8 shares depend on what a network has learnt, so that nothing is counted before it was trained. The same
+weights then see the same batches more than once: as FGMP; rounded to binary16 alone, which shows what zeros FP8 adds;
+and by other rules, some of which make zeros of small values.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lnpu_torch as lnpu
-from lnpu_torch.files import ConfigError, Frozen, listed
+from lnpu_torch.files import CONFIGS, ConfigError, Frozen, is_file, listed
 from lnpu_torch.recipes.batching import Division
+from lnpu_torch.recipes.checkpoints import read_checkpoint
 from lnpu_torch.recipes.data import open_batches
 from lnpu_torch.recipes.models import ModelConfig, build
 from lnpu_torch.recipes.settings import DataConfig, Few, Positive, Seed
@@ -30,9 +32,13 @@ Name = Literal["vgg16", "alexnet", "resnet18"]
 
 
 class NetworkConfig(Frozen):
-    """A network of the papers: the model that stands for it, steps of training, AdamW's learning rate."""
+    """A network of the papers: the model that stands for it, steps of training, AdamW's learning rate.
+
+    `weights`: those that training begins from, a checkpoint of `lnpu train` or a file of configs/reproduction.
+    """
 
     model: ModelConfig
+    weights: str | None = None
     steps: Annotated[Positive, Field(ge=2)]
     lr: Annotated[float, Field(gt=0)]
 
@@ -46,10 +52,11 @@ class CurveConfig(Frozen):
 
 
 class Settings(Frozen):
-    """What `lnpu reproduce` runs; configs/reproduction has two of them, `key=value` on the command line changes them.
+    """What `lnpu reproduce` runs; configs/reproduction has three of them, `key=value` on the command line changes them.
 
     `size`: images are resized to size x size. `counted`: how many of the last steps are counted. `tested`: test images
-    at most. `threads`: CPU threads (null: torch's choice).
+    at most. `readings`: rules by which ResNet-18's steps are counted once more. `threads`: CPU threads (null: torch's
+    choice).
     """
 
     networks: dict[Name, NetworkConfig]
@@ -58,6 +65,7 @@ class Settings(Frozen):
     batch_size: Annotated[Positive, Field(ge=2)]
     counted: Positive
     tested: Positive
+    readings: dict[str, lnpu.Rule] = {}
     curve: CurveConfig
     seed: Seed = 0
     threads: Annotated[Few, Field(ge=1)] | None = None
@@ -74,18 +82,19 @@ class Trained:
 
 @dataclass(frozen=True)
 class Probe:
-    """One network: `first` is its first step, `fgmp` and `fp16` the same last steps in either precision.
+    """One network: `first` is an untrained one's first step, `fgmp` and `fp16` the same last steps in either precision.
 
-    `slower` are these steps too, in FP16, after training in float32 at a third of the learning rate.
+    `readings` are these steps, too, by other rules. `prior`: whether training began from trained weights.
     """
 
     first: lnpu.Counts
     fgmp: lnpu.Counts
     fp16: lnpu.Counts
-    slower: lnpu.Counts
     trained: Trained
     in_float32: Trained
     tested: int
+    readings: dict[str, tuple[lnpu.Counts, Trained]]
+    prior: bool
 
 
 def open_images(settings: Settings) -> Images:
@@ -162,27 +171,55 @@ class Images:
 def _probe(name: str, network: NetworkConfig, images: Images, settings: Settings, say: Callable[[str], None]) -> Probe:
     torch.manual_seed(settings.seed)
     model = build(network.model, images.classes, images.shape).to(images.device)
-    ahead, end = network.steps - settings.counted, network.steps
-    say(f"{name}: {network.steps} steps in float32, at two learning rates")
-    slow = Training(copy.deepcopy(model), network.lr / 3, settings.seed)
-    plain = Training(copy.deepcopy(model), network.lr, settings.seed)
-    for each in (slow, plain):
-        each.steps(images.train(0, ahead))
+    ahead, end, start = network.steps - settings.counted, network.steps, copy.deepcopy(model)
+
+    def training(of: nn.Module, precision: str | lnpu.Rule | None) -> Training:
+        of = copy.deepcopy(of)
+        return Training(of if precision is None else lnpu.convert(of, precision), network.lr, settings.seed)
+
+    def last_steps(precision: str | lnpu.Rule) -> tuple[lnpu.Counts, Trained]:
+        again = training(fgmp.model, precision)
+        counts, loss = again.counted(images.train(ahead, end))
+        return counts, Trained(loss, again.accuracy(images))
+
+    if network.weights is not None:
+        load_weights(start, network.weights)
+    say(f"{name}: {network.steps} steps in float32")
+    plain = training(start, None)
+    plain.steps(images.train(0, ahead))
     in_float32 = Trained(plain.steps(images.train(ahead, end)), plain.accuracy(images))
     say(f"{name}: {network.steps} steps with FGMP")
-    fgmp = Training(lnpu.convert(model), network.lr, settings.seed)
-    first, _ = fgmp.counted(images.train(0, 1))
-    with lnpu.no_count(model):
-        fgmp.steps(images.train(1, ahead))
-    fp16, slower = (
-        Training(lnpu.convert(copy.deepcopy(each), "fp16"), network.lr, settings.seed).counted(
-            images.train(ahead, end)
-        )[0]
-        for each in (model, slow.model)
-    )
+    first, _ = training(model, "fgmp").counted(images.train(0, 1))
+    fgmp = training(start, "fgmp")
+    with lnpu.no_count(fgmp.model):
+        fgmp.steps(images.train(0, ahead))
+    fp16, _ = last_steps("fp16")
+    readings = {}
+    for reading, rule in settings.readings.items() if name == "resnet18" else ():
+        say(f"{name}: {settings.counted} steps with {reading}")
+        readings[reading] = last_steps(rule)
     counts, loss = fgmp.counted(images.train(ahead, end))
     trained = Trained(loss, fgmp.accuracy(images))
-    return Probe(first, counts, fp16, slower, trained, in_float32, images.tested)
+    return Probe(first, counts, fp16, trained, in_float32, images.tested, readings, network.weights is not None)
+
+
+def load_weights(model: nn.Module, name: str) -> None:
+    """Give a model the weights of a file, `{"model": state_dict}` as `lnpu train` writes it.
+
+    Args:
+        name: a path, or a file of configs/reproduction.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no weights, or another model's.
+    """
+    path = Path(name) if is_file(Path(name)) else CONFIGS / "reproduction" / name
+    if not is_file(path):
+        raise ConfigError(f"weights: {name} is no file")
+    state = read_checkpoint(path)
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"weights: {name} does not hold this model's: {error}") from None
 
 
 class Training:

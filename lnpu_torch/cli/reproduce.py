@@ -28,6 +28,9 @@ Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as counted=8 data.crop=4.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Torchvision's networks at 224 x 224 pixels; wants a GPU.")]
+Weights = Annotated[
+    bool, typer.Option("--trained", help="Networks that come trained on CIFAR-10, and its images; see --data.")
+]
 Images = Annotated[
     Path | None, _path("--data", help="An .npz file or a folder, as `lnpu train` reads them; else digits.")
 ]
@@ -38,6 +41,7 @@ Markdown = Annotated[Path | None, _path(help="Write a page, and its plots into i
 def reproduce(
     settings: Changes = None,
     full: Full = False,
+    trained: Weights = False,
     data: Images = None,
     json_file: Json = None,
     markdown: Markdown = None,
@@ -47,7 +51,10 @@ def reproduce(
     from lnpu_torch.recipes import reproduction_text
     from lnpu_torch.recipes.short_training import Settings, pick_device
 
-    path, started = find("reproduction", "full" if full else "small", "settings"), _clocks()
+    if full and trained:
+        raise ConfigError("--full and --trained are two settings; give one of them")
+    name = "full" if full else "trained" if trained else "small"
+    path, started = find("reproduction", name, "settings"), _clocks()
     start = parse_yaml(read_text(path), str(path)) | ({"data": images_in(data)} if data else {})
     given = with_settings(start, settings or [], Settings)
     chosen = validate(Settings, given, str(path), keys(settings or []))

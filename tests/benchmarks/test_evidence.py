@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.paths import ROOT
+from lnpu_torch.recipes.checkpoints import Checkpoints
+from lnpu_torch.recipes.models import ModelConfig, build
+from lnpu_torch.recipes.short_training import load_weights
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -60,3 +64,11 @@ def test_accuracy_makes_the_runs_that_are_missing_and_their_tables(images: Path,
     assert "<svg" in (pages / "accuracy.svg").read_text()
     assert printed("accuracy.py", str(tmp_path / "runs"), *options, *settings) == tables
     assert all(file.stat().st_mtime < begun for file in (tmp_path / "runs").rglob("metrics.csv"))
+    run = tmp_path / "runs" / "vgg16-fgmp-0"
+    printed("keep_weights.py", str(run), str(tmp_path / "kept.pt"))
+    learned_by = Checkpoints(run / "checkpoints", keep=1).newest(print)
+    kept = build(ModelConfig(name="vgg16_cifar", width=2), 10, (3, 32, 32))
+    load_weights(kept, str(tmp_path / "kept.pt"))
+    assert learned_by is not None and (tmp_path / "kept.pt").stat().st_size < 2e5
+    for name, value in kept.state_dict().items():
+        torch.testing.assert_close(value, learned_by["model"][name], rtol=2**-11, atol=2**-25)

@@ -19,8 +19,9 @@ from lnpu_torch.recipes import reproduce as recipe
 from lnpu_torch.recipes import reproduction_text
 from lnpu_torch.recipes.claims import Claim, read_claims
 from lnpu_torch.recipes.measurements import Evidence
+from lnpu_torch.recipes.models import ModelConfig, build
 from lnpu_torch.recipes.reproduce import ANSWERS, Row, reproduce, rows
-from lnpu_torch.recipes.short_training import CurveConfig, Settings, open_images, probe_all
+from lnpu_torch.recipes.short_training import CurveConfig, Settings, load_weights, open_images, probe_all
 from lnpu_torch.recipes.sparsity_curve import ZEROS, curves, masked, point, run
 
 TINY: dict[str, Any] = {
@@ -30,6 +31,7 @@ TINY: dict[str, Any] = {
     },
     "data": {"kind": "digits"},
     **{"size": 32, "batch_size": 8, "counted": 1, "tested": 10, "threads": 1},
+    "readings": {"FP8 without subnormals": {"window": 15}, "4 binades": {"window": 4}},
     "curve": {"channels": 24, "size": 8, "batch": 2},
 }
 PUBLISHED = {"25.3 TFLOPS/W", "37 ... 61 %", "4x", "1.76x", "4.4 ... 4.9x", "2.4 ... 3.47x", "-38.9 %", "2.08x"}
@@ -192,16 +194,56 @@ def test_the_markdown_is_whole(made: tuple[tuple[Row, ...], Evidence]) -> None:
         "scikit-learn's digits: 1,437 images of 10 classes to train on, 10 of 360 to test",
         "AdamW at 0.01",
         "](images/z.svg)",
+        f"accuracy at which zeros are counted: vgg16 {made[1].probes['vgg16'].trained.accuracy:.1%}",
     ):
         assert words in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 5
+    assert len(tables) == 6
     for lines in tables:
         assert {line.replace(r"\|", "").count("|") for line in lines} == {lines[0].count("|")}
         assert set(lines[1]) == set("| -")
     assert [line.split(" | ")[1] for line in tables[0][2:]] == [row.published for row in made[0]]
     layers = [line.split(" | ")[0].strip("| ") for line in tables[1][2:]]
     assert layers == list(dict.fromkeys(entry.layer for entry in made[1].probes["vgg16"].fgmp.steps))
+
+
+def test_rules_that_make_zeros_are_held_against_the_same_claims(made: tuple[tuple[Row, ...], Evidence]) -> None:
+    lines = reproduction_text.readings_table(made[1].probes["resnet18"]).splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert [row[0] for row in rows] == ["FGMP", *TINY["readings"]]
+    found = {row.key: row.ours_text for row in made[0]}
+    ours = dict(zip(head, rows[0], strict=True))
+    assert [ours["external access"], ours["over dense FP16"]] == [
+        found["memory_access"],
+        found["resnet18_efficiency"],
+    ]
+    errors, access, over = (
+        [float(row[head.index(name)].strip("%x ")) for row in rows]
+        for name in ("zeros, EP", "external access", "over sparse FP16")
+    )
+    assert errors[0] <= errors[1] < errors[2] and access[1] > access[2] and over[1] < over[2]
+
+
+def test_training_begins_from_weights_that_are_kept(tmp_path: Path) -> None:
+    model = build(ModelConfig(name="alexnet_cifar", width=2), 10, (3, 32, 32))
+    torch.save({"model": {name: value + 1 for name, value in model.state_dict().items()}}, tmp_path / "kept.pt")
+    alexnet = TINY["networks"]["alexnet"] | {"weights": str(tmp_path / "kept.pt"), "lr": 1e-9}
+    given = {**TINY, "networks": {**TINY["networks"], "alexnet": alexnet}, "readings": {}}
+    found = probe_all(validate(Settings, given, "tiny"), open_images(tiny()), lambda _: None)
+    assert found["alexnet"].prior and not found["vgg16"].prior and not found["resnet18"].readings
+
+
+def test_weights_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
+    model = build(ModelConfig(name="alexnet_cifar", width=2), 10, (3, 32, 32))
+    with pytest.raises(ConfigError, match=r"weights: nowhere\.pt is no file"):
+        load_weights(model, "nowhere.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ConfigError, match=r"text\.pt"):
+        load_weights(model, str(tmp_path / "text.pt"))
+    for state in ({}, {"model": {}}, {"model": {name: torch.ones(1) for name in model.state_dict()}}):
+        torch.save(state, tmp_path / "other.pt")
+        with pytest.raises(ConfigError, match=r"other\.pt does not hold this model's"):
+            load_weights(model, str(tmp_path / "other.pt"))
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
@@ -236,6 +278,7 @@ REFUSED = {
     "unknown model 'vgg61'": ["networks.vgg16.model.name=vgg61"],
     "device: Input should be 'auto', 'cpu' or 'cuda', got 'tpu9'": ["device=tpu9"],
     "nowhere is no folder": ["--markdown", "nowhere/page.md"],
+    "--full and --trained are two settings": ["--full", "--trained"],
 }
 
 
@@ -247,10 +290,15 @@ def test_a_mistake_is_one_message(message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["small", "full"])
+@pytest.mark.parametrize("name", ["small", "trained", "full"])
 def test_the_settings_that_ship_are_valid(name: str) -> None:
     settings = validate(Settings, parse_yaml(find("reproduction", name, "settings").read_text(), name), name)
     assert set(settings.networks) == set(TINY["networks"])
+    for network in settings.networks.values():
+        assert (network.weights is not None) == (name == "trained")
+        if network.weights:
+            load_weights(build(network.model, 10, (3, settings.size, settings.size)), network.weights)
+            assert find("reproduction", name, "settings").with_name(network.weights).stat().st_size < 3e6
 
 
 def test_a_claim_with_an_unknown_tag_is_refused() -> None:
