@@ -2,7 +2,7 @@
 
 python benchmarks/accuracy.py RUNS data.kind=npz data.path=cifar.npz threads=1     # narrow networks, 10 epochs: a CPU
 python benchmarks/accuracy.py RUNS --full data.download=true                       # the recipes as they are: a GPU
-python benchmarks/accuracy.py docs/results --tables --plot docs/images/accuracy.svg
+python benchmarks/accuracy.py docs/results --tables --plots docs/images
 
 Each run is a folder RUNS/NETWORK-PRECISION-SEED; what follows is `lnpu train`'s `key=value`, for all of them. A run
 that was interrupted goes on; one that has reached its last epoch is not made again, and leaves a table of its epochs,
@@ -16,17 +16,19 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 import lnpu_torch as lnpu
 from lnpu_torch.reporting import figure_style
 from lnpu_torch.text_tables import si
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NETWORKS = {
     "resnet18": ("ResNet-18", "resnet18_cifar10", ()),
@@ -44,6 +46,9 @@ GOALS = (0.7, 0.75, 0.8)
 """Test accuracies up to which energy is added up."""
 
 Rows = list[dict[str, float]]
+"""A run's epochs."""
+Found = dict[str, dict[str, dict[int, Rows]]]
+"""Runs by network, precision and seed."""
 
 
 def main() -> None:
@@ -55,7 +60,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS))
     parser.add_argument("--precisions", nargs="+", choices=EMULATED, default=EMULATED, help="beside float32")
     parser.add_argument("--tables", action="store_true", help="of the runs that are there; none is made")
-    parser.add_argument("--plot", type=Path, help="an SVG file: accuracy over epochs")
+    parser.add_argument("--plots", type=Path, help="a folder for pictures: accuracy over epochs, and over energy")
     options = parser.parse_intermixed_args()
     precisions = ("float32", *options.precisions)
     if not options.tables:
@@ -66,14 +71,10 @@ def main() -> None:
     found = {network: _found(options.runs, network, precisions) for network in options.networks}
     found = {network: each for network, each in found.items() if each}
     for network, runs in found.items():
-        print(
-            "\n".join(
-                [f"## {NETWORKS[network][0]}", "", *learned(runs), "", *last_epoch(runs), "", *to_goals(runs), ""]
-            )
-        )
+        print("\n".join([f"## {NETWORKS[network][0]}", "", *learned(runs), "", *energies(runs), ""]))
     print("\n".join(together(found)))
-    if options.plot:
-        plot(found, options.plot)
+    if options.plots:
+        plot(found, options.plots)
 
 
 def _make(options: argparse.Namespace, network: str, precision: str, seed: int) -> None:
@@ -159,19 +160,29 @@ def learned(runs: dict[str, dict[int, Rows]]) -> list[str]:
     return lines
 
 
-def last_epoch(runs: dict[str, dict[int, Rows]]) -> list[str]:
-    """What the last epoch would cost: on the chip, and with DRAM."""
-    return _by_chip("energy of the last epoch: chip; with DRAM", runs, lambda rows, name: rows[-1][name])
+def energies(runs: dict[str, dict[int, Rows]]) -> list[str]:
+    """What training would cost on each chip, alone and with DRAM: all epochs, and those until an accuracy is reached.
+
+    Means of the seeds; "-" where a seed does not reach it.
+    """
+    lines = [f"| energy: chip; with DRAM | all epochs | {' | '.join(f'to {goal:.0%}' for goal in GOALS)} |"]
+    lines.append("| --- " * (2 + len(GOALS)) + "|")
+    for precision, seeds in runs.items():
+        for chip in CHIPS if precision != "float32" else ():
+            cells = [_energy(list(seeds.values()), goal, chip) for goal in (0.0, *GOALS)]
+            lines.append(f"| {precision} on {chip} | {' | '.join(cells)} |")
+    return lines
 
 
-def to_goals(runs: dict[str, dict[int, Rows]]) -> list[str]:
-    """What training would cost until a test accuracy is reached, for the accuracies that all runs reach."""
-    lines: list[str] = []
-    for goal in GOALS:
-        if all(_reached(rows, goal) for seeds in runs.values() for rows in seeds.values()):
-            lines += _by_chip(f"energy to {goal:.0%}: chip; with DRAM", runs, partial(_until, goal))
-            lines.append("")
-    return lines[:-1]
+def _energy(runs: Sequence[Rows], goal: float, chip: str) -> str:
+    ends = [_reached(rows, goal) if goal else len(rows) for rows in runs]
+    if not all(ends):
+        return "-"
+    means = (
+        statistics.mean(_spent(rows, f"{chip}{of}_j")[end - 1] for rows, end in zip(runs, ends, strict=True))
+        for of in ("", "_dram")
+    )
+    return "; ".join(si(mean, "J") for mean in means)
 
 
 def _reached(rows: Rows, goal: float) -> int:
@@ -179,26 +190,12 @@ def _reached(rows: Rows, goal: float) -> int:
     return next((i for i, row in enumerate(rows, start=1) if row["test_accuracy"] >= goal), 0)
 
 
-def _until(goal: float, rows: Rows, name: str) -> float:
-    return list(accumulate(row[name] for row in rows))[_reached(rows, goal) - 1]
+def _spent(rows: Rows, name: str) -> list[float]:
+    """Energy by the end of each epoch, in J."""
+    return list(accumulate(row[name] for row in rows))
 
 
-def _by_chip(head: str, runs: dict[str, dict[int, Rows]], energy: Callable[[Rows, str], float]) -> list[str]:
-    lines = [f"| {head} | {' | '.join(CHIPS)} |", "| --- " * (len(CHIPS) + 1) + "|"]
-    for precision, seeds in runs.items():
-        if precision != "float32":
-            means = [
-                "; ".join(
-                    si(statistics.mean(energy(rows, f"{chip}{of}_j") for rows in seeds.values()), "J")
-                    for of in ("", "_dram")
-                )
-                for chip in CHIPS
-            ]
-            lines.append(f"| {precision} | {' | '.join(means)} |")
-    return lines
-
-
-def together(found: dict[str, dict[str, dict[int, Rows]]]) -> list[str]:
+def together(found: Found) -> list[str]:
     """Every run beside the one in float32 of its network and seed."""
     lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
     for precision in EMULATED:
@@ -219,25 +216,55 @@ def _spread(values: Sequence[float], of_mean: bool = False) -> str:
     return f"{mean} ± {deviation:.2f}"
 
 
-def plot(found: dict[str, dict[str, dict[int, Rows]]], path: Path) -> None:
-    """Test accuracy over epochs, a panel for each network: means, and bands from the least to the best seed."""
+def plot(found: Found, folder: Path) -> None:
+    """accuracy.svg: test accuracy over epochs; energy_to_accuracy.svg: over the energy of FGMP's runs on each chip."""
+    with figure_style.look():
+        for name, draw in (("accuracy", _over_epochs), ("energy_to_accuracy", _over_energy)):
+            (folder / f"{name}.svg").write_text(figure_style.svg(draw(found), name, "path"))
+
+
+def _over_epochs(found: Found) -> Figure:
+    """A panel for each network: means, and bands from the least to the best seed."""
+    figure, grid = _panels(found, 1)
+    for axes, (network, runs) in zip(grid[0], found.items(), strict=True):
+        for precision, seeds in runs.items():
+            curves = [[100 * row["test_accuracy"] for row in rows] for rows in seeds.values()]
+            epochs = range(1, min(map(len, curves)) + 1)
+            at = list(zip(*curves, strict=False))
+            (line,) = axes.plot(epochs, [statistics.mean(each) for each in at], label=precision)
+            axes.fill_between(epochs, [*map(min, at)], [*map(max, at)], color=line.get_color(), alpha=0.2)
+        axes.set(title=NETWORKS[network][0], xlabel="epoch", ylabel="test accuracy, %")
+        axes.legend()
+    return figure
+
+
+def _over_energy(found: Found) -> Figure:
+    """Columns for networks, rows without and with DRAM; means of the seeds."""
+    found = {network: runs for network, runs in found.items() if "fgmp" in runs}
+    figure, grid = _panels(found, 2)
+    for row, of, words in zip(grid, ("", "_dram"), ("on the chip", "with DRAM"), strict=True):
+        for axes, (network, runs) in zip(row, found.items(), strict=True):
+            seeds = runs["fgmp"].values()
+            accuracy = _means([100 * each["test_accuracy"] for each in rows] for rows in seeds)
+            for chip in CHIPS:
+                axes.plot(_means(_spent(rows, f"{chip}{of}_j") for rows in seeds), accuracy, label=chip)
+            for goal in GOALS:
+                axes.axhline(100 * goal, color="0.85", linewidth=0.8, zorder=0)
+            axes.set(title=NETWORKS[network][0], xlabel=f"energy {words}, J", ylabel="test accuracy, %", xlim=(0, None))
+            axes.legend()
+    return figure
+
+
+def _panels(found: Found, rows: int) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    with figure_style.look():
-        figure = Figure(figsize=(3.6 * max(len(found), 1), 2.8), layout="constrained")
-        axes: Any = figure.subplots(1, max(len(found), 1), squeeze=False)[0]
-        for axis, (network, runs) in zip(axes, found.items(), strict=True):
-            for precision, seeds in runs.items():
-                curves = [[100 * row["test_accuracy"] for row in rows] for rows in seeds.values()]
-                epochs = range(1, min(map(len, curves)) + 1)
-                at = list(zip(*curves, strict=False))
-                (line,) = axis.plot(epochs, [statistics.mean(each) for each in at], label=precision)
-                axis.fill_between(
-                    epochs, [min(each) for each in at], [max(each) for each in at], color=line.get_color(), alpha=0.2
-                )
-            axis.set(title=NETWORKS[network][0], xlabel="epoch", ylabel="test accuracy, %")
-            axis.legend()
-        path.write_text(figure_style.svg(figure, "accuracy", "path"))
+    columns = max(len(found), 1)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _means(curves: Iterable[Sequence[float]]) -> list[float]:
+    return [statistics.mean(each) for each in zip(*curves, strict=False)]
 
 
 if __name__ == "__main__":

@@ -54,14 +54,16 @@ def test_accuracy_makes_the_runs_that_are_missing_and_their_tables(images: Path,
     tables = printed("accuracy.py", str(tmp_path / "runs"), *options, *settings)
     learned = {row[0]: row[1:] for row in tables if row[0] in ("float32", "fgmp")}
     assert learned["float32"][2] == "-" and 0 <= float(learned["float32"][1].split(" ")[0]) <= 100
-    assert any(row[0].startswith("energy of the last epoch") for row in tables)
+    spent = [row[1:] for row in tables if row[0] in ("fgmp on lnpu", "fgmp on dense-fp16")]
+    assert [row[0].count("J") for row in spent] == [2, 2] and {cell for row in spent for cell in row[1:]} == {"-"}
     assert tables[-1][-1] == "1"  # pair of runs
     begun, pages = time.time(), tmp_path / "pages"
     pages.mkdir()
     for file in (tmp_path / "runs").glob("*.csv"):
         shutil.copy(file, pages)
-    assert printed("accuracy.py", str(pages), "--tables", "--plot", str(pages / "accuracy.svg")) == tables
-    assert "<svg" in (pages / "accuracy.svg").read_text()
+    assert printed("accuracy.py", str(pages), "--tables", "--plots", str(pages)) == tables
+    for name in ("accuracy", "energy_to_accuracy"):
+        assert "<svg" in (pages / f"{name}.svg").read_text()
     assert printed("accuracy.py", str(tmp_path / "runs"), *options, *settings) == tables
     assert all(file.stat().st_mtime < begun for file in (tmp_path / "runs").rglob("metrics.csv"))
     run = tmp_path / "runs" / "vgg16-fgmp-0"
