@@ -16,6 +16,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -68,8 +69,8 @@ def measure(name: str, stand_in: ctypes.CDLL, repeats: int, as_json: bool) -> No
     print(json.dumps({"name": name} | row) if as_json else f"{name}: {row}", flush=True)
 
 
-COMPILED: list[str] = []
-"""Names of the kernels that were compiled, in order."""
+COMPILED: list[tuple[str, bytes]] = []
+"""Names and binaries of the kernels that were compiled, in order."""
 
 
 def begin(capability: int) -> ctypes.CDLL:
@@ -103,8 +104,9 @@ def begin(capability: int) -> ctypes.CDLL:
     compile_ = JITFunction._do_compile
 
     def noted(self: Any, *args: Any, **options: Any) -> Any:
-        COMPILED.append(self.__name__)
-        return compile_(self, *args, **options)
+        kernel = compile_(self, *args, **options)
+        COMPILED.append((self.__name__, kernel.asm["cubin"]))
+        return kernel
 
     JITFunction._do_compile = noted
     from lnpu_torch.kernels import count, gemm, lanes, launch, operand, quantize, round_output, rounding, thresholds
@@ -242,7 +244,10 @@ def layer_costs(layer: nn.Module, shape: Sequence[int], stand_in: ctypes.CDLL, r
 
 
 def network_costs(make: Callable[[], tuple[nn.Module, Sequence[int]]]) -> dict[str, Any]:
-    """Kernels that a network's first step compiles, CPU seconds of that, and kernels at another batch size."""
+    """Kernels that a network's first step compiles, CPU seconds of that, and kernels at another batch size.
+
+    `stack_bytes`: the most memory that a thread of one of them takes for itself.
+    """
     import lnpu_torch as lnpu
 
     COMPILED.clear()
@@ -250,15 +255,26 @@ def network_costs(make: Callable[[], tuple[nn.Module, Sequence[int]]]) -> dict[s
     model = last(lnpu.convert(network))
     start = time.process_time()
     step_of(model, activations((batch, *rest)))()
-    seconds, first = time.process_time() - start, collections.Counter(COMPILED)
+    seconds, first = time.process_time() - start, [*COMPILED]
     COMPILED.clear()
     step_of(model, activations((batch - 3, *rest)))()
     return {
-        "kernels": sum(first.values()),
-        "by_name": dict(first),
+        "kernels": len(first),
+        "by_name": dict(collections.Counter(name for name, _ in first)),
+        "stack_bytes": max(stack_bytes(binary) for _, binary in first),
         "cpu_seconds": round(seconds, 1),
         "kernels_at_another_batch_size": len(COMPILED),
     }
+
+
+def stack_bytes(binary: bytes) -> int:
+    """Memory that each thread of a compiled kernel takes for itself, as where registers do not suffice."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
 def _resnet18() -> tuple[nn.Module, Sequence[int]]:
