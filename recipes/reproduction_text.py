@@ -77,7 +77,7 @@ def markdown(
             "The thesis has zeros come from FGMP and ReLU. ResNet-18's counted steps, once more with every operand by "
             "these rules (`window`: how many binades of FP8's window are kept, counted from its top; E4M3 has 18, the "
             "lowest three of them subnormals); loss of these steps and accuracy after them.",
-            readings_table(evidence.probes["resnet18"]),
+            readings_table(rows, evidence.probes["resnet18"]),
             "## Efficiency against zeros",
             f"![Efficiency against zeros]({images['efficiency']})",
             "One 3x3 convolution, its three steps, inputs and errors with so many zeros spread at random; TFLOPS/W of "
@@ -137,12 +137,13 @@ def layer_table(network: str, report: lnpu.Report) -> str:
     )
 
 
-def readings_table(probe: Probe) -> str:
+def readings_table(rows: Sequence[Row], probe: Probe) -> str:
     """What each rule makes of the same steps: zeros by step, and what the published figures are about."""
-    rows = {"FGMP": (probe.fgmp, probe.trained), **probe.readings}
+    published = {row.key: row.published for row in rows}
+    claims = (published[key] for key in ("memory_access", "resnet18_efficiency", "fgmp_over_sparse_fp16"))
     heads = ["", *(f"zeros, {short}" for short in STEPS.values()), "external access", "over dense FP16"]
-    body = []
-    for name, (counts, trained) in rows.items():
+    body = [("published", *"-" * len(STEPS), *claims, "-", "-")]
+    for name, (counts, trained) in {"FGMP": (probe.fgmp, probe.trained), **probe.readings}.items():
         report = layers(counts)
         zeros = (f"{zero_shares(report)[step]:.1%}" for step in STEPS)
         dense, sparse = (energy(probe.fp16, chip) / energy(counts) for chip in ("dense-fp16", "lnpu-fp16"))
