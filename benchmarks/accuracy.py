@@ -240,7 +240,7 @@ def _over_epochs(found: Found) -> Figure:
             (line,) = axes.plot(epochs, [statistics.mean(each) for each in at], label=precision)
             axes.fill_between(epochs, [*map(min, at)], [*map(max, at)], color=line.get_color(), alpha=0.2)
         axes.set(title=NETWORKS[network][0], xlabel="epoch", ylabel="test accuracy, %")
-        axes.legend()
+        axes.legend(frameon=False)
     return figure
 
 
@@ -257,7 +257,7 @@ def _over_energy(found: Found) -> Figure:
             for goal in GOALS:
                 axes.axhline(100 * goal, color="0.85", linewidth=0.8, zorder=0)
             axes.set(title=NETWORKS[network][0], xlabel=f"energy {words}, J", ylabel="test accuracy, %", xlim=(0, None))
-            axes.legend()
+            axes.legend(frameon=False)
     return figure
 
 
