@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lnpu_torch.kernels.geometry import in_dims
 from lnpu_torch.kernels.lanes import COLUMNS, MEMBERS, add_profile, profile_programs
-from lnpu_torch.kernels.launch import INT32, Launch, check_device, check_dtype, processors
+from lnpu_torch.kernels.launch import INT32, REGISTERS, Launch, check_device, check_dtype, processors
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 
 WIDTH = 19
@@ -478,6 +478,7 @@ def _launch(
         TILE=TILE,
         TILE_P=tile_p,
         COLUMNS=COLUMNS,
+        maxnreg=REGISTERS,
     )
     conv_input, conv_output = prod(g.conv_input), positions
     halves: list[int] = []

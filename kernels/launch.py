@@ -15,6 +15,8 @@ from triton.runtime.driver import driver
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton's interpreter was asked for (TRITON_INTERPRET) when this module was imported."""
+REGISTERS = 255
+"""All that a thread can have. Left to itself, ptxas keeps to fewer for some GPUs, and spills up to 96 bytes."""
 INT32 = 2**31
 """Sizes from here on do not fit the kernels' 32-bit offsets."""
 OLDEST = (7, 5)

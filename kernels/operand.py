@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lnpu_torch.kernels.lanes import MEMBERS, RUN
-from lnpu_torch.kernels.launch import INT32, Launch, alignment, check_dtype, check_runs, power_of_2, processors
+from lnpu_torch.kernels.launch import (
+    INT32,
+    REGISTERS,
+    Launch,
+    alignment,
+    check_dtype,
+    check_runs,
+    power_of_2,
+    processors,
+)
 from lnpu_torch.kernels.rounding import (
     FLOATS,
     bits_of,
@@ -429,6 +438,7 @@ class _Plan:
             BINS=bins,
             BLOCK=BLOCK,
             num_warps=4,
+            maxnreg=REGISTERS if stochastic else None,
         )
 
     def __call__(self, x: Tensor, states: Tensor | None, threshold: Tensor | None, seed: Tensor | None) -> Operand:
