@@ -129,11 +129,12 @@ def test_a_file_in_which_nothing_was_counted_is_refused(tmp_path: Path) -> None:
 
 def test_chips_lists_them_and_shows_one_with_its_sources() -> None:
     listed = lnpu_command("chips").stdout
+    assert "published: the share of a chip's values" in listed
     assert all(name in listed for name in ("dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"))
     shown = lnpu_command("chips", "lnpu").stdout
     assert "energy.fp8_mac_pj" in shown
     assert "derived" in shown
-    assert "unknown chip 'lnpo'" in refused("chips", "lnpo")
+    assert "unknown chip 'lnpo' (nearest: lnpu" in refused("chips", "lnpo")
 
 
 class Classifier(nn.Module):
