@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 CONFIGS = next(
     folder
@@ -175,7 +176,10 @@ def find(folder: str, name_or_path: str | Path, what: str) -> Path:
     if len(path.parts) == 1 and is_file(builtin):
         return builtin
     known = builtin_names(folder)
-    raise ConfigError(f"unknown {what} {str(name_or_path)!r}: no such file, and the built-in ones are {listed(known)}")
+    near = nearest(str(name_or_path), known)
+    raise ConfigError(
+        f"unknown {what} {str(name_or_path)!r}{near}: no such file, and the built-in ones are {listed(known)}"
+    )
 
 
 def is_file(path: Path) -> bool:
@@ -216,6 +220,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _explain(error: ValidationError, model: type[BaseModel], source: str, given: Sequence[str]) -> str:
     lines = []
+    missing: dict[str, list[str]] = {}
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
         by_hand = any(f"{key}.".startswith(each) or each.startswith(f"{key}.") for each in given)
@@ -224,11 +229,24 @@ def _explain(error: ValidationError, model: type[BaseModel], source: str, given:
             known = _known_keys(model, problem["loc"][:-1])
             near = nearest(str(problem["loc"][-1]), known)
             lines.append(f"{where}: unknown key {key!r}{near}; known: {listed(known)}")
+        elif problem["type"] == "missing":
+            missing.setdefault(where, []).append(key)
         else:
-            told = problem["type"] == "missing" or isinstance(problem["input"], dict)
-            got = "" if told else f", got {repr(problem['input'])[:80]}"
-            lines.append(f"{where}: {key}: {problem['msg'].removeprefix('Value error, ')}{got}")
+            got = "" if isinstance(problem["input"], dict) else f", got {repr(problem['input'])[:80]}"
+            lines.append(f"{where}: {key}: {_complaint(problem)}{got}")
+    lines += [f"{where}: {MISSING}: {listed(keys)}" for where, keys in missing.items()]
     return "\n".join(lines)
+
+
+MISSING = "missing"
+"""How a message begins that lists the keys which a file has to give, and does not."""
+
+
+def _complaint(problem: ErrorDetails) -> str:
+    """What pydantic says of a value; of a bare number where its tag and source are asked for, how to write it."""
+    if problem["type"] == "model_type" and problem.get("ctx", {}).get("class_name", "").startswith("SourcedValue"):
+        return "a value needs its tag and source, as in {value: 64, tag: assumed, source: my own choice}"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -109,6 +109,11 @@ def test_a_notebook_shows_what_the_text_says(name: str) -> None:
         assert bars(page) and max(bars(page)) == 100
 
 
+def test_a_notebook_says_so_where_nothing_is_in_float() -> None:
+    page = lnpu.coverage(lnpu.convert(nn.Sequential(nn.Linear(2, 2)), "fgmp"), torch.zeros(1, 2))._repr_html_()
+    assert "In float: none" in page and "in float (0.0%): none" in page and "<table" not in page
+
+
 def test_rows_are_exact_and_pandas_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     class Frame(list[dict[str, object]]):
         """Stands in for pandas.DataFrame, which need not be installed."""

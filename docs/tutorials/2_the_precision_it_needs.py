@@ -14,7 +14,7 @@
 # | --- | --- |
 # | `Rule(max_error=0.013)` | as little FP16 as keeps a tensor's relative RMS error below this; `"fgmp"` |
 # | `Rule(fp16_share=0.1)` | at most this share of the elements is FP16 |
-# | `Rule(threshold=6)` | it stays; 6 stands for tau = 3 ([how](../numerics.md)) |
+# | `Rule(threshold=6)` | tau is fixed, here 3: 6 = 4 e + k gives 2^e (1 + k / 4) ([more](../numerics.md)) |
 
 # %%
 import torch

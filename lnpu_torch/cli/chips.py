@@ -7,6 +7,7 @@ from os.path import expanduser
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from lnpu_torch.cli.errors import show
 from lnpu_torch.cli.price import chip_names
@@ -15,7 +16,7 @@ from lnpu_torch.cost.normalization import normalized
 from lnpu_torch.hardware.chip import Chip
 from lnpu_torch.hardware.chip import chip as read_chip
 from lnpu_torch.hardware.chip import chips as all_chips
-from lnpu_torch.reporting.chip_tables import checks_tables, chips_table, normalized_blocks
+from lnpu_torch.reporting.chip_tables import CHIPS_NOTE, checks_tables, chips_table, normalized_blocks
 from lnpu_torch.text_tables import Blocks
 
 Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
@@ -34,7 +35,7 @@ def chips(
         data = [chip_data(each) for each in shown]
         print(json.dumps(data if name is None else data[0], indent=1))
     elif name is None:
-        show(Blocks(chips_table(shown)))
+        show(Blocks(chips_table(shown), Text(CHIPS_NOTE)))
     else:
         show(shown[0])
         show(Blocks(*checks_tables(shown[0])))

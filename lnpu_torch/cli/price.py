@@ -72,8 +72,8 @@ def price(
     if len(counts) > 1 and format != "table":
         raise ConfigError(f"--format {format}: of one file of counts, and these are {len(counts)}")
     chips = [read_chip(name, voltage) for name in chip]
-    for i, path in enumerate(counts):
-        counted = load(path)
+    loaded = [load(path) for path in counts]  # all are looked at before the first is printed
+    for i, (path, counted) in enumerate(zip(counts, loaded, strict=True)):
         if len(counts) > 1:
             print(f"\n{path}\n" if i else f"{path}\n")
         if ranges:
@@ -121,10 +121,21 @@ def point_data(point: Point) -> dict[str, Any]:
 
 def load(path: Path) -> Counts:
     """The counts in a file. Raises ConfigError if it is none, or if nothing was counted in it."""
+    if mistaken := _no_counts(path):
+        raise ConfigError(f"{path}: {mistaken}")
     counted = Counts.load(path)
     if not counted.steps and not getattr(counted.vector_ops, "entries", ()):
         raise ConfigError(f"{path}: nothing was counted: no step of an emulated layer, no vector operation")
     return counted
+
+
+def _no_counts(path: Path) -> str:
+    """What a path is that was given in place of a file of counts, and what to write; nothing if it may be one."""
+    if (path / "counts").is_dir():
+        return f"a run's folder; name a file of its counts, such as {path / 'counts' / 'epoch1.json'}"
+    if path.suffix in {".yaml", ".yml"} or (not path.exists() and str(path) in builtin_names("chips")):
+        return f"no file of counts; a chip is named by --chip {path}"
+    return ""
 
 
 def print_reports(reports: list[Report], by: Literal["layer", "step"] | None, format: str, full: bool) -> None:

@@ -16,6 +16,7 @@ from rich.console import RenderableType
 
 from lnpu_torch.counts.lane_configs import LANES
 from lnpu_torch.files import (
+    MISSING,
     MOST,
     ConfigError,
     Frozen,
@@ -325,7 +326,8 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
 
     A file may start from another with `like: NAME_OR_PATH` (a path as seen from the file) and give only what differs;
     a sourced value is replaced whole. If it gives `node_nm`, the energies in SCALED that it does not give are the other
-    one's at its own process and voltage. The chip's name is the file's, unless it gives another.
+    one's at its own process and voltage. The chip's name is the file's, unless it gives another;
+    its description then tells what it is like.
 
     Args:
         voltage: run it at this voltage, in V, in place of its own.
@@ -338,7 +340,13 @@ def chip(name_or_path: str | Path | Chip, voltage: float | None = None) -> Chip:
     if isinstance(name_or_path, Chip):
         return name_or_path
     path = find("chips", name_or_path, "chip")
-    return validate(Chip, _read(path, ()), str(path))
+    data = _read(path, ())
+    try:
+        return validate(Chip, data, str(path))
+    except ConfigError as error:
+        if "inherited" in data or f"{path}: {MISSING}: " not in str(error):
+            raise
+        raise ConfigError(f"{error}. With `like: lnpu` in it, it need only give what differs") from None
 
 
 def chips() -> list[Chip]:
@@ -371,7 +379,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Any:
         return _merge(start, data)
     base = _base(data.pop("like"), path, (*above, path.resolve()))
     known, own = base.pop("inherited", {}), set(_dotted(data))
-    merged = _merge({**base, **start}, data)
+    merged = _merge({**base, **start, "description": f"{base['name']}, with other values"}, data)
     inherited = {key: known.get(key, base["name"]) for key in _dotted(merged) if key not in own}
     if "node_nm" in data:
         _to_node(merged, base, [key for key in SCALED if key in inherited], path)

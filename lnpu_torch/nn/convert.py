@@ -273,8 +273,11 @@ class Coverage(Rows):
         layers = plain_table(head, ["layer", "kind", "reason"], ["parameters"])
         for row in self.in_float:
             add_row(layers, row.layer, row.kind, row.reason, f"{row.parameters:,}")
-        blocks: list[RenderableType] = [layers]
-        if lines := self._product_lines():
+        blocks: list[RenderableType] = [layers if self.in_float else Text(f"{head} none")]
+        lines = self._product_lines()
+        if lines and not self.products:
+            blocks.append(Text(f"{lines[0]} none"))
+        elif lines:
             products = plain_table(lines[0], ["module", "op"], ["MACs"])
             for each in self.products or ():
                 add_row(products, each.layer or "(model)", each.op, "unknown" if each.macs is None else si(each.macs))

@@ -35,6 +35,13 @@ def chips_table(chips: Sequence[Chip]) -> Table:
     return table
 
 
+CHIPS_NOTE = """\
+FF, EP, WG: the steps forward, grad_input and grad_weight.
+TFLOPS, TFLOPS/W: all multipliers busy, no zeros to skip, without DRAM.
+published: the share of a chip's values that a publication states (lnpu chips NAME: each value and its source)."""
+"""What the heads of `chips_table` mean."""
+
+
 def skipped(chip: Chip) -> str:
     """Of which operand zeros are skipped in each of the three steps; one word if it is the same in all."""
     steps = [skip.value for skip in (chip.skip.forward, chip.skip.grad_input, chip.skip.grad_weight)]

@@ -79,8 +79,8 @@ class Chart(NamedTuple):
 
 
 def micro(text: str) -> str:
-    """Text in which microjoules and microseconds have the letter that pages have room for."""
-    return re.sub(r"(?<=\d) u(?=[Js]\b)", " \u00b5", text)
+    """Text in which units of a millionth (uJ, us, uW, uWh, ug) have the letter that pages have room for."""
+    return re.sub(r"(?<=\d) u(?=(?:J|s|W|Wh|g)\b)", " \u00b5", text)
 
 
 def shown(value: float | None, unit: str) -> str:

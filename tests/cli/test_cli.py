@@ -127,13 +127,22 @@ def test_a_file_in_which_nothing_was_counted_is_refused(tmp_path: Path) -> None:
         assert "nothing was counted" in refused(arguments[0], str(tmp_path / "empty.json"), *arguments[1:])
 
 
+@pytest.mark.parametrize("command", [["price"], ["sweep", "--set", "sram_bytes=1000"]])
+def test_what_is_given_in_place_of_counts_is_recognised(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "counts").mkdir()
+    assert f"such as {tmp_path / 'counts' / 'epoch1.json'}" in refused(*command, str(tmp_path))
+    for chip in ("lnpu", "mine.yaml"):
+        assert f"a chip is named by --chip {chip}" in refused(*command, chip)
+
+
 def test_chips_lists_them_and_shows_one_with_its_sources() -> None:
     listed = lnpu_command("chips").stdout
+    assert "published: the share of a chip's values" in listed
     assert all(name in listed for name in ("dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"))
     shown = lnpu_command("chips", "lnpu").stdout
     assert "energy.fp8_mac_pj" in shown
     assert "derived" in shown
-    assert "unknown chip 'lnpo'" in refused("chips", "lnpo")
+    assert "unknown chip 'lnpo' (nearest: lnpu" in refused("chips", "lnpo")
 
 
 class Classifier(nn.Module):

@@ -33,4 +33,4 @@ def test_there_are_many() -> None:
 def test_the_quick_start_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
     exec(code, {})
-    assert "Energy on chip lnpu" in capsys.readouterr().out
+    assert "Energy and time" in capsys.readouterr().out

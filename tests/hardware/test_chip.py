@@ -111,7 +111,7 @@ def _at(key: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 
 BAD = [
-    ("energy.fp8_mac_pj", ..., ["energy.fp8_mac_pj", "required"]),
+    ("energy.fp8_mac_pj", ..., ["energy.fp8_mac_pj", "missing: "]),
     ("energy.fp8_mac_pj", 0.575, ["energy.fp8_mac_pj"]),
     ("energy.fp8_mac_pj.value", -0.575, ["energy.fp8_mac_pj.value", "-0.575"]),
     ("energy.fp8_mac_pj.value", float("nan"), ["energy.fp8_mac_pj.value"]),
@@ -124,10 +124,10 @@ BAD = [
     ("operating_point.low.clock_hz.value", 0.0, ["operating_point.low.clock_hz.value"]),
     ("operating_point.voltage_v.value", True, ["operating_point.voltage_v.value"]),
     ("operating_point.low.clock_mhz", 50, ["clock_mhz", "nearest: clock_hz"]),
-    ("operating_point.high", ..., ["operating_point.high", "required"]),
+    ("operating_point.high", ..., ["operating_point.high", "missing: "]),
     ("operating_point.high.voltage_v.value", 0.7, ["operating_point", "0.78 is not below high.voltage_v 0.7"]),
     ("operating_point.voltage_v.value", 1.2, ["operating_point", "1.2 is outside the chip's range, 0.78 ... 1.1 V"]),
-    ("energy.dram_pj_per_bit", ..., ["energy.dram_pj_per_bit", "required"]),
+    ("energy.dram_pj_per_bit", ..., ["energy.dram_pj_per_bit", "missing: "]),
     ("energy.dram_pj_per_bit.value", 7.0, ["energy.dram_pj_per_bit", "outside its range"]),
     ("energy.sram_read_pj_per_bit.value", -0.1, ["energy.sram_read_pj_per_bit.value", "-0.1"]),
     ("energy.sram_read_fj_per_bit", 319, ["sram_read_fj_per_bit", "nearest: sram_read_pj_per_bit"]),
@@ -136,9 +136,9 @@ BAD = [
     ("storage.zero_bits.value", -1, ["storage.zero_bits.value"]),
     ("energy.sram_size.exponent", {"value": 3.0, "tag": "assumed", "source": "x"}, ["energy.sram_size", "above 2"]),
     ("energy.sram_size.exponent.value", -1.0, ["energy.sram_size.exponent.value", "greater than 0"]),
-    ("storage", ..., ["storage", "required"]),
+    ("storage", ..., ["storage", "missing: "]),
     ("energy_model", "guess", ["energy_model", "'guess'"]),
-    ("bottom_up.macs_per_read.source", ..., ["bottom_up.macs_per_read.source", "required"]),
+    ("bottom_up.macs_per_read.source", ..., ["bottom_up.macs_per_read.source", "missing: "]),
     ("bottom_up.sram.bank_bytes.value", 1024, ["bottom_up.sram", "bank_bytes 1024 is outside the table"]),
     ("bottom_up.sram.macros.value", [], ["bottom_up.sram", "in the order of their bytes"]),
     ("operating_point", 50, ["operating_point"]),
@@ -155,18 +155,18 @@ BAD = [
     ("skip.forward.value", "grad_output", ["skip.forward.value", "'grad_output'"]),
     ("skip.grad_input.value", "input", ["skip.grad_input.value"]),
     ("skip.grad_weight.value", "weight", ["skip.grad_weight.value"]),
-    ("skip.grad_weight", ..., ["skip.grad_weight", "required"]),
+    ("skip.grad_weight", ..., ["skip.grad_weight", "missing: "]),
     ("padding.value", "sometimes", ["padding.value"]),
-    ("padding.source", ..., ["padding.source", "required"]),
+    ("padding.source", ..., ["padding.source", "missing: "]),
     ("padding.source", "", ["padding.source"]),
-    ("padding.tag", ..., ["padding.tag", "required"]),
+    ("padding.tag", ..., ["padding.tag", "missing: "]),
     ("padding.tag", "guessed", ["padding.tag", "'guessed'"]),
-    ("description", ..., ["description", "required"]),
+    ("description", ..., ["description", "missing: "]),
     ("lanes.count.value", 18, ["lanes", "18 is not a multiple of balance_group 4"]),
     ("lanes.count.value", 2048, ["lanes.count.value", "1024"]),
     ("lanes.sync_interval.value", 32, ["lanes.sync_interval.value", "16, 64 or 256"]),
     ("lanes.balance_group.value", 8, ["lanes.balance_group.value", "1, 4 or 16"]),
-    ("lanes", ..., ["lanes", "required"]),
+    ("lanes", ..., ["lanes", "missing: "]),
     ("sram", 1, ["unknown key 'sram'"]),
 ]
 
@@ -209,6 +209,8 @@ def test_like_takes_all_but_what_is_given(tmp_path: Path) -> None:
     assert (yours.node_nm, yours.year) == (lnpu.node_nm, None)
     (tmp_path / "bare.yaml").write_text("like: lnpu\ndescription: no tables\nbottom_up: null\n")
     bare = chip(tmp_path / "bare.yaml")
+    (tmp_path / "short.yaml").write_text("like: mine.yaml\n")
+    assert chip(tmp_path / "short.yaml").description == "mine, with other values"
     assert not any(key.startswith("bottom_up") for key in (*bare.values(), *bare.inherited))
 
 
@@ -226,12 +228,13 @@ def test_keys_of_older_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("like: lnpu\n", "description.*required"),
+        ("like: lnpu\nsram_bytes: 100\n", r"sram_bytes: a value needs its tag and source, as in .*, got 100"),
+        ("sram_bytes: {value: 1, tag: assumed, source: x}\n", r"missing: description, operating_point, .*`like: lnpu`"),
         ("like: nothing\ndescription: x\n", "unknown chip in .*: like: 'nothing'"),
         ("like: 3\ndescription: x\n", "like: a chip's name or path is expected, got 3"),
         ("like: self.yaml\ndescription: x\n", "comes back to itself"),
-        ("like: lnpu\ndescription: x\npadding: {value: free}\n", "padding.tag.*required"),
-        ("like: lnpu\ndescription: x\npadding: {source: elsewhere}\n", "padding.value.*required"),
+        ("like: lnpu\ndescription: x\npadding: {value: free}\n", "missing: padding.tag"),
+        ("like: lnpu\ndescription: x\npadding: {source: elsewhere}\n", "missing: padding.value"),
     ],
 )
 def test_bad_like_files(text: str, said: str, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from lnpu_torch.counts.schema import Counts
 from lnpu_torch.reporting import figure_style, run_reader
 from lnpu_torch.reporting.figures import FIGURES, figures
 from lnpu_torch.reporting.html_page import page
+from lnpu_torch.reporting.page_charts import micro
 from lnpu_torch.reporting.run_reader import read_run
 from lnpu_torch.reporting.run_report import RunReport
 from lnpu_torch.text_tables import si
@@ -480,3 +481,7 @@ def test_the_page_of_a_large_run_is_made_in_good_time(tmp_path: Path) -> None:
     _, seconds, memory_gb = measured(run)
     assert seconds < 40 and memory_gb < 1
     assert (run / "report.html").stat().st_size < 2_000_000
+
+
+def test_every_unit_of_a_millionth_is_written_alike() -> None:
+    assert micro("1 uJ, 2 us, 3 uW, 4 uWh, 5 ug, 6 units") == "1 µJ, 2 µs, 3 µW, 4 µWh, 5 µg, 6 units"
