@@ -177,7 +177,7 @@ def energies(runs: dict[str, dict[int, Rows]]) -> list[str]:
         for chip in CHIPS if precision != "float32" else ():
             cells = [_energy(list(seeds.values()), goal, chip) for goal in (0.0, *GOALS)]
             lines.append(f"| {precision} on {chip} | {' | '.join(cells)} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def _energy(runs: Sequence[Rows], goal: float, chip: str) -> str:

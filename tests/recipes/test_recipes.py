@@ -274,7 +274,8 @@ def test_an_epochs_line_has_shares_and_each_chips_energy_and_time(tmp_path: Path
 
 def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
     epochs, chips = [("epoch1", network()), ("epoch2", network() * 3)], [lnpu.chip("lnpu"), lnpu.chip("dense-fp16")]
-    blocks = console_output.summary(epochs, chips)._blocks()  # as they are before a column gets one unit
+    folder = Path("runs/a run")
+    blocks = console_output.summary(epochs, chips, folder)._blocks()  # as they are before a column gets one unit
     screen = Console(file=io.StringIO(), width=160)
     screen.print(*blocks)
     lines = {" ".join(line.split()) for line in screen.file.getvalue().splitlines()}
@@ -285,6 +286,7 @@ def test_the_summary_has_layers_steps_and_epochs_on_each_chip() -> None:
         rows = zip(*(report.by(key).rows for report in whole), strict=True)
         expected |= {getattr(each[0], key): list(each) for each in rows}
     assert {f"{name} {' '.join(si(row.energy_pj, 'pJ') for row in rows)}" for name, rows in expected.items()} <= lines
+    assert any("The run as a page: lnpu report 'runs/a run'" in line for line in lines)
 
 
 def test_the_energy_so_far_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
