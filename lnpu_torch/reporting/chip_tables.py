@@ -38,7 +38,8 @@ def chips_table(chips: Sequence[Chip]) -> Table:
 CHIPS_NOTE = """\
 FF, EP, WG: the steps forward, grad_input and grad_weight.
 TFLOPS, TFLOPS/W: all multipliers busy, no zeros to skip, without DRAM.
-published: the share of a chip's values that a publication states (lnpu chips NAME: each value and its source)."""
+published: the share of the values that a publication states.
+lnpu chips NAME shows each value and its source."""
 """What the heads of `chips_table` mean."""
 
 
