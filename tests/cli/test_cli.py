@@ -137,7 +137,7 @@ def test_what_is_given_in_place_of_counts_is_recognised(command: list[str], tmp_
 
 def test_chips_lists_them_and_shows_one_with_its_sources() -> None:
     listed = lnpu_command("chips").stdout
-    assert "published: the share of a chip's values" in listed
+    assert "published: the share of the values" in listed
     assert all(name in listed for name in ("dense-fp16", "lnpu", "lnpu-fp16", "sparse-inference"))
     shown = lnpu_command("chips", "lnpu").stdout
     assert "energy.fp8_mac_pj" in shown
