@@ -5,7 +5,7 @@ The wrappers run as they are, on tensors in ordinary memory: their launches are 
 
 import os
 import re
-import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +20,7 @@ from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from helpers.conv_shapes import make  # noqa: E402
+from helpers.paths import ROOT  # noqa: E402
 from lnpu_torch.kernels import (  # noqa: E402
     count,
     gemm,
@@ -33,6 +34,9 @@ from lnpu_torch.kernels import (  # noqa: E402
 )
 from lnpu_torch.ops.quantize.gpu import choice  # noqa: E402
 from lnpu_torch.quant.precision import Rule  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from launches import stack_bytes  # noqa: E402
 
 ARCHITECTURES = [75, 90, *(pytest.param(each, marks=pytest.mark.slow) for each in (80, 86, 100, 120))]
 LONGEST_S = 20.0
@@ -56,7 +60,7 @@ class Driver:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def compiled(request, monkeypatch, tmp_path):
+def compiled(request, monkeypatch):
     """The kernels that the test's calls would have launched, by name: of each the last one, but all are tested."""
     kernels, every, run = {}, [], JITFunction.run
 
@@ -80,15 +84,7 @@ def compiled(request, monkeypatch, tmp_path):
     for kernel in every:
         assert len(kernel.asm["cubin"]) > 1000
         assert f".target sm_{request.param}" in kernel.asm["ptx"]
-        assert stack(kernel, tmp_path) <= 16  # bytes; in one stochastic kernel for sm_100, else at most 8
-
-
-def stack(kernel, folder):
-    """Bytes of memory that each thread takes for itself."""
-    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", folder / "kernel.cubin"]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
+        assert stack_bytes(kernel.asm["cubin"]) <= 16  # bytes; in one stochastic kernel for sm_100, else at most 8
 
 
 def accesses(kernel):
