@@ -1,4 +1,4 @@
-"""Trains networks, or takes trained ones, and counts what their last steps do. It knows no claims and no chips.
+"""Trains networks, or takes trained ones, and counts what their last steps do. Claims and prices are elsewhere.
 
 Zeros and FP8 shares depend on what a network has learnt, so that nothing is counted before it was trained. The same
 weights then see the same batches more than once: as FGMP; rounded to binary16 alone, which shows what zeros FP8 adds;
@@ -171,35 +171,33 @@ class Images:
 def _probe(name: str, network: NetworkConfig, images: Images, settings: Settings, say: Callable[[str], None]) -> Probe:
     torch.manual_seed(settings.seed)
     model = build(network.model, images.classes, images.shape).to(images.device)
-    ahead, end, start = network.steps - settings.counted, network.steps, copy.deepcopy(model)
+    ahead, end = network.steps - settings.counted, network.steps
 
     def training(of: nn.Module, precision: str | lnpu.Rule | None) -> Training:
         of = copy.deepcopy(of)
         return Training(of if precision is None else lnpu.convert(of, precision), network.lr, settings.seed)
 
-    def last_steps(precision: str | lnpu.Rule) -> tuple[lnpu.Counts, Trained]:
-        again = training(fgmp.model, precision)
-        counts, loss = again.counted(images.train(ahead, end))
-        return counts, Trained(loss, again.accuracy(images))
+    def last_steps(of: Training) -> tuple[lnpu.Counts, Trained]:
+        counts, loss = of.counted(images.train(ahead, end))
+        return counts, Trained(loss, of.accuracy(images))
 
+    first, _ = training(model, "fgmp").counted(images.train(0, 1))
     if network.weights is not None:
-        load_weights(start, network.weights)
+        load_weights(model, network.weights)
     say(f"{name}: {network.steps} steps in float32")
-    plain = training(start, None)
+    plain = training(model, None)
     plain.steps(images.train(0, ahead))
     in_float32 = Trained(plain.steps(images.train(ahead, end)), plain.accuracy(images))
     say(f"{name}: {network.steps} steps with FGMP")
-    first, _ = training(model, "fgmp").counted(images.train(0, 1))
-    fgmp = training(start, "fgmp")
+    fgmp = training(model, "fgmp")
     with lnpu.no_count(fgmp.model):
         fgmp.steps(images.train(0, ahead))
-    fp16, _ = last_steps("fp16")
+    fp16, _ = training(fgmp.model, "fp16").counted(images.train(ahead, end))
     readings = {}
     for reading, rule in settings.readings.items() if name == "resnet18" else ():
         say(f"{name}: {settings.counted} steps with {reading}")
-        readings[reading] = last_steps(rule)
-    counts, loss = fgmp.counted(images.train(ahead, end))
-    trained = Trained(loss, fgmp.accuracy(images))
+        readings[reading] = last_steps(training(fgmp.model, rule))
+    counts, trained = last_steps(fgmp)
     return Probe(first, counts, fp16, trained, in_float32, images.tested, readings, network.weights is not None)
 
 

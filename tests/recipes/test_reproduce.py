@@ -225,13 +225,16 @@ def test_rules_that_make_zeros_are_held_against_the_same_claims(made: tuple[tupl
     assert errors[0] <= errors[1] < errors[2] and access[1] > access[2] and over[1] < over[2]
 
 
-def test_training_begins_from_weights_that_are_kept(tmp_path: Path) -> None:
+def test_training_begins_from_weights_that_are_kept(made: tuple[tuple[Row, ...], Evidence], tmp_path: Path) -> None:
     model = build(ModelConfig(name="alexnet_cifar", width=2), 10, (3, 32, 32))
     torch.save({"model": {name: value + 1 for name, value in model.state_dict().items()}}, tmp_path / "kept.pt")
-    alexnet = TINY["networks"]["alexnet"] | {"weights": str(tmp_path / "kept.pt"), "lr": 1e-9}
+    alexnet = TINY["networks"]["alexnet"] | {"weights": str(tmp_path / "kept.pt")}
     given = {**TINY, "networks": {**TINY["networks"], "alexnet": alexnet}, "readings": {}}
     found = probe_all(validate(Settings, given, "tiny"), open_images(tiny()), lambda _: None)
     assert found["alexnet"].prior and not found["vgg16"].prior and not found["resnet18"].readings
+    other, before = found["alexnet"], made[1].probes["alexnet"]
+    assert other.first == before.first and other.fgmp != before.fgmp
+    assert other.in_float32.loss != before.in_float32.loss and found["vgg16"] == made[1].probes["vgg16"]
 
 
 def test_weights_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
