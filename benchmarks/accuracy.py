@@ -43,8 +43,8 @@ SMALLER = {
     "vgg16plain": ("model.width=16", "epochs=25", "lr=0.03"),
     "alexnet": ("model.width=24", "epochs=25", "lr=0.03"),
 }
-"""Without --full: 5 to 10 minutes a run on one core with AVX-512. The rate rises and falls once. Without batch norm
-networks learn nothing in the first epochs, and take more of them."""
+"""Without --full: 3 to 12 minutes a run on one core with AVX-512. The rate rises and falls once. Networks without batch
+norm learn slowly at first, and take more epochs."""
 EMULATED = ("fgmp", "fp8", "fp16")
 CHIPS = ("lnpu", "lnpu-fp16", "sparse-inference", "dense-fp16")
 EVERY = 10
@@ -175,13 +175,13 @@ def energies(runs: dict[str, dict[int, Rows]]) -> list[str]:
     lines.append("| --- " * (2 + len(GOALS)) + "|")
     for precision, seeds in runs.items():
         for chip in CHIPS if precision != "float32" else ():
-            cells = [_energy(list(seeds.values()), goal, chip) for goal in (0.0, *GOALS)]
+            cells = [_energy(list(seeds.values()), goal, chip) for goal in (None, *GOALS)]
             lines.append(f"| {precision} on {chip} | {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
 
 
-def _energy(runs: Sequence[Rows], goal: float, chip: str) -> str:
-    ends = [_reached(rows, goal) if goal else len(rows) for rows in runs]
+def _energy(runs: Sequence[Rows], goal: float | None, chip: str) -> str:
+    ends = [len(rows) if goal is None else _reached(rows, goal) for rows in runs]
     if not all(ends):
         return "-"
     means = (
@@ -237,7 +237,7 @@ def _over_epochs(found: Found) -> Figure:
             curves = [[100 * row["test_accuracy"] for row in rows] for rows in seeds.values()]
             epochs = range(1, min(map(len, curves)) + 1)
             at = list(zip(*curves, strict=False))
-            (line,) = axes.plot(epochs, [statistics.mean(each) for each in at], label=precision)
+            (line,) = axes.plot(epochs, _means(curves), label=precision)
             axes.fill_between(epochs, [*map(min, at)], [*map(max, at)], color=line.get_color(), alpha=0.2)
         axes.set(title=NETWORKS[network][0], xlabel="epoch", ylabel="test accuracy, %")
         axes.legend(frameon=False)

@@ -10,9 +10,8 @@ if (_SOURCE / "kernels").is_dir() and (_SOURCE / "configs").is_dir():  # a check
 
 from lnpu_torch.versions import versions  # noqa: E402
 
-if (
-    TYPE_CHECKING
-):  # these are imported when they are first asked for: who only prices needs no torch, and --version nothing
+# These are imported when they are first asked for: who only prices needs no torch, and --version nothing.
+if TYPE_CHECKING:
     from lnpu_torch import nn
     from lnpu_torch.cost.cost_row import CostRow
     from lnpu_torch.cost.pricing import price

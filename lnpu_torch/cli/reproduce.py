@@ -28,11 +28,11 @@ Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as counted=8 data.crop=4.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Torchvision's networks at 224 x 224 pixels; wants a GPU.")]
-Weights = Annotated[
+Trained = Annotated[
     bool, typer.Option("--trained", help="Networks that come trained on CIFAR-10, and its images; see --data.")
 ]
 Images = Annotated[
-    Path | None, _path("--data", help="An .npz file or a folder, as `lnpu train` reads them; else digits.")
+    Path | None, _path("--data", help="An .npz file or a folder, as `lnpu train` reads them; else the settings' own.")
 ]
 Json = Annotated[Path | None, _path("--json", help="Write rows, layers and curves as JSON.")]
 Markdown = Annotated[Path | None, _path(help="Write a page, and its plots into images/ beside it.")]
@@ -41,7 +41,7 @@ Markdown = Annotated[Path | None, _path(help="Write a page, and its plots into i
 def reproduce(
     settings: Changes = None,
     full: Full = False,
-    trained: Weights = False,
+    trained: Trained = False,
     data: Images = None,
     json_file: Json = None,
     markdown: Markdown = None,
