@@ -60,10 +60,11 @@ class _LayerCall(torch.autograd.Function):
         seed = state.seed(input)
         if opaque():
             chosen = (product.pack(), state.text, wants, state.training, state.counting)
-            output, *saved = layer_forward(input, weight, bias, *state.tensors(), seed, *chosen, dtype)
-            saved[0] = input if wants[1] and state.plan.reads["grad_weight", "input"].rule is None else saved[0]
+            output, values, *counts = layer_forward(input, weight, bias, *state.tensors(), seed, *chosen, dtype)
+            if wants[1] and state.plan.reads["grad_weight", "input"].rule is None:
+                values = input
             ctx.plan = None
-            ctx.save_for_backward(weight, seed, *saved)
+            ctx.save_for_backward(weight, seed, values, *counts)
             ctx.like = input.shape, lies_last(input), input.dtype
         else:
             ctx.plan = plan(product, state, input.shape, weight.shape, input)
