@@ -130,7 +130,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "links in a circle": (circle, "symbolic links"),
     "a link into no folder": (lost, "No such file or directory"),
     "in no folder": (lambda folder: folder / "nowhere" / "file", "No such file or directory"),
-    "no name": (lambda folder: folder / "a\0b", "null byte"),
+    "no name": (lambda folder: folder / "a\0b", "null (byte|character)"),
 }
 
 
