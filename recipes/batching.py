@@ -67,7 +67,7 @@ class Division:
 
     def random(self, *numbers: int) -> int:
         """A seed of its own for each sequence of numbers, such as an epoch and a step."""
-        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)[0] >> 1)
+        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)[0]) >> 1
 
     def test(self, images: int) -> list[list[int]]:
         """Indices of this rank's share of the test images, in batches as large as its share of a training batch."""
