@@ -308,6 +308,10 @@ def _product_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(rows < m) & (columns < n))
 
 
+_matmul_kernel = triton.jit(_product_kernel.fn, do_not_specialize=["m"])
+"""The same for matrix products, of which m is mostly a batch: another one compiles nothing."""
+
+
 class Problem(NamedTuple):
     """One product, as `_product_kernel` is to see it."""
 
@@ -372,7 +376,7 @@ def _plan(problem: Problem, chunk: int | None, device: torch.device, configs: Co
     like = Plan(tiles, splits, None, memory).empty(torch.float32, torch.device("meta"), problem.channels_inner)  # type: ignore[arg-type]
     launch = Launch(
         device,
-        _product_kernel,
+        _matmul_kernel if problem.step == MATMUL.value else _product_kernel,
         (programs, problem.groups, splits),
         problem.m,
         problem.n,

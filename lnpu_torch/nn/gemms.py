@@ -45,13 +45,15 @@ class Accumulator:
     """Format of the accumulator, rounded every `chunk` products; "fp32" is torch's own.
 
     `exact`: binary16 operands are summed in float32 whatever torch does with them, and rounded once, after the bias.
-    `reordered`: whether sums may be in another order than torch's own.
+    `reordered`: whether sums may be in another order than torch's own. `rounded`: results are rounded to binary16, so
+    that a product may leave its sums so.
     """
 
     form: str = "fp32"
     chunk: int = 64
     exact: bool = False
     reordered: bool = False
+    rounded: bool = False
 
     def widens(self, x: Tensor) -> bool:
         """Whether torch's own product is not enough, for operands such as x."""
@@ -405,8 +407,8 @@ class Convolution:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
     """x [*, K] by weight [N, K], and a bias [N]."""
     if by.widens(x):
-        sums: Tensor = half_precision.half_matmul(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.T, bias)
-        return sums.reshape(*x.shape[:-1], weight.shape[0])
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        return backend_of(x).half_linear(rows, weight, bias, by.rounded).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 

@@ -60,7 +60,11 @@ class PrecisionPlan:
         self.accumulate, self.result = chosen.accumulate, chosen.result
         self.accumulators = {
             (step, halves): Accumulator(
-                chosen.accumulate, chosen.chunk, halves and step in self.emulated, step in self.emulated
+                chosen.accumulate,
+                chosen.chunk,
+                exact=halves and step in self.emulated,
+                reordered=step in self.emulated,
+                rounded=chosen.result == "fp16" and step in self.emulated,
             )
             for step in STEPS
             for halves in (False, True)

@@ -21,6 +21,10 @@ from lnpu_torch.ops.reference import Backend, GridStep, WeightStep, parsed
 
 NARROW = 16
 """Channels of a group below which cuDNN multiplies: a tile of the kernel's would be mostly empty."""
+LARGE, SHORT = 2**20, 1024
+"""Elements of a linear layer's result from which on, and products of each below which, our kernel multiplies: it adds
+the bias and rounds as it writes, where cuBLAS leaves float32 to two more passes. Chosen by reasoning, not yet by
+measurement."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = {
     "conv_forward": gemm.conv_forward,
@@ -109,6 +113,14 @@ class GpuBackend(Backend):
         transposed = arguments[3]
         product = gemm.conv_grad_input if transposed else gemm.conv_forward
         result: Tensor = product(x, weight, geometry, bias=bias, dtype=torch.float16)
+        return result
+
+    def half_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
+        rows, products = x.shape
+        fits = LARGE <= rows * weight.shape[0] < launch.INT32 and 0 < products < SHORT and x.stride(1) == 1
+        if not (rounded and fits and _takes(x) and _takes(weight) and launch.multiplies_on(x.device)):
+            return super().half_linear(x, weight, bias, rounded)
+        result: Tensor = gemm.matmul(x, weight.T, bias=bias, dtype=torch.float16)
         return result
 
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:

@@ -214,6 +214,10 @@ class Backend:
         """`half_precision.half_convolution`."""
         return half_precision.half_convolution(x, weight, bias, arguments)
 
+    def half_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
+        """x [M, K] by weight [N, K], both binary16, and a bias [N], summed in float32; binary16 only if `rounded`."""
+        return half_precision.half_matmul(x, weight.T, bias)
+
     def round_result(self, x: Tensor, form: str, dtype: torch.dtype) -> Tensor:
         """A step's fresh result rounded to a format, nearest, overflow to infinity, in a dtype; x may be used up."""
         x.copy_(quantize.round_to(x.to(quantize.compute_dtype(x)), FORMATS[form]))

@@ -293,6 +293,21 @@ def test_convolution_with_bias(products):
     assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"] and ("ld", 16) not in accesses(kernel)
 
 
+def test_a_linear_layers_products(products):
+    """Forward and grad_input, in wide pieces; another batch size compiles nothing."""
+    weight, bias, found = torch.empty(2304, 768, dtype=torch.float16), torch.empty(2304), set()
+    for rows in (12608, 12411, 1):
+        x, error = (torch.empty(rows, width, dtype=torch.float16) for width in (768, 2304))
+        for operands, added in (((x, weight.T), bias), ((error, weight), None)):
+            gemm.matmul(*operands, bias=added, dtype=torch.float16)
+            kernel = products["_product_kernel"]
+            found.add(kernel.hash)
+            if rows > 1:
+                assert uses_tensor_cores(kernel) and "cp.async" in kernel.asm["ptx"]
+                assert ("st", 128) in accesses(kernel) and ("ld", 16) not in accesses(kernel)
+        assert len(found) <= 4  # a single row's tile is another one
+
+
 def test_without_a_gpu_the_wrappers_say_so():
     x = torch.ones(4, 4)
     assert not launch.INTERPRETED

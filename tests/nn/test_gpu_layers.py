@@ -76,6 +76,38 @@ def test_layer(name, index):
         torch.testing.assert_close(mine, theirs, rtol=2**-8, atol=2**-6)
 
 
+@pytest.mark.parametrize(("precision", "ours"), [("fgmp", 2), (PRECISIONS["1-6-9"], 0)], ids=["fp16", "fp32"])
+def test_a_large_linear_layer_is_rounded_as_it_is_multiplied(monkeypatch, precision, ours):
+    """If its result is binary16; but for the weight's gradient, whose operands' rows do not lie in a row."""
+    from lnpu_torch.ops import gpu
+
+    calls, multiply = [], gpu.gemm.matmul
+    monkeypatch.setattr(gpu, "LARGE", 6 * 5)
+    monkeypatch.setattr(gpu.gemm, "matmul", lambda *args, **options: calls.append(args) or multiply(*args, **options))
+    outcomes = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        outcomes.append(two_steps(lnpu.convert(nn.Linear(9, 5), precision), (31, 9), backend))
+    (values, counts, _), (found, found_counts, _) = outcomes
+    assert found_counts.steps == counts.steps and len(calls) == 2 * ours
+    for mine, theirs in zip(found, values, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2**-8, atol=2**-6)
+
+
+def test_a_large_linear_layers_bias_is_added_before_the_sum_is_rounded(monkeypatch):
+    from lnpu_torch.ops import gpu
+
+    monkeypatch.setattr(gpu, "LARGE", 1)
+    torch.manual_seed(0)
+    x, weight = (torch.randint(-8, 9, shape).half() for shape in ((40, 24), (20, 24)))
+    bias = torch.randn(20)
+    expected = (x.float() @ weight.float().T + bias).half()
+    for kernel in (weight, weight.T.contiguous().T):
+        assert torch.equal(gpu.BACKEND.half_linear(x, kernel, bias, True), expected)
+    assert torch.equal(gpu.BACKEND.half_linear(x, weight, None, True), (x.float() @ weight.float().T).half())
+    assert gpu.BACKEND.half_linear(x, weight, bias, False).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("index", "last", "autocast"),
     [
