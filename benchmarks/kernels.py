@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lnpu_torch.counts.lane_configs import runs_shape
+from lnpu_torch.ops.gemm import half_precision
 from lnpu_torch.ops.pair_counts import reference as counting
 from lnpu_torch.ops.pair_counts.conv_shape import ConvShape
 from lnpu_torch.ops.quantize import reference
@@ -150,6 +151,22 @@ def matmul(place: Place) -> Rows:
     for chunk in (None, 16, 64, 128):
         ours = partial(kernels.matmul, a, b, chunk=chunk, dtype=torch.float16)
         yield {"name": f"matmul {size}^3 chunk {chunk}", **compare(ours, plain, place, "ratio_to_torch")}
+    for rows, inputs, outputs in sizes(place).linears:
+        a, b = (torch.randn(n, inputs, device=place.device, dtype=torch.float16) for n in (rows, outputs))
+        bias = torch.randn(outputs, device=place.device)
+        ours = partial(kernels.matmul, a, b.T, bias=bias, dtype=torch.float16)
+        in_passes = partial(_linear_in_passes, a, b, bias)
+        name = f"linear {rows} x {inputs} -> {outputs}, bias added and rounded"
+        yield {"name": name, **compare(ours, in_passes, place, "ratio_to_torch")}
+
+
+def _linear_in_passes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """cuBLAS' product in float32, the bias added to that, and the sum rounded."""
+    from lnpu_torch.kernels.round_output import round_result
+
+    sums = half_precision.half_matmul(x, weight.T, bias)
+    rounded: Tensor = round_result(sums, "fp16", torch.float16)
+    return rounded
 
 
 def convolution(place: Place) -> Rows:

@@ -319,6 +319,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Sequence[int]]] = {
     "convolution with bias": (lambda: nn.Conv2d(64, 64, 3, padding=1), (8, 64, 8, 8)),
     "depthwise": (lambda: nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False), (8, 64, 8, 8)),
     "linear": (lambda: nn.Linear(512, 512), (64, 512)),
+    "large linear": (lambda: nn.Linear(512, 512), (4096, 512)),
 }
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Sequence[int]]]] = {
     "resnet18": _resnet18,

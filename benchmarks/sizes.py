@@ -23,6 +23,8 @@ class Sizes(NamedTuple):
     """m, n, k of the matrix products that are checked."""
     square: int
     """Edge of the matrices whose product is timed."""
+    linears: tuple[tuple[int, int, int], ...]
+    """Rows, inputs and outputs of the linear layers whose product is timed."""
     layer_batch: int
     layer_channels: int
     layer_edge: int
@@ -58,6 +60,7 @@ REAL = Sizes(
     },
     products=((4096, 4096, 1024), (1000, 500, 630)),
     square=4096,
+    linears=((12608, 768, 768), (12608, 768, 2304), (12608, 3072, 768), (2048, 512, 512)),
     layer_batch=8,
     layer_channels=64,
     layer_edge=32,
@@ -79,6 +82,7 @@ TINY = Sizes(
     },
     products=((20, 18, 70),),
     square=128,
+    linears=((20, 24, 12),),
     layer_batch=2,
     layer_channels=2,
     layer_edge=4,

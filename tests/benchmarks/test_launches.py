@@ -25,6 +25,7 @@ LIMITS = {  # of launches, torch's operations, Python calls
     "convolution with bias": (6, 6, 530),
     "depthwise": (5, 4, 480),
     "linear": (9, 5, 500),
+    "large linear": (9, 4, 520),  # two of ours are products
 }
 
 
