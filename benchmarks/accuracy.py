@@ -76,9 +76,9 @@ def main() -> None:
                     _make(options, network, precision, seed)
     found = {network: _found(options.runs, network, precisions) for network in options.networks}
     found = {network: each for network, each in found.items() if each}
+    print("\n".join([*learned(found), "", *together(found)]))
     for network, runs in found.items():
-        print("\n".join([f"## {NETWORKS[network][0]}", "", *learned(runs), "", *energies(runs), ""]))
-    print("\n".join(together(found)))
+        print("\n".join(["", *energies(NETWORKS[network][0], runs)]))
     if options.plots:
         plot(found, options.plots)
 
@@ -149,35 +149,38 @@ def over_float32(runs: dict[str, dict[int, Rows]], precision: str) -> list[float
     ]
 
 
-def learned(runs: dict[str, dict[int, Rows]]) -> list[str]:
-    """What a network learned, in Markdown: accuracies are of the last epoch."""
-    lines = ["| | seeds | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 7 + "|"]
-    for precision, seeds in runs.items():
-        last = [rows[-1] for rows in seeds.values()]
-        points = "-" if precision == "float32" else _spread(over_float32(runs, precision), of_mean=True)
-        shares = [
-            f"{statistics.mean(row[name] for row in last):.1%}" if name in last[0] else "-"
-            for name in ("fp8_share", "zero_share")
-        ]
-        accuracy, loss = (
-            _spread([scale * row[name] for row in last]) for scale, name in ((100, "test_accuracy"), (1, "loss"))
-        )
-        lines.append(f"| {precision} | {len(last)} | {accuracy} | {points} | {loss} | {' | '.join(shares)} |")
+def learned(found: Found) -> list[str]:
+    """What each network learned, in Markdown: accuracies are of the last epoch."""
+    lines = ["| | | seeds | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 8 + "|"]
+    for network, runs in found.items():
+        for precision, seeds in runs.items():
+            last = [rows[-1] for rows in seeds.values()]
+            points = "-" if precision == "float32" else _spread(over_float32(runs, precision), of_mean=True)
+            shares = [
+                f"{statistics.mean(row[name] for row in last):.1%}" if name in last[0] else "-"
+                for name in ("fp8_share", "zero_share")
+            ]
+            accuracy, loss = (
+                _spread([scale * row[name] for row in last]) for scale, name in ((100, "test_accuracy"), (1, "loss"))
+            )
+            cells = [NETWORKS[network][0], precision, str(len(last)), accuracy, points, loss, *shares]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def energies(runs: dict[str, dict[int, Rows]]) -> list[str]:
-    """What training would cost on each chip, alone and with DRAM: all epochs, and those until an accuracy is reached.
+def energies(network: str, runs: dict[str, dict[int, Rows]]) -> list[str]:
+    """What training would cost on a chip, alone and with DRAM: all epochs, and those until an accuracy is reached.
 
-    Means of the seeds; "-" where a seed does not reach it.
+    Of each precision on the first chip, of the first one on each. Means of the seeds; "-" where one does not reach it.
     """
-    lines = [f"| energy: chip; with DRAM | all epochs | {' | '.join(f'to {goal:.0%}' for goal in GOALS)} |"]
+    lines = [f"| {network}: energy on the chip; with DRAM | all epochs | {' | '.join(f'to {g:.0%}' for g in GOALS)} |"]
     lines.append("| --- " * (2 + len(GOALS)) + "|")
-    for precision, seeds in runs.items():
-        for chip in CHIPS if precision != "float32" else ():
-            cells = [_energy(list(seeds.values()), goal, chip) for goal in (None, *GOALS)]
-            lines.append(f"| {precision} on {chip} | {' | '.join(cells)} |")
-    return lines if len(lines) > 2 else []
+    emulated = [precision for precision in EMULATED if precision in runs]
+    priced = [(each, chip) for each in emulated[:1] for chip in CHIPS] + [(each, CHIPS[0]) for each in emulated[1:]]
+    for precision, chip in priced:
+        cells = [_energy(list(runs[precision].values()), goal, chip) for goal in (None, *GOALS)]
+        lines.append(f"| {precision} on {chip} | {' | '.join(cells)} |")
+    return lines if priced else []
 
 
 def _energy(runs: Sequence[Rows], goal: float | None, chip: str) -> str:
@@ -230,10 +233,10 @@ def plot(found: Found, folder: Path) -> None:
 
 
 def _over_epochs(found: Found) -> Figure:
-    """A panel for each network: means, and bands from the least to the best seed."""
+    """A panel for each network, of float32 and one precision: means, and bands from the least to the best seed."""
     figure, grid = _panels(found, 1)
     for axes, (network, runs) in zip(grid[0], found.items(), strict=True):
-        for precision, seeds in runs.items():
+        for precision, seeds in [*runs.items()][:2]:
             curves = [[100 * row["test_accuracy"] for row in rows] for rows in seeds.values()]
             epochs = range(1, min(map(len, curves)) + 1)
             at = list(zip(*curves, strict=False))
