@@ -176,13 +176,13 @@ class MatMul:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, by: Accumulator) -> Tensor:
         if by.form == "fp32":
-            return torch.bmm(x, self._b(weight))
+            return self._product(x, self._b(weight), by)
         return self._ungrouped(by("conv_forward", *self._grouped(x, weight), geometry=self._of(x, weight)), len(x))
 
     def grad_input(self, error: Tensor, weight: Tensor, like: Like, by: Accumulator) -> Tensor:
         """The gradient of a."""
         if by.form == "fp32":
-            return torch.bmm(error, self._b(weight).mT)
+            return self._product(error, self._b(weight).mT, by)
         geometry = self.geometry(like.shape, weight.shape)
         return self._ungrouped(by("conv_grad_input", *self._grouped(error, weight), geometry=geometry), len(error))
 
@@ -193,7 +193,7 @@ class MatMul:
         if not wanted[0]:
             return None, None
         if by.form == "fp32":
-            return torch.bmm(error.mT, x) if self.turned else torch.bmm(x.mT, error), None
+            return self._product(error.mT, x, by) if self.turned else self._product(x.mT, error, by), None
         operands = (self._rows_first(x), self._rows_first(error))
         turned = by("conv_grad_weight", *operands, geometry=self.geometry(x.shape, like.shape))
         grad = turned.reshape(len(x), error.shape[2], x.shape[2])
@@ -237,6 +237,9 @@ class MatMul:
 
     def _b(self, weight: Tensor) -> Tensor:
         return weight.mT if self.turned else weight
+
+    def _product(self, a: Tensor, b: Tensor, by: Accumulator) -> Tensor:
+        return half_precision.half_matmul(a, b, None) if by.widens(a) else torch.bmm(a, b)
 
     def _of(self, x: Tensor, weight: Tensor) -> ConvShape:
         return self.geometry(x.shape, weight.shape)

@@ -93,8 +93,8 @@ def plan(product: Product, state: LayerState, shape: torch.Size, weight: torch.S
     """The plan of a call with input and weight of these shapes, where x is."""
     # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
     precision = state.plan
-    exact = precision.result == "fp16" or isinstance(product, Linear)
-    halves = exact and precision.accumulate in ("fp32", "fp16") and on_gpu(x) and not isinstance(product, MatMul)
+    exact = precision.result == "fp16" or isinstance(product, Linear | MatMul)
+    halves = exact and precision.accumulate in ("fp32", "fp16") and on_gpu(x)
     return _plan(product, precision, shape, weight, halves, state.counting)
 
 

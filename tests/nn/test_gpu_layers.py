@@ -157,6 +157,34 @@ def exactly_alike(index, last, autocast, precision, dtype=torch.float32):
         assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 
+class Scores(nn.Module):
+    """As attention multiplies queries by keys, and what comes of it by values."""
+
+    def forward(self, query, key, value):
+        return (query @ key.mT).clamp(-8, 8) @ value
+
+
+@pytest.mark.parametrize("name", ["fgmp", "accumulator", "1-6-9"])
+def test_products_of_activations_exactly(name, monkeypatch):
+    """Multiplied in binary16, and summed in float32 or by our kernel."""
+    from lnpu_torch.nn import gemms
+
+    outcomes, halves, multiply = [], [], gemms.half_precision.half_matmul
+    monkeypatch.setattr(gemms.half_precision, "half_matmul", lambda *args: halves.append(args) or multiply(*args))
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        operands = [torch.randint(-3, 4, shape).float().requires_grad_() for shape in ((2, 5, 4), (2, 6, 4), (2, 6, 3))]
+        model = lnpu.convert(Scores(), PRECISIONS[name])
+        with dispatch.backend(backend), lnpu.CostCounter(model) as cost:
+            output = model(*operands)
+            output.backward(torch.randint(-3, 4, output.shape).float())
+        outcomes.append((cost.counts.steps, output, *(x.grad for x in operands)))
+    (steps, *expected), (our_steps, *ours) = outcomes
+    assert our_steps == steps and len(steps) == 6
+    assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    assert len(halves) == {"fgmp": 6, "accumulator": 0, "1-6-9": 0}[name]
+
+
 @pytest.mark.parametrize("rule", ["fgmp", "fp8", "fp16"])
 def test_quantize(rule):
     x = torch.randn(7, 33)

@@ -20,14 +20,14 @@ def alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def half_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a [M, K] by b [K, N], both binary16, and a bias [N], summed and returned in float32.
+    """a [M, K] by b [K, N], or [B, M, K] by [B, K, N], both binary16, and a bias [N], summed and returned in float32.
 
     cuBLAS' reductions in reduced precision are a switch of the whole process, but touch only results that are narrower
     than the sums. Where the process has sums themselves in binary16, operands are widened first: their products are
     exact in float32 and in TF32 alike.
     """
     if a.is_cuda and not torch.version.hip and not torch.backends.cuda.matmul.allow_fp16_accumulation:
-        sums = torch.mm(a, b, out_dtype=torch.float32)
+        sums = (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
     else:
         sums = a.float() @ b.float()
     return sums if bias is None else sums.add_(bias)
