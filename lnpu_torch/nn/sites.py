@@ -398,7 +398,18 @@ def _intercepted_class(cls: type[nn.Module]) -> type[InterceptedModule]:
         own = {"emulation_original": cls, "forward": _intercepting(cls.forward)}
         own |= {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
         known = _DERIVED[cls] = type(cls.__name__, (InterceptedModule, cls), own)
+        if _wraps_forwards(cls):
+            super(InterceptedModule, known).__init_subclass__()
     return known
+
+
+def _wraps_forwards(cls: type[nn.Module]) -> bool:
+    """Whether a base wraps the forward of each class that is derived from it, as transformers' layers do.
+
+    They checkpoint in the outermost wrapper alone, which ours would be.
+    """
+    code = getattr(cls.forward, "__code__", None)
+    return code is not None and ".__init_subclass__.<locals>." in code.co_qualname
 
 
 OWN = (nn.MultiheadAttention, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -733,6 +734,43 @@ def test_a_checkpointed_module_computes_alike(reentrant: bool) -> None:
     for ours, theirs in zip(recomputed.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
     assert lnpu.thresholds(recomputed).keys() == lnpu.thresholds(plain).keys()
+
+
+class Checkpointing(nn.Module):
+    """Wraps the forward of each class derived from it, as transformers does, and checkpoints in the last one."""
+
+    def __init_subclass__(cls) -> None:
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapped(self: nn.Module, x: Tensor) -> Tensor:
+            if type(self).forward is not wrapped:
+                return forward(self, x)  # type: ignore[no-any-return]
+            return checkpoint(functools.partial(forward, self), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+        cls.forward = wrapped  # type: ignore[method-assign]
+
+
+class Recomputed(Checkpointing, Net):
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(x)
+
+
+def test_a_module_that_checkpoints_its_own_forward_goes_on_to() -> None:
+    plain, recomputed = lnpu.convert(Net()), lnpu.convert(Recomputed())
+    with lnpu.CostCounter(recomputed) as cost:
+        train(recomputed)
+    train(plain)
+    assert recomputed.runs == 2
+    assert {(each.layer, each.calls) for each in cost.counts.steps if each.step == "forward"} == {
+        *((":matmul", 2), (":matmul.2", 2), ("layer", 2))
+    }
+    for ours, theirs in zip(recomputed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+    assert type(lnpu.revert(recomputed)) is Recomputed
 
 
 def parallel(x: Tensor) -> tuple[list[Tensor], dict[tuple[str, str], int], dict[str, Tensor]]:
