@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import subprocess
 import sys
@@ -149,13 +150,25 @@ def over_float32(runs: dict[str, dict[int, Rows]], precision: str) -> list[float
     ]
 
 
+def scatter(found: Found) -> float:
+    """Standard deviation of a pair's difference around the mean of its network and precision, of all pairs together.
+
+    Three pairs alone tell little of it.
+    """
+    groups = [over_float32(runs, precision) for runs in found.values() for precision in runs if precision != "float32"]
+    squares = sum(statistics.pvariance(points) * len(points) for points in groups if points)
+    freedom = sum(len(points) - 1 for points in groups if points)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
 def learned(found: Found) -> list[str]:
     """What each network learned, in Markdown: accuracies are of the last epoch."""
+    deviation = scatter(found)
     lines = ["| | | seeds | test accuracy, % | over float32, points | loss | FP8 share | zeros |", "| --- " * 8 + "|"]
     for network, runs in found.items():
         for precision, seeds in runs.items():
             last = [rows[-1] for rows in seeds.values()]
-            points = "-" if precision == "float32" else _spread(over_float32(runs, precision), of_mean=True)
+            points = "-" if precision == "float32" else _mean(over_float32(runs, precision), deviation)
             shares = [
                 f"{statistics.mean(row[name] for row in last):.1%}" if name in last[0] else "-"
                 for name in ("fp8_share", "zero_share")
@@ -210,19 +223,22 @@ def together(found: Found) -> list[str]:
     for precision in EMULATED:
         points = [point for runs in found.values() for point in over_float32(runs, precision)]
         if points:
-            lines.append(f"| {precision} | {_spread(points, of_mean=True)} | {len(points)} |")
+            lines.append(f"| {precision} | {_mean(points, scatter(found))} | {len(points)} |")
     return lines
 
 
-def _spread(values: Sequence[float], of_mean: bool = False) -> str:
-    """Mean +- standard deviation, or +- that of the mean."""
-    if not values:
+def _spread(values: Sequence[float]) -> str:
+    """Mean +- standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _mean(points: Sequence[float], deviation: float) -> str:
+    """Mean of some pairs' differences +- its standard error, by the standard deviation of one if that is known."""
+    if not points:
         return "-"
-    mean = f"{statistics.mean(values):{'+' if of_mean else ''}.2f}"
-    if len(values) == 1:
-        return mean
-    deviation = statistics.stdev(values) / (len(values) ** 0.5 if of_mean else 1)
-    return f"{mean} ± {deviation:.2f}"
+    error = "" if math.isnan(deviation) else f" ± {deviation / math.sqrt(len(points)):.2f}"
+    return f"{statistics.mean(points):+.2f}{error}"
 
 
 def plot(found: Found, folder: Path) -> None:
