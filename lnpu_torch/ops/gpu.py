@@ -117,7 +117,7 @@ class GpuBackend(Backend):
 
     def half_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
         rows, products = x.shape
-        fits = LARGE <= rows * weight.shape[0] < launch.INT32 and 0 < products < SHORT and x.stride(1) == 1
+        fits = LARGE <= rows * weight.shape[0] < launch.INT32 and 0 < products < SHORT and x.is_contiguous()
         if not (rounded and fits and _takes(x) and _takes(weight) and launch.multiplies_on(x.device)):
             return super().half_linear(x, weight, bias, rounded)
         result: Tensor = gemm.matmul(x, weight.T, bias=bias, dtype=torch.float16)

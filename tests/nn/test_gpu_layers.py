@@ -78,7 +78,7 @@ def test_layer(name, index):
 
 @pytest.mark.parametrize(("precision", "ours"), [("fgmp", 2), (PRECISIONS["1-6-9"], 0)], ids=["fp16", "fp32"])
 def test_a_large_linear_layer_is_rounded_as_it_is_multiplied(monkeypatch, precision, ours):
-    """If its result is binary16; but for the weight's gradient, whose operands' rows do not lie in a row."""
+    """If its result is binary16; but for the weight's gradient, whose first operand comes turned over."""
     from lnpu_torch.ops import gpu
 
     calls, multiply = [], gpu.gemm.matmul
