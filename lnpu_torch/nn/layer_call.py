@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lnpu_torch.counts.lane_configs import LANE_CONFIGS, SYNC_INTERVALS
-from lnpu_torch.nn.gemms import Like, Linear, MatMul, Product, product_of
+from lnpu_torch.nn.gemms import Convolution, Like, Product, product_of
 from lnpu_torch.nn.layer_state import LayerState
 from lnpu_torch.nn.reads import STEPS, OperandPlan, PrecisionPlan, precision_plan
 from lnpu_torch.ops.dispatch import backend_of, on_gpu
@@ -93,7 +93,7 @@ def plan(product: Product, state: LayerState, shape: torch.Size, weight: torch.S
     """The plan of a call with input and weight of these shapes, where x is."""
     # binary16 products are summed in float32; a convolution's sums then leave cuDNN as binary16, rounded once
     precision = state.plan
-    exact = precision.result == "fp16" or isinstance(product, Linear | MatMul)
+    exact = precision.result == "fp16" or not isinstance(product, Convolution)
     halves = exact and precision.accumulate in ("fp32", "fp16") and on_gpu(x)
     return _plan(product, precision, shape, weight, halves, state.counting)
 
