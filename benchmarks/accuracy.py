@@ -220,10 +220,11 @@ def _spent(rows: Rows, name: str) -> list[float]:
 def together(found: Found) -> list[str]:
     """Every run beside the one in float32 of its network and seed."""
     lines = ["## All of them", "", "| | over float32, points | runs |", "| --- | --- | --- |"]
+    deviation = scatter(found)
     for precision in EMULATED:
         points = [point for runs in found.values() for point in over_float32(runs, precision)]
         if points:
-            lines.append(f"| {precision} | {_mean(points, scatter(found))} | {len(points)} |")
+            lines.append(f"| {precision} | {_mean(points, deviation)} | {len(points)} |")
     return lines
 
 
